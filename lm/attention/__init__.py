@@ -1,0 +1,56 @@
+"""SOCKET pattern: which keys a query sees, and at which positions.
+
+A plug is a frozen dataclass with ``branches(ctx: Context) -> tuple[Branch, ...]`` (disjoint branches of one softmax)
+and, when layers differ, ``for_layer(i) -> plug``. `attend` runs the branches on the chosen backend.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import jax
+
+from lm.attention import blocked, dense
+from lm.attention.branches import Branch, Context
+from lm.attention.causal import Bidirectional, Causal
+from lm.attention.lm_infinite import LMInfinite
+from lm.attention.sliding_window import SlidingWindow
+from lm.attention.streaming import Streaming
+from lm.errors import unknown
+
+
+class Pattern(Protocol):
+    def branches(self, ctx: Context) -> tuple[Branch, ...]: ...
+
+
+TABLE = {
+    "causal": Causal,
+    "bidirectional": Bidirectional,
+    "sliding_window": SlidingWindow,
+    "streaming": Streaming,
+    "lm_infinite": LMInfinite,
+}
+
+BACKENDS = ("auto", "dense", "blocked")
+
+
+def attend(
+    ctx: Context,
+    v_BSKd: jax.Array,
+    branches: tuple[Branch, ...],
+    *,
+    softcap: float | None = None,
+    backend: str = "auto",
+    block_q: int = 256,
+    block_k: int = 512,
+) -> tuple[jax.Array, jax.Array]:
+    """One softmax over the union of `branches`: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``.
+
+    ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys), else `dense`.
+    """
+    if backend not in BACKENDS:
+        raise unknown("model.attention.backend", backend, BACKENDS)
+    T, S = ctx.q_BTHd.shape[1], ctx.k_BSKd.shape[1]
+    if backend == "blocked" or (backend == "auto" and T == S and T > block_q):
+        return blocked.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
+    return dense.attend(ctx, v_BSKd, branches, softcap)

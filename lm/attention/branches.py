@@ -1,0 +1,97 @@
+"""Branches: attention is one softmax over a union of disjoint branches.
+
+Einsum letters: B batch, T query length, S key length, H query heads, K key/value heads, G = H / K, d head width,
+n gathered keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.attention.masks import Mask
+
+NEG = -1e30  # finite stand-in for -inf: exp(NEG - x) is 0 and NEG - NEG is 0, never NaN
+
+Where = jax.Array | float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tokens:
+    """What attention knows about one side's tokens.
+
+    `index`: int32 in-document index (masks), negative = padding or an empty cache slot; `positions`: float32
+    real-valued positions (rotations, biases); `segments`: int32 document ids of a packed row or None.
+    `contiguous`: index is 0, 1, … along every row, so tiles may be skipped by absolute index.
+    """
+
+    index_BT: jax.Array
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    contiguous: bool = field(default=False, metadata={"static": True})
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Keys a query may see under `mask`, and the positions both sides take for it.
+
+    `q_positions` / `k_positions`: None = the tokens' own, a number = that constant, or float32 ``[B, T]`` /
+    ``[B, S]``. `rows`: only the last so many queries take part. `gather_BHTn`: instead of all keys, the listed key
+    slots per head and query (-1 = none); T is `rows` when that is set.
+    """
+
+    mask: Mask
+    q_positions: Where = None
+    k_positions: Where = None
+    rows: int | None = None
+    gather_BHTn: jax.Array | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True positions on both sides and no gathering: keys may be cached rotated."""
+        return self.q_positions is None and self.k_positions is None and self.gather_BHTn is None
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pattern may look at to form its branches: raw (unrotated) queries and keys and both sides' tokens."""
+
+    q_BTHd: jax.Array
+    k_BSKd: jax.Array
+    queries: Tokens
+    keys: Tokens
+    positions: Any
+    length: jax.Array
+    scale: float
+
+
+def place(where: Where, own: jax.Array) -> jax.Array:
+    """A branch's positions as an array that broadcasts like `own` ``[B, T]``."""
+    if where is None:
+        return own
+    if isinstance(where, (int, float)):
+        return jnp.full(own.shape, where, jnp.float32)
+    return where
+
+
+def merge(outs: list[jax.Array], lses: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The softmax over a union of disjoint key sets from each set's output and log-sum-exp.
+
+    ``outs[i]``: ``[..., T, d]``, ``lses[i]``: float32 ``[..., T]`` (`NEG` or below where a set is empty).
+    Differentiable in both; exact up to rounding. A row empty in every set yields 0 and `NEG`.
+    """
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = jnp.stack(lses)
+    top = jax.lax.stop_gradient(jnp.maximum(stacked.max(0), NEG))
+    weights = jnp.exp(stacked - top)
+    total = weights.sum(0)
+    empty = top <= NEG / 2
+    safe = jnp.where(empty, 1.0, total)
+    shares = jnp.where(empty, 0.0, weights / safe)
+    out = sum(s[..., None] * o.astype(jnp.float32) for s, o in zip(shares, outs, strict=True))
+    return jnp.asarray(out).astype(outs[0].dtype), jnp.where(empty, NEG, top + jnp.log(safe))

@@ -1,0 +1,27 @@
+"""Plain causal attention, and its bidirectional and prefix relatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lm.attention.branches import Branch, Context
+from lm.attention.masks import Causal as CausalMask
+from lm.attention.masks import Full, Prefix
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Every earlier token and the token itself; `prefix` leading tokens are visible to all."""
+
+    prefix: int = 0
+
+    def branches(self, ctx: Context) -> tuple[Branch, ...]:
+        return (Branch(CausalMask() | Prefix(self.prefix) if self.prefix else CausalMask()),)
+
+
+@dataclass(frozen=True)
+class Bidirectional:
+    """Every token of the document."""
+
+    def branches(self, ctx: Context) -> tuple[Branch, ...]:
+        return (Branch(Full()),)

@@ -1,0 +1,93 @@
+"""LM-Infinite: a Λ-shaped mask and a ceiling on distances (arXiv 2308.16137, sections 3-4)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from lm.attention.branches import NEG, Branch, Context, place
+from lm.attention.masks import Causal, Mask, Sinks, Window
+from lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class LMInfinite:
+    """Key j is visible to query t iff ``j <= t`` and (``t - j < window`` or ``j < sinks``), at distance
+    ``min(t - j, ceiling)``.
+
+    `window` is the length the model was trained at; None drops the mask (the paper's ceiling-only arm). `ceiling`
+    None means no ceiling; the paper's value is the window itself, so a far sink sits at distance L (one more than was
+    seen in training; the authors keep it). With `top_k > 0`, layers from `top_k_from_layer` (0-based) on also attend
+    to the k best middle tokens per head, scored and used as if at distance `top_k_distance` (None = window // 2), for
+    the last `top_k_queries` queries (1 = the reference code; None = every query, as the paper's text says).
+    """
+
+    window: int | None = 4096
+    sinks: int = 10
+    ceiling: float | None = 4096.0
+    top_k: int = 0
+    top_k_from_layer: int = 4
+    top_k_distance: float | None = None
+    top_k_queries: int | None = 1
+
+    def __post_init__(self) -> None:
+        for name in ("window", "top_k_queries"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.pattern.{name}: must be at least 1 or None, found {value}")
+        for name in ("sinks", "top_k", "top_k_from_layer"):
+            if getattr(self, name) < 0:
+                raise UserError(f"model.pattern.{name}: must not be negative, found {getattr(self, name)}")
+        if self.ceiling is not None and self.ceiling < 0:
+            raise UserError(f"model.pattern.ceiling: must not be negative, found {self.ceiling}")
+        if self.top_k and self.window is None:
+            raise UserError("model.pattern.top_k: needs a window (there is no middle without one)")
+
+    def for_layer(self, layer: int) -> LMInfinite:
+        """Early layers do without the far tokens."""
+        if self.top_k and layer < self.top_k_from_layer:
+            return dataclasses.replace(self, top_k=0)
+        return self
+
+    def branches(self, ctx: Context) -> tuple[Branch, ...]:
+        seen: Mask = Causal()
+        if self.window is not None:
+            seen = seen & (Window(self.window) | Sinks(self.sinks))
+        if self.ceiling is None:
+            out = (Branch(seen),)
+        else:
+            within = Window(int(self.ceiling) + 1)
+            out = (Branch(seen & within), Branch(seen & ~within, q_positions=self.ceiling, k_positions=0.0))
+        return (*out, self._far_tokens(ctx)) if self.top_k else out
+
+    def _far_tokens(self, ctx: Context) -> Branch:
+        """The k best keys ``sinks <= j <= t - window`` per query head, in the same logits they will be used with."""
+        assert self.window is not None
+        distance = self.top_k_distance if self.top_k_distance is not None else self.window // 2
+        T = ctx.q_BTHd.shape[1]
+        rows = T if self.top_k_queries is None else min(self.top_k_queries, T)
+        middle = Causal() & ~Window(self.window) & ~Sinks(self.sinks)
+        qi, ki = ctx.queries.index_BT[:, T - rows :, None], ctx.keys.index_BT[:, None, :]
+        seen = middle(qi, ki) & (ki >= 0) & (qi >= 0)
+        if ctx.queries.segments_BT is not None and ctx.keys.segments_BT is not None:
+            seen &= ctx.queries.segments_BT[:, T - rows :, None] == ctx.keys.segments_BT[:, None, :]
+        enough = seen.sum(-1, keepdims=True) >= self.top_k  # the middle must hold at least k keys
+        s = jnp.where((seen & enough)[:, None], self._scores(ctx, rows, float(distance)), NEG)
+        k = min(self.top_k, s.shape[-1])
+        best, ids = jax.lax.top_k(jax.lax.stop_gradient(s), k)
+        ids = jnp.where(best > NEG / 2, ids, -1)
+        return Branch(middle, q_positions=float(distance), k_positions=0.0, rows=rows, gather_BHTn=ids)
+
+    def _scores(self, ctx: Context, rows: int, distance: float) -> jax.Array:
+        """float32 ``[B, H, rows, S]``. A constant distance adds the same bias to all keys, so biases drop out."""
+        B, T, H, d = ctx.q_BTHd.shape
+        K = ctx.k_BSKd.shape[2]
+        at_q = place(distance, ctx.queries.positions_BT[:, T - rows :])
+        at_k = place(0.0, ctx.keys.positions_BT)
+        q = ctx.positions.rotate(ctx.q_BTHd[:, T - rows :], at_q[:, :, None], ctx.length)
+        k = ctx.positions.rotate(ctx.k_BSKd, at_k[:, :, None], ctx.length)
+        s = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, rows, K, H // K, d), k, preferred_element_type=jnp.float32)
+        return s.reshape(B, H, rows, -1)

@@ -1,0 +1,48 @@
+"""Which (query block, key block) tiles a mask leaves to compute: decided on the host, before tracing."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm.attention.masks import Mask, Tile
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Static geometry of a blocked call. `offset` is the row of the first query among the keys."""
+
+    n_queries: int
+    n_keys: int
+    block_q: int
+    block_k: int
+    offset: int = 0
+    contiguous: bool = True
+    aligned: bool = True
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        return -(-self.n_queries // self.block_q), -(-self.n_keys // self.block_k)
+
+
+@functools.lru_cache(maxsize=256)
+def visit(mask: Mask, grid: Grid) -> np.ndarray:
+    """int32 ``[n, 3]`` rows (query block, key block, whole): the non-empty tiles, query-major.
+
+    `whole` is 1 where every pair is visible and inside the arrays, so that the mask need not be evaluated. Queries and
+    keys that are not the same rows in the same order (`aligned` False) give every tile as partial.
+    """
+    n_q, n_k = grid.blocks
+    out = []
+    for i in range(n_q):
+        q0 = grid.offset + i * grid.block_q
+        q1 = min(q0 + grid.block_q, grid.offset + grid.n_queries) - 1
+        for j in range(n_k):
+            k0, k1 = j * grid.block_k, min((j + 1) * grid.block_k, grid.n_keys) - 1
+            kind = mask.tile(q0, q1, k0, k1, grid.contiguous) if grid.aligned else Tile.PARTIAL
+            if kind != Tile.EMPTY:
+                inside = k1 == (j + 1) * grid.block_k - 1
+                out.append((i, j, int(kind == Tile.FULL and inside and grid.contiguous)))
+    return np.array(out, np.int32).reshape(-1, 3)

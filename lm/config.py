@@ -1,0 +1,232 @@
+"""From a nested mapping (an ml-collections ConfigDict) to frozen dataclasses, with errors a user can act on.
+
+Every socket is a table ``NAME -> frozen dataclass``; a *plug* in a config is ``{"name": NAME, **fields}``.
+The dataclass is the schema: unknown keys, wrong types and unknown names are refused here, before any array exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm.errors import UserError, nearest, unknown
+
+
+def socket(module: str, default: str) -> Any:
+    """A dataclass field that holds a plug of ``module.TABLE``; `default` is a plug name with its own defaults."""
+    return field(
+        default_factory=lambda: table(module)[default](), metadata={"socket": module, "default": default}
+    )
+
+
+def table(module: str) -> dict[str, Any]:
+    """The explicit table ``NAME -> class`` of a socket."""
+    return importlib.import_module(module).TABLE
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the decoder needs to know. Widths are numbers of channels, lengths are tokens.
+
+    `max_positions` is the length the parameters were (or will be) trained at. `n_kv_heads=None` means `n_heads`;
+    `head_dim=None` means `d_model // n_heads`. `layer_overrides` is a tuple of
+    ``{"layers": "start:stop:step", <field>: value}``; later entries win.
+    """
+
+    vocab_size: int = 256
+    d_model: int = 64
+    n_layers: int = 2
+    n_heads: int = 4
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int = 256
+    max_positions: int = 2048
+    norm: Any = socket("lm.norms", "rmsnorm")
+    attention: Any = socket("lm.mixers", "softmax")
+    pattern: Any = socket("lm.attention", "causal")
+    positions: Any = socket("lm.positions", "rope")
+    ffn: Any = socket("lm.ffn", "swiglu")
+    head: Any = socket("lm.heads", "linear")
+    parallel_residual: bool = False
+    embed_scale: float = 1.0
+    init_std: float = 0.02
+    scan_layers: bool = True
+    remat: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    layer_overrides: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_positions"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}: must be at least 1, found {getattr(self, name)}")
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise UserError(
+                f"model.n_kv_heads: {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}; "
+                f"valid: {', '.join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)}"
+            )
+        if self.head_dim is None:
+            if self.d_model % self.n_heads:
+                raise UserError(
+                    f"model.d_model: {self.d_model} is not divisible by model.n_heads = {self.n_heads}; "
+                    "set model.head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        for key in ("dtype", "param_dtype"):
+            if getattr(self, key) not in ("float32", "bfloat16", "float16"):
+                raise unknown(f"model.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
+        for plug in (self.norm, self.attention, self.pattern, self.positions, self.ffn, self.head):
+            check = getattr(plug, "check", None)
+            if check is not None:
+                check(self)
+
+    def layers(self) -> tuple[ModelConfig, ...]:
+        """The configuration of every layer, overrides applied and per-layer plugs resolved."""
+        out = []
+        for i in range(self.n_layers):
+            cfg = dataclasses.replace(self, layer_overrides=())
+            for n, entry in enumerate(self.layer_overrides):
+                if i in _layer_range(entry, self.n_layers, f"model.layer_overrides[{n}].layers"):
+                    changes = {k: v for k, v in dict(entry).items() if k != "layers"}
+                    cfg = merge(cfg, changes, f"model.layer_overrides[{n}]")
+            pattern = getattr(cfg.pattern, "for_layer", lambda i: cfg.pattern)(i)
+            out.append(dataclasses.replace(cfg, pattern=pattern))
+        return tuple(out)
+
+
+def _layer_range(entry: Mapping[str, Any], n: int, key: str) -> range:
+    text = str(entry.get("layers", ""))
+    try:
+        parts = [int(p) if p.strip() else None for p in text.split(":")]
+    except ValueError:
+        parts = []
+    if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None):
+        raise UserError(f"{key}: found {text!r}; valid: 'i' or 'start:stop:step'")
+    if len(parts) == 1:
+        parts = [parts[0], (parts[0] or 0) + 1 or None]
+    return range(n)[slice(*parts)]
+
+
+def model_config(cfg: Mapping[str, Any]) -> ModelConfig:
+    """``ModelConfig`` from a mapping; raises `UserError` that names the key ``model.…``."""
+    return build(ModelConfig, cfg, "model")
+
+
+def build(cls: type, cfg: Any, key: str) -> Any:
+    """An instance of dataclass `cls` from mapping `cfg`; `key` is the dotted place for error messages."""
+    if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
+        return cfg
+    if not isinstance(cfg, Mapping) and not hasattr(cfg, "items"):
+        raise UserError(f"{key}: expected a mapping, found {cfg!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in cfg.items():
+        if name not in fields:
+            raise UserError(
+                f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}"
+            )
+        place = f"{key}.{name}"
+        module = fields[name].metadata.get("socket")
+        values[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
+    return cls(**values)
+
+
+def plug(module: str, value: Any, key: str) -> Any:
+    """A plug instance from ``"name"`` or ``{"name": …, **fields}``."""
+    if dataclasses.is_dataclass(value):
+        return value
+    options = table(module)
+    fields = {"name": value} if isinstance(value, str) else dict(value.items()) if hasattr(value, "items") else None
+    if fields is None or "name" not in fields:
+        raise UserError(f"{key}.name: missing in {value!r}; valid: {', '.join(sorted(options))}")
+    name = fields.pop("name")
+    if name not in options:
+        raise unknown(f"{key}.name", name, options)
+    return build(options[name], fields, key)
+
+
+def coerce(value: Any, hint: Any, key: str) -> Any:
+    """`value` as type `hint` or a `UserError`; an int is accepted where a float is asked, a list where a tuple is."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return coerce(value, option, key)
+            except UserError:
+                continue
+    elif origin is typing.Literal:
+        if value in args:
+            return value
+        raise unknown(key, value, args)
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        inner = args[0] if args else Any
+        return tuple(coerce(v, inner, f"{key}[{i}]") for i, v in enumerate(value))
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif hint in (bool, str) and isinstance(value, hint):
+        return value
+    elif origin in (dict, Mapping) and hasattr(value, "items"):
+        return dict(value.items())
+    elif dataclasses.is_dataclass(hint):
+        return build(hint, value, key)
+    raise UserError(f"{key}: expected {_show(hint)}, found {value!r} ({type(value).__name__})")
+
+
+def _show(hint: Any) -> str:
+    if hint is type(None):
+        return "None"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_show(a) for a in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+
+
+def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
+    """`base` (a dataclass instance) with a nested mapping of changes; naming another plug replaces the old plug."""
+    fields = {f.name: f for f in dataclasses.fields(base)}
+    hints = typing.get_type_hints(type(base))
+    out = {}
+    for name, value in changes.items():
+        if name not in fields:
+            raise UserError(
+                f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}"
+            )
+        place, module = f"{key}.{name}", fields[name].metadata.get("socket")
+        if module and hasattr(value, "items"):
+            rest = dict(value.items())
+            named = rest.pop("name", None)
+            current = getattr(base, name)
+            same = named is None or table(module).get(named) is type(current)
+            out[name] = merge(current, rest, place) if same else plug(module, value, place)
+        else:
+            out[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
+    return dataclasses.replace(base, **out)
+
+
+def to_dict(cfg: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content."""
+    if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
+        out: dict[str, Any] = {}
+        if options is not None:
+            out["name"] = next(n for n, c in options.items() if c is type(cfg))
+        for f in dataclasses.fields(cfg):
+            module = f.metadata.get("socket")
+            out[f.name] = to_dict(getattr(cfg, f.name), table(module) if module else None)
+        return out
+    if isinstance(cfg, (list, tuple)):
+        return [to_dict(c) for c in cfg]
+    return dict(cfg.items()) if hasattr(cfg, "items") else cfg

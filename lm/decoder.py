@@ -1,0 +1,164 @@
+"""The decoder every method runs on: embed -> blocks -> norm -> head.
+
+Read this file first. It names no method: what a layer sees, how positions enter, how channels mix and what the head
+computes are plugs of the configuration (`lm.config.ModelConfig`). Everything that is not a parameter is an argument
+and a result. Letters: B batch, T tokens, D model width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.attention.branches import Tokens
+from lm.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Output:
+    """`logits_BTV` float32 (None when not asked for), `hidden_BTD` after the final norm, the new `cache`, and
+    `taps_LBTD`, the residual stream after every layer (None when not asked for)."""
+
+    logits_BTV: jax.Array | None
+    hidden_BTD: jax.Array
+    cache: Any = None
+    taps_LBTD: jax.Array | None = None
+
+
+class Block(nn.Module):
+    """Pre-norm residual block, sequential or parallel (GPT-NeoX)."""
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any = None) -> Any:
+        cfg = self.cfg
+        normed = cfg.norm.module(cfg.param_dtype, name="attn_norm")(x_BTD)
+        mixed, cache = cfg.attention.module(cfg, name="attn")(normed, tokens, length, cache)
+        after = x_BTD if cfg.parallel_residual else x_BTD + mixed
+        normed = cfg.norm.module(cfg.param_dtype, name="ffn_norm")(after)
+        y_BTD = after + cfg.ffn.module(cfg, name="ffn")(normed)
+        return (y_BTD + mixed if cfg.parallel_residual else y_BTD), cache
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model; ``Decoder(cfg).apply({"params": p}, tokens)``.
+
+    Layers of equal parameter shapes are stored stacked (``blocks``, leading axis L) whatever plugs run on them, so
+    configurations that differ only in training-free plugs share one parameter tree; otherwise ``blocks_0 … L-1``.
+    """
+
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens_BT: jax.Array | None = None,
+        *,
+        embeddings_BTD: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        index_BT: jax.Array | None = None,
+        cache: Any = None,
+        logits: bool = True,
+        taps: bool = False,
+        on_layer: Callable[[], None] | None = None,
+    ) -> Output:
+        """Runs the model on int32 `tokens_BT` or on `embeddings_BTD`.
+
+        `index_BT` int32 counts tokens within their document (default 0, 1, …; negative = padding); `positions_BT`
+        float32 are the rotary positions (default: the index); `segments_BT` int32 keeps packed documents apart.
+        `cache` (from `lm.caches.init`) extends earlier calls; give `index_BT` then. `on_layer` is called on the host
+        after every layer (progress bars).
+        """
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        table = self.param("embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        x = table[tokens_BT].astype(dtype) if embeddings_BTD is None else embeddings_BTD.astype(dtype)
+        x = x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, dtype)
+        seq = _tokens(x.shape[:2], index_BT, positions_BT, segments_BT)
+        length = jnp.max(jnp.where(seq.index_BT >= 0, seq.positions_BT, 0.0)) + 1.0
+        if cfg.positions.table_size:
+            shape = (cfg.positions.table_size, cfg.d_model)
+            learned = self.param("pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
+            rows = jnp.clip(jnp.floor(seq.positions_BT), 0, shape[0] - 1).astype(jnp.int32)
+            x = x + learned[rows].astype(dtype)
+        x, cache, streams = self._blocks(x, seq, length, cache, taps, on_layer)
+        x = cfg.norm.module(cfg.param_dtype, name="final_norm")(x)
+        head = cfg.head.module(cfg, name="head")
+        out = head(x, table) if logits or self.is_initializing() else None
+        return Output(out if logits else None, x, cache, streams)
+
+    def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, taps: bool, on_layer: Any) -> Any:
+        layers, streams, caches = self.cfg.layers(), [], []
+        params, stacked = self._block_params(x.shape, layers)
+        start = 0
+        for n in _runs(layers, self.cfg.scan_layers and cache is None):
+            cfg = layers[start]
+
+            def layer(x: Any, p: Params, c: Any = None, cfg: ModelConfig = cfg) -> Any:
+                x, c = Block(cfg).apply({"params": p}, x, seq, length, c)
+                if on_layer is not None:
+                    jax.debug.callback(lambda _: on_layer(), x[0, -1, 0])
+                return x, c
+
+            step = jax.checkpoint(layer, prevent_cse=n == 1) if cfg.remat else layer
+            if n > 1:
+                run = jax.tree.map(lambda p, a=start, b=start + n: p[a:b], params)
+                x, ys = jax.lax.scan(lambda x, p, f=step: ((y := f(x, p)[0]), y if taps else None), x, run)
+                streams += [ys]
+            else:
+                p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
+                x, c = step(x, p, None if cache is None else cache[start])
+                streams, caches = streams + [x[None]], caches + [c]
+            start += n
+        return x, tuple(caches) if cache is not None else None, jnp.concatenate(streams) if taps else None
+
+    def _block_params(self, shape: tuple[int, ...], layers: tuple[ModelConfig, ...]) -> tuple[Any, bool]:
+        """All layers' parameters, declared here: one stacked tree, or one tree per layer where shapes differ."""
+        x = jnp.zeros((1, 1, shape[-1]), self.cfg.dtype)
+        seq = _tokens((1, 1), None, None, None)
+
+        def init(cfg: ModelConfig, rng: jax.Array) -> Params:
+            return dict(Block(cfg).init(rng, x, seq, jnp.ones(())))["params"]
+
+        probe = jax.random.key(0)
+        shapes = [jax.eval_shape(lambda r, c=c: init(c, r), probe) for c in dict.fromkeys(layers)]
+        if all(s == shapes[0] for s in shapes):
+            first = layers[0]
+            many = lambda rng: jax.vmap(lambda r: init(first, r))(jax.random.split(rng, len(layers)))  # noqa: E731
+            return self.param("blocks", many), True
+        return [self.param(f"blocks_{i}", lambda r, c=c: init(c, r)) for i, c in enumerate(layers)], False
+
+
+def _embed_init(cfg: ModelConfig) -> Any:
+    return nn.initializers.normal(cfg.init_std)
+
+
+def _tokens(shape: tuple[int, ...], index: Any, positions: Any, segments: Any) -> Tokens:
+    contiguous = index is None and segments is None
+    if index is None:
+        index = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
+        if segments is not None:  # count from the start of each document
+            new = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments)], 1) != 0
+            index = index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+    positions = index.astype(jnp.float32) if positions is None else positions.astype(jnp.float32)
+    return Tokens(index, positions, segments, contiguous)
+
+
+def _runs(layers: tuple[ModelConfig, ...], scan: bool) -> list[int]:
+    """Lengths of the runs of equal consecutive layers (all 1 when not scanning)."""
+    runs: list[int] = []
+    for i, cfg in enumerate(layers):
+        if scan and i and cfg == layers[i - 1]:
+            runs[-1] += 1
+        else:
+            runs.append(1)
+    return runs

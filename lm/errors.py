@@ -1,0 +1,31 @@
+"""The one exception a user's mistake raises, and the helper that names the nearest valid spelling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a config, a file or a command line.
+
+    The message is one line: the key or file, what was found, what is valid, and the nearest name.
+    Command-line tools print it without a traceback and exit with code 2.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """``' (did you mean 'x'?)'`` for the closest valid name, or an empty string."""
+    match = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
+
+
+def unknown(key: str, found: object, valid: Iterable[str]) -> UserError:
+    """The error for a name that is not in a closed list."""
+    options = sorted(str(v) for v in valid)
+    return UserError(
+        f"{key}: unknown name {found!r}{nearest(str(found), options)}; valid: {', '.join(options)}"
+    )

@@ -1,0 +1,65 @@
+"""Plain feed-forward layers: ``down(act(up x))``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+from lm.layers import Project
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Gelu:
+    """Exact GELU (arXiv 1606.08415)."""
+
+    bias: bool = True
+    activation: ClassVar[Activation] = staticmethod(functools.partial(jax.nn.gelu, approximate=False))
+
+    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+        return _MLP(cfg, self.activation, self.bias, name=name)
+
+
+@dataclass(frozen=True)
+class GeluTanh(Gelu):
+    """GELU's tanh approximation (GPT-2's ``gelu_new``)."""
+
+    activation: ClassVar[Activation] = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
+
+
+@dataclass(frozen=True)
+class Relu(Gelu):
+    """ReLU."""
+
+    activation: ClassVar[Activation] = staticmethod(jax.nn.relu)
+
+
+def _relu2(x: jax.Array) -> jax.Array:
+    return jnp.square(jax.nn.relu(x))
+
+
+@dataclass(frozen=True)
+class Relu2(Gelu):
+    """Squared ReLU (arXiv 2109.08668)."""
+
+    activation: ClassVar[Activation] = staticmethod(_relu2)
+
+
+class _MLP(nn.Module):
+    cfg: ModelConfig
+    activation: Activation
+    bias: bool
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        D, F = self.cfg.d_model, self.cfg.d_ff
+        up = Project((D, F), 1, self.bias, self.cfg, name="up")(x_BTD)
+        return Project((F, D), 1, self.bias, self.cfg, name="down")(self.activation(up))

@@ -1,0 +1,11 @@
+"""SOCKET head: hidden state to a distribution.
+
+A plug is a frozen dataclass with ``module(model_config, name) -> nn.Module`` whose call is
+``(h[..., D], embedding_table[V, D]) -> logits float32[..., V]``.
+"""
+
+from __future__ import annotations
+
+from lm.heads.linear import Linear
+
+TABLE = {"linear": Linear}

@@ -1,0 +1,43 @@
+"""The linear language-model head, tied to the embedding table or with a matrix of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+
+AXES = {"head/kernel": ("embed", "vocab"), "head/bias": ("vocab",)}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`tie`: logits are products with the embedding table; `softcap`: ``c tanh(logits / c)``."""
+
+    tie: bool = True
+    bias: bool = False
+    softcap: float | None = None
+
+    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+        return _Linear(cfg, name=name)
+
+
+class _Linear(nn.Module):
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, h: jax.Array, table_VD: jax.Array) -> jax.Array:
+        cfg, head = self.cfg, self.cfg.head
+        if head.tie:
+            logits = jnp.einsum("...d,vd->...v", h, table_VD.astype(h.dtype), preferred_element_type=jnp.float32)
+        else:
+            init = nn.initializers.normal(cfg.init_std)
+            kernel = self.param("kernel", init, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
+            logits = jnp.einsum("...d,dv->...v", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
+        if head.bias:
+            bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), cfg.param_dtype)
+            logits = logits + bias.astype(jnp.float32)
+        return logits if head.softcap is None else head.softcap * jnp.tanh(logits / head.softcap)

@@ -1,0 +1,31 @@
+"""The linear layer every socket shares."""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+
+from lm.config import ModelConfig
+
+
+class Project(nn.Module):
+    """``x[..., in] @ kernel[in, *out] (+ bias[*out])`` over the last `n_in` axes of x."""
+
+    shape: tuple[int, ...]
+    n_in: int
+    use_bias: bool
+    cfg: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg, split = self.cfg, self.n_in
+        init = nn.initializers.normal(cfg.init_std)
+        kernel = self.param("kernel", init, self.shape, cfg.param_dtype).astype(x.dtype)
+        rows, lead = x.shape[: x.ndim - split], self.shape[split:]
+        flat = x.reshape(*rows, -1) @ kernel.reshape(-1, math.prod(lead))
+        y = flat.reshape(*rows, *lead)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)
+        return y

@@ -1,0 +1,60 @@
+"""Parameter names, logical axes, counts. Parameters are a plain nested dict; axes live in a parallel tree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+from lm.decoder import Decoder
+from lm.ffn import glu
+from lm.heads import linear
+from lm.mixers import attention
+
+# Longest matching suffix wins; plugs with new parameters add their own table here.
+AXES: dict[str, tuple[str, ...]] = {
+    "embed": ("vocab", "embed"),
+    "pos_embed": ("positions", "embed"),
+    "scale": ("embed",),
+    "bias": ("embed",),
+    **attention.AXES,
+    **glu.AXES,
+    **linear.AXES,
+}
+
+
+def init(cfg: ModelConfig, rng: jax.Array) -> dict[str, Any]:
+    """Random parameters as a plain nested dict."""
+    return dict(jax.jit(lambda r: Decoder(cfg).init(r, jnp.zeros((1, 1), jnp.int32)))(rng))["params"]
+
+
+def abstract(cfg: ModelConfig) -> dict[str, Any]:
+    """The parameter tree as `jax.ShapeDtypeStruct`; allocates nothing."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return dict(jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens))["params"]
+
+
+def names(params: Any) -> dict[str, Any]:
+    """``{"blocks/attn/q/kernel": leaf, …}``."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {"/".join(str(k.key) for k in path): leaf for path, leaf in flat}
+
+
+def axes(params: Any) -> Any:
+    """The tree of logical axis names, one tuple per leaf; stacked blocks lead with ``layers``."""
+
+    def one(path: Any, leaf: Any) -> tuple[str, ...]:
+        parts = [str(k.key) for k in path]
+        for start in range(len(parts)):
+            found = AXES.get("/".join(parts[start:]))
+            if found is not None:
+                return (("layers",) if parts[0] == "blocks" else ()) + found
+        raise KeyError(f"no logical axes for parameter {'/'.join(parts)}; add them to lm.params.AXES")
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def count(params: Any) -> int:
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

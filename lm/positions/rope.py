@@ -1,0 +1,67 @@
+"""Rotary position embedding (arXiv 2104.09864) with a socket for its scalings."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.config import socket
+from lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotates pairs ``(i, i + width/2)`` of the first ``width = int(head_dim * fraction)`` channels.
+
+    This is the split-half layout; checkpoints stored with adjacent pairs are permuted at import.
+    Angles are float32: they lose about 6e-8 rad per position, visible beyond 1e5 positions.
+    `trained` is the length scalings are relative to; None = `ModelConfig.max_positions`.
+    """
+
+    theta: float = 10000.0
+    fraction: float = 1.0
+    scaling: Any = socket("lm.positions.scaling", "default")
+    trained: int | None = None
+
+    @property
+    def table_size(self) -> int:
+        return 0
+
+    def width(self, head_dim: int) -> int:
+        return int(head_dim * self.fraction)
+
+    def check(self, cfg: Any) -> None:
+        width = self.width(cfg.head_dim)
+        if width % 2 or not 0 < width <= cfg.head_dim:
+            raise UserError(
+                f"model.positions.fraction: rotary width int({cfg.head_dim} * {self.fraction}) = {width} "
+                f"must be even and in 2 … {cfg.head_dim}"
+            )
+        if not self.theta > 1.0:
+            raise UserError(f"model.positions.theta: must exceed 1, found {self.theta}")
+        check_width = getattr(self.scaling, "check_width", None)
+        if check_width is not None:
+            check_width(width)
+
+    def bind(self, cfg: Any) -> Rope:
+        return self if self.trained is not None else dataclasses.replace(self, trained=cfg.max_positions)
+
+    def angles(self, positions: jax.Array, width: int, length: jax.Array | float) -> tuple[jax.Array, jax.Array]:
+        """``cos, sin`` of shape ``positions.shape + (width // 2,)``, both multiplied by the attention factor."""
+        freqs, m = self.scaling.frequencies(self.theta, width, length, self.trained or 2048)
+        angles = jnp.asarray(positions, jnp.float32)[..., None] * freqs
+        return jnp.cos(angles) * m, jnp.sin(angles) * m
+
+    def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | float) -> jax.Array:
+        """Rotates ``x[..., d]`` to real-valued `positions`, which broadcast against ``x.shape[:-1]``."""
+        width = self.width(x.shape[-1])
+        cos, sin = (a.astype(x.dtype) for a in self.angles(positions, width, length))
+        a, b = x[..., : width // 2], x[..., width // 2 : width]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., width:]], axis=-1)
+
+    def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None:
+        return None
