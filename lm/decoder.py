@@ -138,6 +138,11 @@ class Decoder(nn.Module):
         return [self.param(f"blocks_{i}", lambda r, c=c: init(c, r)) for i, c in enumerate(layers)], False
 
 
+def readout(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits float32 ``[..., V]`` of final hidden states ``[..., D]``: the head alone, for callers that go by pieces."""
+    return cfg.head.module(cfg).apply({"params": params.get("head", {})}, hidden, params["embed"])
+
+
 def _embed_init(cfg: ModelConfig) -> Any:
     return nn.initializers.normal(cfg.init_std)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.attention.branches import NEG, Branch, Context, merge, place
+from lm.attention.branches import NEG, Branch, Context, merge
 from lm.attention.dense import gathered
 from lm.attention.masks import Mask
 from lm.attention.tiles import Grid, visit
@@ -84,10 +84,8 @@ def _branch(
     rows = min(branch.rows or T, T)
     contiguous = ctx.queries.contiguous and ctx.keys.contiguous and T == S
     grid = Grid(rows, S, min(block_q, rows), min(block_k, S), T - rows, contiguous, aligned=T == S)
-    qp = place(branch.q_positions, ctx.queries.positions_BT)[:, T - rows :]
-    kp = place(branch.k_positions, ctx.keys.positions_BT)
-    q = ctx.positions.rotate(ctx.q_BTHd[:, T - rows :], qp[:, :, None], ctx.length) * ctx.scale
-    k = ctx.positions.rotate(ctx.k_BSKd, kp[:, :, None], ctx.length)
+    (q, qp), (k, kp) = ctx.queries_at(branch.q_positions, rows), ctx.keys_at(branch.k_positions)
+    q = q * ctx.scale
     qs, ks = ctx.queries.segments_BT, ctx.keys.segments_BT
     segments = qs is not None and ks is not None
     biased = ctx.positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), H) is not None

@@ -50,15 +50,13 @@ class Branch:
     rows: int | None = None
     gather_BHTn: jax.Array | None = None
 
-    @property
-    def plain(self) -> bool:
-        """True positions on both sides and no gathering: keys may be cached rotated."""
-        return self.q_positions is None and self.k_positions is None and self.gather_BHTn is None
-
 
 @dataclass(frozen=True)
 class Context:
-    """What a pattern may look at to form its branches: raw (unrotated) queries and keys and both sides' tokens."""
+    """What a pattern may look at to form its branches: queries, keys, and both sides' tokens.
+
+    Queries and keys are raw (unrotated); with `rotated` the keys already carry their own positions' rotation.
+    """
 
     q_BTHd: jax.Array
     k_BSKd: jax.Array
@@ -67,6 +65,22 @@ class Context:
     positions: Any
     length: jax.Array
     scale: float
+    rotated: bool = False
+
+    def queries_at(self, where: Where, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """The last `rows` queries rotated to `where` ``[B, rows, H, d]``, and those positions ``[B, rows]``."""
+        first = 0 if rows is None else max(self.q_BTHd.shape[1] - rows, 0)
+        at = place(where, self.queries.positions_BT)[:, first:]
+        return self.positions.rotate(self.q_BTHd[:, first:], at[:, :, None], self.length), at
+
+    def keys_at(self, where: Where) -> tuple[jax.Array, jax.Array]:
+        """All keys rotated to `where` ``[B, S, K, d]``, and those positions ``[B, S]``."""
+        at = place(where, self.keys.positions_BT)
+        if not self.rotated:
+            return self.positions.rotate(self.k_BSKd, at[:, :, None], self.length), at
+        if where is not None:
+            raise ValueError("this pattern gives keys new positions: it needs a cache of raw (unrotated) keys")
+        return self.k_BSKd, at
 
 
 def place(where: Where, own: jax.Array) -> jax.Array:

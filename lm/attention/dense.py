@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.attention.branches import NEG, Branch, Context, place
+from lm.attention.branches import NEG, Branch, Context
 
 
 def visible(branch: Branch, ctx: Context) -> jax.Array:
@@ -24,9 +24,8 @@ def logits(branch: Branch, ctx: Context, softcap: float | None) -> jax.Array:
     """float32 ``[B, K, G, T, S]`` logits of every pair at the branch's positions, mask not applied."""
     B, T, H, d = ctx.q_BTHd.shape
     K = ctx.k_BSKd.shape[2]
-    qp, kp = place(branch.q_positions, ctx.queries.positions_BT), place(branch.k_positions, ctx.keys.positions_BT)
-    q = ctx.positions.rotate(ctx.q_BTHd, qp[:, :, None], ctx.length).reshape(B, T, K, H // K, d)
-    k = ctx.positions.rotate(ctx.k_BSKd, kp[:, :, None], ctx.length)
+    (q, qp), (k, kp) = ctx.queries_at(branch.q_positions), ctx.keys_at(branch.k_positions)
+    q = q.reshape(B, T, K, H // K, d)
     s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * ctx.scale
     bias = ctx.positions.bias(qp, kp, H)
     if bias is not None:
@@ -42,13 +41,9 @@ def gathered(branch: Branch, ctx: Context, v_BSKd: jax.Array, softcap: float | N
     K = ctx.k_BSKd.shape[2]
     slot = jnp.maximum(ids, 0)
     rows, kv = jnp.arange(B)[:, None, None, None], (jnp.arange(H) // (H // K))[None, :, None, None]
-    k, v = ctx.k_BSKd[rows, slot, kv], v_BSKd[rows, slot, kv]
-    q = ctx.q_BTHd[:, -T:].swapaxes(1, 2)
-    own_q = place(branch.q_positions, ctx.queries.positions_BT)[:, -T:]
-    own_k = place(branch.k_positions, ctx.keys.positions_BT)[rows, slot]
-    q = ctx.positions.rotate(q, own_q[:, None], ctx.length)
-    k = ctx.positions.rotate(k, own_k, ctx.length)
-    s = jnp.einsum("bhtd,bhtnd->bhtn", q, k, preferred_element_type=jnp.float32) * ctx.scale
+    (q, own_q), (k, own_k) = ctx.queries_at(branch.q_positions, T), ctx.keys_at(branch.k_positions)
+    k, v, own_k = k[rows, slot, kv], v_BSKd[rows, slot, kv], own_k[rows, slot]
+    s = jnp.einsum("bthd,bhtnd->bhtn", q, k, preferred_element_type=jnp.float32) * ctx.scale
     bias = ctx.positions.bias(own_q[:, None, :, None], own_k, H)
     if bias is not None:  # [B, H, T, H', 1, n], of which a head wants its own
         s = s + jnp.moveaxis(jnp.diagonal(bias[..., 0, :], axis1=1, axis2=3), -1, 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from lm.attention.branches import NEG, Branch, Context, place
+from lm.attention.branches import NEG, Branch, Context
 from lm.attention.masks import Causal, Mask, Sinks, Window
 from lm.errors import UserError
 
@@ -52,6 +52,15 @@ class LMInfinite:
             return dataclasses.replace(self, top_k=0)
         return self
 
+    @property
+    def moves_keys(self) -> bool:
+        return self.ceiling is not None or self.top_k > 0
+
+    @property
+    def keeps(self) -> tuple[int, int] | None:
+        """(sinks, window) a cache must hold; None = everything."""
+        return None if self.window is None or self.top_k else (self.sinks, self.window)
+
     def branches(self, ctx: Context) -> tuple[Branch, ...]:
         seen: Mask = Causal()
         if self.window is not None:
@@ -83,11 +92,8 @@ class LMInfinite:
 
     def _scores(self, ctx: Context, rows: int, distance: float) -> jax.Array:
         """float32 ``[B, H, rows, S]``. A constant distance adds the same bias to all keys, so biases drop out."""
-        B, T, H, d = ctx.q_BTHd.shape
+        B, _, H, d = ctx.q_BTHd.shape
         K = ctx.k_BSKd.shape[2]
-        at_q = place(distance, ctx.queries.positions_BT[:, T - rows :])
-        at_k = place(0.0, ctx.keys.positions_BT)
-        q = ctx.positions.rotate(ctx.q_BTHd[:, T - rows :], at_q[:, :, None], ctx.length)
-        k = ctx.positions.rotate(ctx.k_BSKd, at_k[:, :, None], ctx.length)
+        (q, _), (k, _) = ctx.queries_at(distance, rows), ctx.keys_at(0.0)
         s = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, rows, K, H // K, d), k, preferred_element_type=jnp.float32)
         return s.reshape(B, H, rows, -1)

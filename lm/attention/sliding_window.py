@@ -19,5 +19,10 @@ class SlidingWindow:
         if self.window < 1:
             raise UserError(f"model.pattern.window: must be at least 1, found {self.window}")
 
+    @property
+    def keeps(self) -> tuple[int, int]:
+        """(sinks, window) a cache must hold."""
+        return 0, self.window
+
     def branches(self, ctx: Context) -> tuple[Branch, ...]:
         return (Branch(Causal() & Window(self.window)),)

@@ -32,6 +32,11 @@ class Streaming:
                 f"found window={self.window}, sinks={self.sinks}"
             )
 
+    @property
+    def keeps(self) -> tuple[int, int]:
+        """(sinks, window) a cache must hold."""
+        return self.sinks, self.window
+
     def branches(self, ctx: Context) -> tuple[Branch, ...]:
         near = Causal() & Window(self.window)
         if self.sink_positions == "true":

@@ -77,11 +77,14 @@ class _Attention(nn.Module):
         if a.qk_norm:
             q = cfg.norm.module(cfg.param_dtype, name="q_norm")(q)
             k = cfg.norm.module(cfg.param_dtype, name="k_norm")(k)
-        keys = tokens
+        keys, rotated = tokens, False
+        positions = cfg.positions.bind(cfg)
         if cache is not None:
+            rotated = cache.rotated
+            k = positions.rotate(k, tokens.positions_BT[:, :, None], length) if rotated else k
             cache, k, v, keys = cache.extend(k, v, tokens)
         scale = a.scale if a.scale is not None else d**-0.5
-        ctx = Context(q, k, tokens, keys, cfg.positions.bind(cfg), length, scale)
+        ctx = Context(q, k, tokens, keys, positions, length, scale, rotated)
         out, _ = attend(
             ctx,
             v,

@@ -47,6 +47,11 @@ class Rope:
         if check_width is not None:
             check_width(width)
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether rotations change with the number of positions in use, so that keys must be cached raw."""
+        return bool(getattr(self.scaling, "length_dependent", False))
+
     def bind(self, cfg: Any) -> Rope:
         return self if self.trained is not None else dataclasses.replace(self, trained=cfg.max_positions)
 

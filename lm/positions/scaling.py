@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,7 @@ class Dynamic:
     """
 
     factor: float = 1.0
+    length_dependent: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _positive("dynamic", self.factor)
@@ -153,6 +154,7 @@ class LongRope:
     factor: float | None = None
     original: int | None = None
     attention_factor: float | None = None
+    length_dependent: ClassVar[bool] = True
 
     def check_width(self, width: int) -> None:
         for name in ("short_factor", "long_factor"):
