@@ -1,8 +1,7 @@
 """SOCKET pattern: which keys a query sees, and at which positions.
 
 A plug is a frozen dataclass with ``branches(ctx: Context) -> tuple[Branch, ...]`` (disjoint branches of one softmax)
-and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold;
-``moves_keys``: keys take positions other than their own, so caches must hold them raw. `attend` runs the branches on the chosen backend.
+and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold. `attend` runs the branches on the chosen backend.
 """
 
 from __future__ import annotations

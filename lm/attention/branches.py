@@ -26,13 +26,15 @@ class Tokens:
 
     `index`: int32 in-document index (masks), negative = padding or an empty cache slot; `positions`: float32
     real-valued positions (rotations, biases); `segments`: int32 document ids of a packed row or None.
-    `contiguous`: index is 0, 1, … along every row, so tiles may be skipped by absolute index.
+    `contiguous`: index is 0, 1, … along every row, so tiles may be skipped by absolute index. `leading`: an index
+    i < leading, where present, sits in slot i (cache slots of the first tokens).
     """
 
     index_BT: jax.Array
     positions_BT: jax.Array
     segments_BT: jax.Array | None = None
     contiguous: bool = field(default=False, metadata={"static": True})
+    leading: int = field(default=0, metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,15 @@ class Context:
         at = place(where, self.queries.positions_BT)[:, first:]
         return self.positions.rotate(self.q_BTHd[:, first:], at[:, :, None], self.length), at
 
-    def keys_at(self, where: Where) -> tuple[jax.Array, jax.Array]:
-        """All keys rotated to `where` ``[B, S, K, d]``, and those positions ``[B, S]``."""
-        at = place(where, self.keys.positions_BT)
+    def keys_at(self, where: Where, first: int | None = None) -> tuple[jax.Array, jax.Array]:
+        """The `first` keys (None = all) rotated to `where` ``[B, S, K, d]``, and those positions ``[B, S]``."""
+        own, k = self.keys.positions_BT[:, :first], self.k_BSKd[:, :first]
+        at = place(where[:, :first] if isinstance(where, jax.Array) else where, own)
         if not self.rotated:
-            return self.positions.rotate(self.k_BSKd, at[:, :, None], self.length), at
+            return self.positions.rotate(k, at[:, :, None], self.length), at
         if where is not None:
-            raise ValueError("this pattern gives keys new positions: it needs a cache of raw (unrotated) keys")
-        return self.k_BSKd, at
+            k = self.positions.move(k, own[:, :, None], at[:, :, None], self.length)
+        return k, at
 
 
 def place(where: Where, own: jax.Array) -> jax.Array:

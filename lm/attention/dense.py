@@ -8,23 +8,30 @@ import jax.numpy as jnp
 from lm.attention.branches import NEG, Branch, Context
 
 
-def visible(branch: Branch, ctx: Context) -> jax.Array:
-    """bool ``[B, T, S]``: the branch's mask with padding and segments applied."""
+def reach(branch: Branch, ctx: Context) -> int:
+    """How many leading key slots hold all that the branch can see."""
+    bound, S = branch.mask.key_bound, ctx.k_BSKd.shape[1]
+    known = S if ctx.keys.contiguous else ctx.keys.leading
+    return min(bound, S) if bound is not None and bound <= known else S
+
+
+def visible(branch: Branch, ctx: Context, n_keys: int | None = None) -> jax.Array:
+    """bool ``[B, T, n_keys]``: the branch's mask with padding and segments applied."""
     q, k = ctx.queries, ctx.keys
-    qi, ki = q.index_BT[:, :, None], k.index_BT[:, None, :]
+    qi, ki = q.index_BT[:, :, None], k.index_BT[:, None, :n_keys]
     seen = branch.mask(qi, ki) & (ki >= 0) & (qi >= 0)
     if q.segments_BT is not None and k.segments_BT is not None:
-        seen &= q.segments_BT[:, :, None] == k.segments_BT[:, None, :]
+        seen &= q.segments_BT[:, :, None] == k.segments_BT[:, None, :n_keys]
     if branch.rows is not None:
         seen &= (jnp.arange(qi.shape[1]) >= qi.shape[1] - branch.rows)[None, :, None]
     return seen
 
 
-def logits(branch: Branch, ctx: Context, softcap: float | None) -> jax.Array:
-    """float32 ``[B, K, G, T, S]`` logits of every pair at the branch's positions, mask not applied."""
+def logits(branch: Branch, ctx: Context, softcap: float | None, n_keys: int | None = None) -> jax.Array:
+    """float32 ``[B, K, G, T, n_keys]`` logits of every pair at the branch's positions, mask not applied."""
     B, T, H, d = ctx.q_BTHd.shape
     K = ctx.k_BSKd.shape[2]
-    (q, qp), (k, kp) = ctx.queries_at(branch.q_positions), ctx.keys_at(branch.k_positions)
+    (q, qp), (k, kp) = ctx.queries_at(branch.q_positions), ctx.keys_at(branch.k_positions, n_keys)
     q = q.reshape(B, T, K, H // K, d)
     s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * ctx.scale
     bias = ctx.positions.bias(qp, kp, H)
@@ -65,7 +72,10 @@ def attend(
     for branch in branches:
         if branch.gather_BHTn is None:
             # Branches are disjoint, so each pair takes its logit from the one branch that sees it.
-            shared = jnp.where(visible(branch, ctx)[:, None, None], logits(branch, ctx, softcap), shared)
+            n = reach(branch, ctx)
+            seen = visible(branch, ctx, n)[:, None, None]
+            part = jnp.where(seen, logits(branch, ctx, softcap, n), shared[..., :n])
+            shared = part if n == S else shared.at[..., :n].set(part)
         else:
             s, v = gathered(branch, ctx, v_BSKd, softcap)
             rest = T - s.shape[2]

@@ -53,10 +53,6 @@ class LMInfinite:
         return self
 
     @property
-    def moves_keys(self) -> bool:
-        return self.ceiling is not None or self.top_k > 0
-
-    @property
     def keeps(self) -> tuple[int, int] | None:
         """(sinks, window) a cache must hold; None = everything."""
         return None if self.window is None or self.top_k else (self.sinks, self.window)
@@ -69,7 +65,10 @@ class LMInfinite:
             out = (Branch(seen),)
         else:
             within = Window(int(self.ceiling) + 1)
-            out = (Branch(seen & within), Branch(seen & ~within, q_positions=self.ceiling, k_positions=0.0))
+            beyond = seen & ~within
+            if self.window is not None and self.window <= self.ceiling:  # the window is within: only sinks are beyond
+                beyond = Sinks(self.sinks) & ~within
+            out = (Branch(seen & within), Branch(beyond, q_positions=self.ceiling, k_positions=0.0))
         return (*out, self._far_tokens(ctx)) if self.top_k else out
 
     def _far_tokens(self, ctx: Context) -> Branch:

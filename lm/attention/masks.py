@@ -37,6 +37,11 @@ class Mask:
         """
         raise NotImplementedError
 
+    @property
+    def key_bound(self) -> int | None:
+        """No key with an index of this or more is ever visible; None = no such bound."""
+        return None
+
     def tile(self, q0: int, q1: int, k0: int, k1: int, contiguous: bool = True) -> Tile:
         """What the closed rectangle holds; PARTIAL whenever in doubt."""
         every, some = self.bounds(q0, q1, k0, k1, contiguous)
@@ -96,6 +101,10 @@ class Sinks(Mask):
     def __call__(self, q: Any, k: Any) -> Any:
         return (k < self.n) & (q == q)
 
+    @property
+    def key_bound(self) -> int | None:
+        return self.n
+
     def bounds(self, q0: int, q1: int, k0: int, k1: int, contiguous: bool = True) -> tuple[bool, bool]:
         return (k1 < self.n, k0 < self.n) if contiguous else (False, self.n > 0)
 
@@ -128,6 +137,10 @@ class And(Mask):
     def __call__(self, q: Any, k: Any) -> Any:
         return self.a(q, k) & self.b(q, k)
 
+    @property
+    def key_bound(self) -> int | None:
+        return min((b for b in (self.a.key_bound, self.b.key_bound) if b is not None), default=None)
+
     def bounds(self, q0: int, q1: int, k0: int, k1: int, contiguous: bool = True) -> tuple[bool, bool]:
         (a_all, a_any), (b_all, b_any) = (m.bounds(q0, q1, k0, k1, contiguous) for m in (self.a, self.b))
         return a_all and b_all, a_any and b_any
@@ -140,6 +153,11 @@ class Or(Mask):
 
     def __call__(self, q: Any, k: Any) -> Any:
         return self.a(q, k) | self.b(q, k)
+
+    @property
+    def key_bound(self) -> int | None:
+        bounds = [b for b in (self.a.key_bound, self.b.key_bound) if b is not None]
+        return max(bounds) if len(bounds) == 2 else None
 
     def bounds(self, q0: int, q1: int, k0: int, k1: int, contiguous: bool = True) -> tuple[bool, bool]:
         (a_all, a_any), (b_all, b_any) = (m.bounds(q0, q1, k0, k1, contiguous) for m in (self.a, self.b))

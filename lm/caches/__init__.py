@@ -2,9 +2,9 @@
 
 A plug is a frozen dataclass with ``init(batch, n_kv_heads, head_dim, dtype, rotated) -> state``; the state has
 ``extend(k_BTKd, v_BTKd, tokens) -> (state, k_BSKd, v_BSKd, keys)`` (everything the T new queries may see, and what is
-known about it), and ``rotated``: whether keys are stored after their rotation. Raw keys are needed by patterns that
-give keys other positions than their own and by frequency scalings that depend on the length; all others store
-rotated keys and so rotate each key once.
+known about it), and ``rotated``: whether keys are stored after their rotation. Rotated is the rule: each key is
+rotated once, and a pattern that wants a key elsewhere turns it by the difference. Raw keys are needed only where
+frequencies depend on the length of the text.
 """
 
 from __future__ import annotations
@@ -13,24 +13,27 @@ from typing import Any
 
 import jax
 
+from lm.attention.branches import Tokens
 from lm.caches.full import Full
 from lm.caches.sink_window import SinkWindow
 from lm.config import ModelConfig
+
+__all__ = ["TABLE", "Tokens", "default", "init", "n_bytes", "needs_raw_keys"]
 
 TABLE = {"full": Full, "sink_window": SinkWindow}
 
 
 def needs_raw_keys(cfg: ModelConfig) -> bool:
-    """Whether the pattern moves keys to other positions, or frequencies change with the length."""
-    return bool(getattr(cfg.pattern, "moves_keys", False) or getattr(cfg.positions, "length_dependent", False))
+    """Whether rotary frequencies change with the length of the text."""
+    return bool(getattr(cfg.positions, "length_dependent", False))
 
 
 def default(cfg: ModelConfig, capacity: int) -> Any:
     """The smallest cache that loses nothing under the layer's pattern."""
     keeps = getattr(cfg.pattern, "keeps", None)
-    if keeps is None or sum(keeps) >= capacity:
+    if keeps is None or keeps[0] >= capacity:
         return Full(capacity)
-    return SinkWindow(*keeps)
+    return SinkWindow(keeps[0], min(keeps[1], capacity - keeps[0]))
 
 
 def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None) -> tuple[Any, ...]:

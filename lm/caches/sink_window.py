@@ -32,7 +32,7 @@ class SinkWindowState:
         old = (self.k_BCKd, self.v_BCKd, self.index_BC, self.positions_BC)
         state = self._put(*new)
         if k.shape[1] == 1:
-            return state, state.k_BCKd, state.v_BCKd, Tokens(state.index_BC, state.positions_BC)
+            return state, state.k_BCKd, state.v_BCKd, Tokens(state.index_BC, state.positions_BC, leading=self.sinks)
         both = [jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, new, strict=True)]
         return state, both[0], both[1], Tokens(both[2], both[3])
 

@@ -22,5 +22,8 @@ class NoPE:
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | float) -> jax.Array:
         return x
 
+    def move(self, x: jax.Array, at: jax.Array, to: jax.Array, length: jax.Array | float) -> jax.Array:
+        return x
+
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None:
         return None

@@ -63,8 +63,18 @@ class Rope:
 
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | float) -> jax.Array:
         """Rotates ``x[..., d]`` to real-valued `positions`, which broadcast against ``x.shape[:-1]``."""
+        return self._turn(x, *self.angles(positions, self.width(x.shape[-1]), length))
+
+    def move(self, x: jax.Array, at: jax.Array, to: jax.Array, length: jax.Array | float) -> jax.Array:
+        """Rotations compose: keys cached at their own positions turn by the difference (without the factor again)."""
         width = self.width(x.shape[-1])
-        cos, sin = (a.astype(x.dtype) for a in self.angles(positions, width, length))
+        freqs, _ = self.scaling.frequencies(self.theta, width, length, self.trained or 2048)
+        angles = (jnp.asarray(to, jnp.float32)[..., None] * freqs) - (jnp.asarray(at, jnp.float32)[..., None] * freqs)
+        return self._turn(x, jnp.cos(angles), jnp.sin(angles))
+
+    def _turn(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        width = self.width(x.shape[-1])
+        cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
         a, b = x[..., : width // 2], x[..., width // 2 : width]
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., width:]], axis=-1)
 

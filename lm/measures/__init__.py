@@ -1,0 +1,32 @@
+"""SOCKET measure: what an experiment reads off a model.
+
+A plug is a frozen dataclass with ``run(subject, progress) -> Measured``; ``cost(model_config) -> float`` (relative, for
+time-left estimates); ``identity() -> str`` (hash of the data it reads); ``stochastic``: whether the seed matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from lm.measures.base import Measured, Subject
+from lm.measures.decode_cost import DecodeCost
+from lm.measures.nll import NllByPosition
+from lm.measures.passkey import Passkey
+
+Progress = Callable[[float, str], None]
+
+
+class Measure(Protocol):
+    stochastic: ClassVar[bool]
+
+    def run(self, subject: Subject, progress: Progress) -> Measured: ...
+
+    def cost(self, cfg: Any) -> float: ...
+
+    def identity(self) -> str: ...
+
+
+TABLE = {"nll_by_position": NllByPosition, "passkey": Passkey, "decode_cost": DecodeCost}
+
+__all__ = ["TABLE", "Measure", "Measured", "Progress", "Subject"]

@@ -1,0 +1,108 @@
+"""Passkey retrieval: a number hidden at a depth of a long text, asked for at its end (arXiv 2305.16300 section 4.2)."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lm.data import texts
+from lm.errors import UserError
+from lm.measures.base import Measured, Progress, Subject, encode, score
+
+TASK = "A pass key is hidden in the text below. Find it and remember it, the question comes at the end.\n\n"
+NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
+QUESTION = "\n\nWhat is the pass key? The pass key is"
+
+
+@dataclass(frozen=True)
+class Passkey:
+    """`trials` prompts per length and depth; each is exactly `length` tokens long, question included.
+
+    Filler is consecutive real text (`filler`, a spec of `lm.data.texts`), a different stretch per trial. The answer
+    counts when every digit is the model's first choice, i.e. when greedy decoding would write it. `context` keeps
+    only the last so many tokens of the prompt (truncation baseline). Samples, one per trial: ``accuracy``,
+    ``accuracy_inside`` / ``accuracy_beyond`` (length at most / above the model's `max_positions`) and ``answer_nll``,
+    nats per digit.
+    """
+
+    lengths: tuple[int, ...] = (1024, 2048)
+    depths: tuple[float, ...] = (0.1, 0.5, 0.9)
+    trials: int = 1
+    digits: int = 5
+    filler: str = "python-docs"
+    context: int | None = None
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 128:
+            raise UserError(f"measures.passkey.lengths: each must be at least 128, found {self.lengths}")
+        if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
+            raise UserError(f"measures.passkey.depths: each must be in 0 … 1, found {self.depths}")
+        if self.trials < 1 or self.digits < 1:
+            raise UserError(
+                f"measures.passkey: trials and digits must be at least 1, found {self.trials}, {self.digits}"
+            )
+
+    def identity(self) -> str:
+        return texts.identity(texts.documents(self.filler))
+
+    def cost(self, cfg: Any) -> float:
+        kept = [min(n, self.context or n) for n in self.lengths]
+        return sum(n * (1.0 + n / 8192) for n in kept) * len(self.depths) * self.trials
+
+    def prompt(self, tokenizer: Any, filler: list[int], length: int, depth: float, rng: random.Random) -> Any:
+        """Token ids of prompt and answer; the prompt is exactly `length` tokens."""
+        key = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
+        task, needle, question, answer = (
+            encode(tokenizer, t, "measures.passkey") for t in (TASK, NEEDLE.format(key=key), QUESTION, f" {key}")
+        )
+        room = length - len(task) - len(needle) - len(question)
+        if room < 0 or room > len(filler):
+            raise UserError(
+                f"measures.passkey.lengths: {length} tokens need {room} tokens of filler; "
+                f"{self.filler!r} has {len(filler)}"
+            )
+        start = rng.randrange(len(filler) - room + 1)
+        cut = start + round(depth * room)
+        return task + filler[start:cut] + needle + filler[cut : start + room] + question, answer
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        text = "\n\n".join(d.text for d in texts.documents(self.filler))
+        filler = encode(subject.tokenizer, text, "measures.passkey")
+        trained = subject.config.max_positions
+        samples: dict[str, list[float]] = {"accuracy": [], "answer_nll": []}
+        grid = np.zeros((len(self.depths), len(self.lengths)))
+        steps = len(self.lengths) * len(self.depths) * self.trials * subject.config.n_layers
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress(done / steps, f"{length} tokens, depth {depth:g}")
+
+        for j, length in enumerate(self.lengths):
+            side = "accuracy_inside" if length <= trained else "accuracy_beyond"
+            for i, depth in enumerate(self.depths):
+                for trial in range(self.trials):
+                    # The prompt depends on seed, length, depth and trial alone: every arm reads the same ones.
+                    rng = random.Random(f"{subject.seed}/{length}/{depth}/{trial}")
+                    prompt, answer = self.prompt(subject.tokenizer, filler, length, depth, rng)
+                    prompt = prompt if self.context is None else prompt[-self.context :]
+                    nll, best = score(subject, prompt + answer, len(answer), tick)
+                    right = float(best.all())
+                    grid[i, j] += right / self.trials
+                    for name, value in (("accuracy", right), (side, right), ("answer_nll", float(nll.mean()))):
+                        samples.setdefault(name, []).append(value)
+        curve = {
+            "kind": "grid",
+            "x": list(self.lengths),
+            "y": list(self.depths),
+            "z": grid.tolist(),
+            "xlabel": "prompt length, tokens",
+            "ylabel": "depth of the key",
+            "zlabel": "retrieved",
+        }
+        return Measured(samples, {"passkey": curve}, {"filler": self.filler, "trials": self.trials})
