@@ -19,9 +19,7 @@ from lm.errors import UserError, nearest, unknown
 
 def socket(module: str, default: str) -> Any:
     """A dataclass field that holds a plug of ``module.TABLE``; `default` is a plug name with its own defaults."""
-    return field(
-        default_factory=lambda: table(module)[default](), metadata={"socket": module, "default": default}
-    )
+    return field(default_factory=lambda: table(module)[default](), metadata={"socket": module, "default": default})
 
 
 def table(module: str) -> dict[str, Any]:
@@ -67,9 +65,10 @@ class ModelConfig:
                 raise UserError(f"model.{name}: must be at least 1, found {getattr(self, name)}")
         if self.n_kv_heads is None:
             object.__setattr__(self, "n_kv_heads", self.n_heads)
-        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+        n_kv_heads = self.n_kv_heads or 0
+        if n_kv_heads < 1 or self.n_heads % n_kv_heads:
             raise UserError(
-                f"model.n_kv_heads: {self.n_kv_heads} does not divide model.n_heads = {self.n_heads}; "
+                f"model.n_kv_heads: {n_kv_heads} does not divide model.n_heads = {self.n_heads}; "
                 f"valid: {', '.join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)}"
             )
         if self.head_dim is None:
@@ -96,8 +95,8 @@ class ModelConfig:
                 if i in _layer_range(entry, self.n_layers, f"model.layer_overrides[{n}].layers"):
                     changes = {k: v for k, v in dict(entry).items() if k != "layers"}
                     cfg = merge(cfg, changes, f"model.layer_overrides[{n}]")
-            pattern = getattr(cfg.pattern, "for_layer", lambda i: cfg.pattern)(i)
-            out.append(dataclasses.replace(cfg, pattern=pattern))
+            for_layer = getattr(cfg.pattern, "for_layer", None)
+            out.append(cfg if for_layer is None else dataclasses.replace(cfg, pattern=for_layer(i)))
         return tuple(out)
 
 
@@ -130,9 +129,7 @@ def build(cls: type, cfg: Any, key: str) -> Any:
     values = {}
     for name, value in cfg.items():
         if name not in fields:
-            raise UserError(
-                f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}"
-            )
+            raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
         place = f"{key}.{name}"
         module = fields[name].metadata.get("socket")
         values[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
@@ -176,13 +173,11 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
             return None
     elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    elif hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif hint in (bool, str) and isinstance(value, hint):
+    elif hint in (bool, int, str) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
     elif origin in (dict, Mapping) and hasattr(value, "items"):
         return dict(value.items())
-    elif dataclasses.is_dataclass(hint):
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, key)
     raise UserError(f"{key}: expected {_show(hint)}, found {value!r} ({type(value).__name__})")
 
@@ -202,9 +197,7 @@ def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
     out = {}
     for name, value in changes.items():
         if name not in fields:
-            raise UserError(
-                f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}"
-            )
+            raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
         place, module = f"{key}.{name}", fields[name].metadata.get("socket")
         if module and hasattr(value, "items"):
             rest = dict(value.items())

@@ -97,7 +97,9 @@ class Decoder(nn.Module):
         return Output(out if logits else None, x, cache, streams)
 
     def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, taps: bool, on_layer: Any) -> Any:
-        layers, streams, caches = self.cfg.layers(), [], []
+        layers = self.cfg.layers()
+        streams: list[Any] = []
+        caches: list[Any] = []
         params, stacked = self._block_params(x.shape, layers)
         start = 0
         for n in _runs(layers, self.cfg.scan_layers and cache is None):
@@ -112,12 +114,18 @@ class Decoder(nn.Module):
             step = jax.checkpoint(layer, prevent_cse=n == 1) if cfg.remat else layer
             if n > 1:
                 run = jax.tree.map(lambda p, a=start, b=start + n: p[a:b], params)
-                x, ys = jax.lax.scan(lambda x, p, f=step: ((y := f(x, p)[0]), y if taps else None), x, run)
-                streams += [ys]
+
+                def body(x: Any, p: Params, step: Any = step) -> Any:
+                    y, _ = step(x, p)
+                    return y, y if taps else None
+
+                x, ys = jax.lax.scan(body, x, run)
+                streams.append(ys)
             else:
                 p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
                 x, c = step(x, p, None if cache is None else cache[start])
-                streams, caches = streams + [x[None]], caches + [c]
+                streams.append(x[None])
+                caches.append(c)
             start += n
         return x, tuple(caches) if cache is not None else None, jnp.concatenate(streams) if taps else None
 
@@ -139,7 +147,7 @@ class Decoder(nn.Module):
 
 
 def readout(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits float32 ``[..., V]`` of final hidden states ``[..., D]``: the head alone, for callers that go by pieces."""
+    """Logits float32 ``[..., V]`` of final hidden states ``[..., D]``: the head alone, for callers going by pieces."""
     return cfg.head.module(cfg).apply({"params": params.get("head", {})}, hidden, params["embed"])
 
 

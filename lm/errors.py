@@ -26,6 +26,4 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def unknown(key: str, found: object, valid: Iterable[str]) -> UserError:
     """The error for a name that is not in a closed list."""
     options = sorted(str(v) for v in valid)
-    return UserError(
-        f"{key}: unknown name {found!r}{nearest(str(found), options)}; valid: {', '.join(options)}"
-    )
+    return UserError(f"{key}: unknown name {found!r}{nearest(str(found), options)}; valid: {', '.join(options)}")

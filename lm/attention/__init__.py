@@ -1,7 +1,8 @@
 """SOCKET pattern: which keys a query sees, and at which positions.
 
 A plug is a frozen dataclass with ``branches(ctx: Context) -> tuple[Branch, ...]`` (disjoint branches of one softmax)
-and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold. `attend` runs the branches on the chosen backend.
+and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold.
+`attend` runs the branches on the chosen backend.
 """
 
 from __future__ import annotations

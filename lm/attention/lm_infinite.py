@@ -62,7 +62,7 @@ class LMInfinite:
         if self.window is not None:
             seen = seen & (Window(self.window) | Sinks(self.sinks))
         if self.ceiling is None:
-            out = (Branch(seen),)
+            out: tuple[Branch, ...] = (Branch(seen),)
         else:
             within = Window(int(self.ceiling) + 1)
             beyond = seen & ~within

@@ -69,9 +69,7 @@ class SinkWindow:
         if self.window < 1 or self.sinks < 0:
             raise UserError(f"cache: window must be at least 1 and sinks at least 0, found {self}")
 
-    def init(
-        self, batch: int, n_kv_heads: int, head_dim: int, dtype: Any, rotated: bool = True
-    ) -> SinkWindowState:
+    def init(self, batch: int, n_kv_heads: int, head_dim: int, dtype: Any, rotated: bool = True) -> SinkWindowState:
         size = self.sinks + self.window
         kv = jnp.zeros((batch, size, n_kv_heads, head_dim), dtype)
         empty = jnp.full((batch, size), -1, jnp.int32)

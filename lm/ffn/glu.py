@@ -33,7 +33,7 @@ class SwiGLU:
     activation: ClassVar[Activation] = staticmethod(jax.nn.silu)
 
     def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
-        return _GLU(cfg, self.activation, self.bias, name=name)
+        return _GLU(cfg, type(self).activation, self.bias, name=name)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ class Gelu:
     activation: ClassVar[Activation] = staticmethod(functools.partial(jax.nn.gelu, approximate=False))
 
     def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
-        return _MLP(cfg, self.activation, self.bias, name=name)
+        return _MLP(cfg, type(self).activation, self.bias, name=name)
 
 
 @dataclass(frozen=True)

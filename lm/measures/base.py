@@ -54,7 +54,9 @@ _TICK = _Ticker()
 def encode(tokenizer: Any, text: str, what: str) -> list[int]:
     """Token ids; `UserError` when the subject has no tokenizer."""
     if tokenizer is None:
-        raise UserError(f"{what}: the checkpoint has no tokenizer; valid: a checkpoint with tokenizer.json or a GGUF file")
+        raise UserError(
+            f"{what}: the checkpoint has no tokenizer; valid: a checkpoint with tokenizer.json or a GGUF file"
+        )
     return list(tokenizer.encode(text))
 
 

