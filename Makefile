@@ -75,10 +75,10 @@ format: check-python $(STAMP)-test
 
 # On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free.
 test: lint
-	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest $(PYTEST_ARGS)
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest -q $(PYTEST_ARGS)
 
 results: check-python $(STAMP)-demo
-	@$(PY) -m experiments.report --results=results --out=RESULTS.md
+	@$(PY) -m experiments.results_page
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

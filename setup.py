@@ -1,4 +1,8 @@
-"""Packaging of Decoder Lab. Every range says why it is what it is; two sets of versions are tested, see README.md."""
+"""Packaging of Decoder Lab. Every range says why it is what it is.
+
+Tested: the newest releases on Python 3.11 and 3.12 (README.md), and on 3.11 the lower bounds of BASE all at once. Upper
+bounds stop at the next release that may break things: the next major one, or the next minor one before 1.0.
+"""
 
 from pathlib import Path
 
@@ -6,28 +10,28 @@ from setuptools import find_packages, setup
 
 BASE = [
     # The platform. 0.10.x is the last line for Python 3.11 (0.11.0 dropped it), 0.12.x is current for 3.12 and later.
-    # 0.11.x resolves too but is not tested. Below 0.10 `jax.make_mesh` and `jax.set_mesh` mean other things.
+    # 0.11.x resolves too but is not tested. Before 0.9 `jax.make_mesh` made axes of another type.
     "jax>=0.10.0,<0.13",
     # Flax Linen. 0.12.8 is the last release for Python 3.11 and pairs with jax 0.10; 0.12.12 pairs with jax 0.12.
     # Only `flax.linen` is imported, so the breaks between `flax.nnx` and jax 0.11 do not matter here.
     "flax>=0.12.8,<0.13",
-    # Optimizers and schedules. 0.2.8 is the first release tested with jax 0.10 and 0.12; 0.3 may rename transforms.
+    # Optimizers and schedules for training. Flax depends on it anyway; 0.2.8 runs with jax 0.10 and 0.12.
     "optax>=0.2.8,<0.3",
-    # Checkpoints. 0.12 still has the API this code was written for; the next minor is where Orbax moves names.
+    # Checkpoints of training runs. Flax depends on it anyway; names moved in earlier minor releases.
     "orbax-checkpoint>=0.12,<0.13",
-    # Configurations and command-line overrides. 1.0 dropped Python 2 spellings; 1.x is stable.
+    # Configurations and command-line overrides. 1.0 and 1.1 behave alike here.
     "ml-collections>=1.0,<2",
-    # Assertions on shapes and trees, variants in tests. Needs jax>=0.7; 0.1.92 is the release tested.
+    # Assertions on shapes and trees for training code. 0.1.92 asks for jax 0.7 or later, so no conflict.
     "chex>=0.1.90,<0.2",
-    # 2.0 is jax's own floor; from jax 0.11 it is 2.1, which pip finds by itself.
+    # 2.0 is the floor of jax 0.10; later ones ask for more, which pip finds by itself.
     "numpy>=2.0,<3",
-    # Plots in reports. 3.9 is the first release built for NumPy 2.
+    # Plots in reports. 3.9 is the first release line built for NumPy 2.
     "matplotlib>=3.9,<4",
-    # Progress bars.
+    # Progress bars. Plain use, any 4.x will do.
     "tqdm>=4.66,<5",
-    # Hugging Face weights without pickle. 0.4.3 reads bfloat16 and float8 headers.
+    # Hugging Face weights without pickle. The format is frozen; transformers 5 asks for 0.8, pip decides.
     "safetensors>=0.4.3,<1",
-    # GGUF weights, dequantised with NumPy. 0.17 has `ReaderField.contents()`; 0.19 is the release tested.
+    # GGUF weights, dequantised with NumPy. Metadata is read with `ReaderField.contents()`, present in 0.17.
     "gguf>=0.17,<1",
     # Tokenizers of Hugging Face folders and GGUF files. 0.23 is what transformers 5 asks for; the minor breaks often.
     "tokenizers>=0.23.1,<0.24",
@@ -38,7 +42,7 @@ BASE = [
 EXTRAS = {
     # Compile for a TPU topology without a TPU: the compiler alone, 700 MB unpacked, proprietary licence.
     "aot": [
-        # jax 0.10.2 pairs with 0.0.42; 0.0.52 compiled the same programs. No later release has been tried.
+        # jax 0.10.2 pairs with 0.0.42; 0.0.52 compiled the same programs. Any jax takes any recent one.
         "libtpu>=0.0.42,<0.1",
     ],
     # Hugging Face oracles and exports; PyTorch is never needed to run the library.
@@ -49,27 +53,27 @@ EXTRAS = {
     # Data sets beyond the default corpus. Kept out of the base for weight, not for import time: tensorflow-datasets
     # alone brings pyarrow (170 MB unpacked), gensim another 58 MB, and the main experiment needs neither.
     "data": [
-        # `tfds.data_source` reads prepared sets without TensorFlow; 4.9.7 is the first release for NumPy 2.
-        "tensorflow-datasets>=4.9.7,<5",
-        # Deterministic loading. 0.2.12 is the first release with the lazy data-set API on every platform.
-        "grain>=0.2.12,<0.3",
-        # The random-access format behind both of the above; 0.8 is the first release for Python 3.13.
-        "array_record>=0.8,<0.9",
+        # `tfds.data_source` reads prepared sets without TensorFlow; 4.9.10 is the release tested.
+        "tensorflow-datasets>=4.9.10,<5",
+        # Deterministic loading for training; 0.2.18 is the release tested.
+        "grain>=0.2.18,<0.3",
+        # The random-access format behind both of the above; 0.8.1 is grain's own floor.
+        "array_record>=0.8.1,<0.9",
         # Only for the Wikipedia articles inside its test data. Exact, because results quote its text.
         "gensim==4.4.0",
-        # Tokenizers of SentencePiece models.
+        # Tokenizers of SentencePiece models, for checkpoints that have no tokenizer.json.
         "sentencepiece>=0.2,<0.3",
     ],
     # Sweeps on a Slurm cluster.
     "slurm": [
-        # 1.5 has the array and requeue calls the Slurm engine uses; 2.x does not exist yet.
+        # Job arrays and requeueing with one API for Slurm and for local processes; 1.5 is its current line.
         "submitit>=1.5,<2",
     ],
     # What `make test` needs on top of [data].
     "test": [
-        # 8.0 dropped the hooks pytest 9 dropped too; 9.2 is the release tested.
+        # 8.0 and 9.2 were tested.
         "pytest>=8,<10",
-        # Property tests.
+        # Property tests. 6.100 and 6.170 were tested.
         "hypothesis>=6.100,<7",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.
         "ruff>=0.17.6,<0.18",

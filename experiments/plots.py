@@ -25,6 +25,13 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)))
 MARKERS = "osD^vPX*<>"
 CUT = 1.5  # an axis that is cut goes on above the calmest arm for this many times that arm's own range …
 BLOWN = 2.0  # … and is cut only when the highest arm would stretch it more than so many times
+_LOOK: dict[str, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.w_pad": 0.12,
+    "figure.constrained_layout.h_pad": 0.1,
+}
 Curve = Mapping[str, Any]
 
 
@@ -46,12 +53,11 @@ def write(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
         while path in taken:  # two curve names may differ only in characters a path cannot hold
             path = path.with_stem(path.stem + "_")
         taken.add(path)
-        with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        with matplotlib.rc_context(_LOOK):
             if any(c.get("kind") == "grid" for c in by_arm.values()):
                 figure = _grids(name, {a: c for a, c in by_arm.items() if c.get("kind") == "grid"})
             else:
                 figure = _lines(name, by_arm, order)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
         FigureCanvasAgg(figure)
         figure.savefig(path, dpi=130, metadata={"Software": None}, facecolor="white")
         out[name] = path

@@ -34,6 +34,7 @@ table { border-collapse: collapse; font-size: 14px; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .7rem; text-align: left; vertical-align: top; }
 thead th { background: var(--head); }
 table.numbers td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+table.numbers thead th:not(:first-child) { text-align: right; }
 .HOLDS { color: var(--good); font-weight: 700; white-space: nowrap; }
 .FAILS { color: var(--bad); font-weight: 700; white-space: nowrap; }
 .NOT { color: var(--none); font-weight: 700; white-space: nowrap; }

@@ -17,8 +17,8 @@ from lm.errors import UserError
 COMMAND = "python -m experiments.results_page"
 HEADER = f"""# Results
 
-Generated from `results/*/results.json` by `{COMMAND}`; do not edit by hand. A claim that fails is listed with its
-numbers like one that holds. Numbers are mean ± standard deviation (number of samples)."""
+Generated from `results/*/results.json` by `{COMMAND}`; do not edit by hand. A claim that
+fails is listed with its numbers like one that holds. Numbers are mean ± standard deviation (number of samples)."""
 
 
 def generate(root: Path) -> str:

