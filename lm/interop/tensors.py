@@ -1,0 +1,83 @@
+"""From named tensors of a file to the parameter tree: one table per family, shapes checked against the model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lm import params as params_lib
+from lm.config import ModelConfig
+from lm.errors import UserError
+
+# our name (without "blocks/") -> (name in the file, `{i}` = layer; how to turn it)
+Table = dict[str, tuple[str, Callable[..., np.ndarray]]]
+
+
+def same(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    return x
+
+
+def flip(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """``[out, in]`` -> ``[in, out]``."""
+    return x.T
+
+
+def fill(cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names: Iterable[str], file: Path) -> Any:
+    """The parameter tree of `cfg`. `get` reads one tensor; `names` are all tensors of the file.
+
+    Raises `UserError` for a missing tensor, a wrong shape, or a tensor the model has no place for.
+    """
+    available, used = set(names), set()
+
+    def read(name: str, turn: Any, shape: tuple[int, ...], dtype: Any, ours: str) -> np.ndarray:
+        if name not in available:
+            raise UserError(f"{file}: tensor {name!r} is missing (needed for {ours})")
+        used.add(name)
+        found = get(name)
+        try:
+            return np.asarray(turn(found, cfg), dtype).reshape(shape)
+        except (ValueError, IndexError):
+            raise UserError(
+                f"{file}: tensor {name!r} has shape {tuple(found.shape)}, which does not give {ours} of shape {shape}"
+            ) from None
+
+    out: dict[str, Any] = {}
+    for ours, leaf in params_lib.names(params_lib.abstract(cfg)).items():
+        if ours.startswith("blocks_"):
+            raise UserError(f"{file}: layers of different shapes are not imported (found at {ours})")
+        name, turn = table[ours.removeprefix("blocks/")]
+        if ours.startswith("blocks/"):
+            value = np.empty(leaf.shape, leaf.dtype)
+            for i in range(cfg.n_layers):
+                value[i] = read(name.format(i=i), turn, leaf.shape[1:], leaf.dtype, ours)
+        else:
+            value = read(name, turn, leaf.shape, leaf.dtype, ours)
+        node = out
+        *parents, last = ours.split("/")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jnp.asarray(value)
+    foreign = sorted(n for n in available - used if not BUFFERS.search(n))
+    if foreign:
+        raise UserError(f"{file}: {len(foreign)} tensors have no place in the model, first {foreign[0]!r}")
+    return out
+
+
+# Constants some files carry along; tied heads are dropped by the readers.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|attention\.bias|attention\.masked_bias)$")
+
+
+def content_hash(paths: Iterable[Path]) -> str:
+    """sha256 over the contents of files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
