@@ -1,0 +1,116 @@
+"""Arms: the base model with an arm's dotted overrides, and the measures the arm runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from experiments.settings import MEASURES, Experiment, change, change_measure, measure, parts
+from lm import params
+from lm.config import ModelConfig, merge, model_config, table, to_dict
+from lm.errors import UserError, nearest, unknown
+
+RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Draft(ModelConfig):
+    """Stands for the model of a checkpoint that is not at hand: names and types are checked, numbers are not."""
+
+    def __post_init__(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`measures`: label -> plug, only those that this arm runs."""
+
+    name: str
+    model: ModelConfig
+    measures: dict[str, Any]
+
+
+def base_model(exp: Experiment, checkpoint: ModelConfig | None) -> ModelConfig:
+    """The model every arm starts from; `checkpoint` is the checkpoint's own, None when there is none at hand."""
+    if exp.checkpoint == RANDOM:
+        return model_config(exp.model)
+    if checkpoint is not None:
+        return merge(checkpoint, exp.model, "model")
+    return model_config(exp.model) if "vocab_size" in exp.model else merge(Draft(), exp.model, "model")
+
+
+def resolve(exp: Experiment, base: ModelConfig) -> dict[str, Arm]:
+    """Every arm, checked; raises `UserError` that names the arm and the key."""
+    out = {}
+    for name, changes in exp.arms.items():
+        try:
+            out[name] = _arm(exp, base, name, changes)
+        except UserError as e:
+            raise UserError(f"arms.{name}: {e}") from None
+    return out
+
+
+def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, Any]) -> Arm:
+    model: dict[str, Any] = {}
+    measures = {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}
+    chosen = list(exp.measures)
+    for dotted, value in changes.items():
+        head, *rest = parts(dotted)
+        if dotted == "only":
+            chosen = _only(exp, value)
+        elif head == "model" and rest:
+            change(model, base, rest, value, "model")
+        elif head == "measures" and rest:
+            measures[rest[0]] = change_measure(measures, rest, value)
+        else:
+            valid = ("only", "model.KEY", "measures.LABEL.KEY")
+            raise UserError(f"{dotted}: unknown key{nearest(head, ('only', 'model', 'measures'))}; valid: {valid}")
+    cfg = merge(base, model, "model")
+    cfg.layers()  # refuses malformed layer overrides
+    return Arm(name, cfg, {label: measure(label, measures[label]) for label in chosen})
+
+
+def _only(exp: Experiment, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple)) or not value:
+        raise UserError(f"only: expected a tuple of measure labels, found {value!r}; valid: {', '.join(exp.measures)}")
+    for label in value:
+        if label not in exp.measures:
+            raise unknown("only", label, exp.measures)
+    return [label for label in exp.measures if label in value]
+
+
+def choose(arms: Mapping[str, Arm], names: str | None) -> list[str]:
+    """The arms of ``--arms=a,b``, in the config's order; all without it."""
+    if names is None:
+        return list(arms)
+    wanted = [n.strip() for n in names.split(",")]
+    for name in wanted:
+        if name not in arms:
+            raise unknown("--arms", name, arms)
+    return [name for name in arms if name in wanted]
+
+
+def shapes(cfg: ModelConfig) -> tuple[Any, ...]:
+    """Names, shapes and types of all parameters; nothing is allocated."""
+    named = params.names(params.abstract(cfg))
+    return tuple((name, leaf.shape, str(leaf.dtype)) for name, leaf in named.items())
+
+
+def count(cfg: ModelConfig) -> int:
+    """The number of parameters."""
+    return sum(int(leaf.size) for leaf in jax.tree.leaves(params.abstract(cfg)))
+
+
+def check_shapes(arms: Mapping[str, Arm], base: ModelConfig) -> None:
+    """Raises `UserError` when an arm asks for other parameters than the checkpoint has."""
+    have = shapes(base)
+    for arm in arms.values():
+        want = have if arm.model == base else shapes(arm.model)
+        for name, shape, dtype in set(want) ^ set(have):
+            raise UserError(
+                f"arms.{arm.name}: needs other parameters than the checkpoint's: {name} {shape} {dtype}; "
+                "valid: overrides that keep the parameters, or checkpoint = 'random'"
+            )

@@ -1,0 +1,92 @@
+"""What every command shares: one place for errors and interrupts, arguments that fail in one line, aligned tables."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from lm.errors import UserError, nearest
+
+INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
+GRACE = 2.0  # seconds that Python gets to handle an interrupt by itself
+
+Command = Callable[[Sequence[str]], int | None]
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are `UserError`s of one line, with the nearest option."""
+
+    def __init__(self, prog: str, description: str | None) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}")
+
+    def refuse(self, unknown: Sequence[str]) -> None:
+        """Raises `UserError` for the first argument that was not understood."""
+        for word in unknown:
+            flag = word.partition("=")[0]
+            valid = sorted(o for a in self._actions for o in a.option_strings)
+            raise UserError(f"{flag}: unknown argument{nearest(flag, valid)}; valid: {', '.join(valid)}")
+
+
+def main(fn: Command, argv: Sequence[str] | None = None) -> int:
+    """The exit code of ``fn(argv)``: 2 and ``error: …`` on stderr for a `UserError`, 130 for an interrupt."""
+    try:
+        return fn(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{INTERRUPTED}" if sys.stderr.isatty() else INTERRUPTED, file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of the pipe has seen enough
+        with contextlib.suppress(OSError):
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing left to flush into the closed pipe)
+        return 0
+
+
+def enter(fn: Callable[[], int]) -> NoReturn:
+    """Runs a command as the whole process, which an interrupt ends soon even inside a long compiled computation.
+
+    Python runs signal handlers between byte codes of the main thread, and that thread may wait minutes for a
+    computation. The wake-up descriptor is written at once, by C; a thread reads it and ends the process when Python
+    has not done so after `GRACE` seconds. Files are written whole or not at all, so no moment is a bad one.
+    """
+    read, write = socket.socketpair()
+    write.setblocking(False)
+    done = threading.Event()
+
+    def watch() -> None:
+        while read.recv(1) != bytes([signal.SIGINT]):
+            pass
+        time.sleep(GRACE)
+        if not done.is_set():
+            print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
+            os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
+    code = fn()
+    done.set()
+    sys.exit(code)
+
+
+def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Rows of cells as text, each column as wide as its widest cell, the first row underlined."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(cells: Sequence[str]) -> str:
+        return (indent + "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True))).rstrip()
+
+    head, *body = rows
+    return "\n".join([line(head), line(["-" * w for w in widths]), *(line(row) for row in body)])

@@ -1,0 +1,173 @@
+"""A checked experiment as a list of jobs, and the folder its run is kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments import registry, settings
+from experiments.arms import RANDOM, Arm, Draft, base_model, check_shapes, choose, resolve
+from experiments.cache import write_json
+from experiments.settings import MEASURES, Experiment
+from experiments.subject import checkpoint_config
+from lm.config import ModelConfig, table, to_dict
+from lm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`chosen`: the arms to run. `absent`: why the checkpoint is not at hand (dry runs only)."""
+
+    exp: Experiment
+    base: ModelConfig
+    arms: dict[str, Arm]
+    chosen: list[str]
+    absent: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One measurement; `seed` None where no seed can matter."""
+
+    arm: str
+    label: str
+    seed: int | None
+    plug: Any = field(repr=False)
+    model: ModelConfig = field(repr=False)
+    cost: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm} / {self.label}" + ("" if not self.seed else f" / seed {self.seed}")
+
+    def what(self, checkpoint: str, read: Mapping[Any, str], device: str) -> dict[str, Any]:
+        """Everything that determines the numbers; JSON-ready. The device is part of it: some measures are times."""
+        measure = to_dict(self.plug, table(MEASURES))
+        return {
+            "checkpoint": checkpoint,
+            "model": to_dict(self.model),
+            "measure": measure,
+            "reads": read[_text(measure)],
+            "seed": self.seed,
+            "device": device,
+        }
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def prepare(
+    raw: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], arms: str | None, absent_is_fine: bool = False
+) -> Plan:
+    """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake."""
+    late = [(k, v) for k, v in overrides if k.startswith("model.")]
+    for dotted, value in overrides:
+        if (dotted, value) not in late:
+            raw = settings.override(raw, dotted, value)
+    exp = settings.experiment(raw)
+    resolve(exp, Draft())
+    absent, checkpoint = None, None
+    try:
+        checkpoint = checkpoint_config(exp)
+    except UserError as e:
+        if not absent_is_fine:
+            raise
+        absent = str(e)
+    base = base_model(exp, checkpoint)
+    for dotted, value in late:
+        raw = settings.override(raw, dotted, value, base)
+    if late:
+        exp = settings.experiment(raw)
+        base = base_model(exp, checkpoint)
+    found = resolve(exp, base)
+    if exp.checkpoint != RANDOM and not isinstance(base, Draft):
+        check_shapes(found, base)
+    return Plan(exp, base, found, choose(found, arms), absent)
+
+
+def make(plan: Plan) -> list[Job]:
+    """All jobs of all arms, in the config's order. A seed that cannot matter is not repeated: the parameters are given
+    and the measure draws nothing."""
+    out = []
+    for arm in plan.arms.values():
+        for label, plug in arm.measures.items():
+            drawn = plan.exp.checkpoint == RANDOM or getattr(plug, "stochastic", True)
+            cost = float(plug.cost(arm.model)) if hasattr(plug, "cost") else 1.0
+            for seed in plan.exp.seeds if drawn else (None,):
+                out.append(Job(arm.name, label, seed, plug, arm.model, cost))
+    return out
+
+
+def identities(plan: Plan) -> dict[Any, str]:
+    """What every measure will read, as a hash; a text that is missing or broken is refused here, before any work."""
+    out: dict[Any, str] = {}
+    for arm in plan.arms.values():
+        for label, plug in arm.measures.items():
+            at = _text(to_dict(plug, table(MEASURES)))
+            if at not in out:
+                try:
+                    out[at] = str(plug.identity()) if hasattr(plug, "identity") else ""
+                except UserError as e:
+                    raise UserError(f"measures.{label}: {e}") from None
+    return out
+
+
+@dataclass(frozen=True)
+class Workdir:
+    """A run folder: new, empty, or of this very config."""
+
+    path: Path
+    place: str
+    plan: Plan
+
+    def check(self) -> None:
+        """Raises `UserError` when the folder holds anything else than a run of this config."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--workdir: {self.path} is a file; valid: a new folder, or the folder of this run")
+        file = self.path / "config.json"
+        if not file.exists():
+            found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            if found:
+                raise UserError(
+                    f"--workdir: {self.path} holds {found[0]!r} but no config.json; valid: a new or empty folder"
+                )
+            return
+        theirs, ours = registry.read_json(file)[1], self.plan.exp.to_dict()
+        if theirs != ours:
+            key, old, new = _difference(theirs, ours, "config")
+            raise UserError(
+                f"--workdir: {self.path} holds another config: {key} is {_short(old)} there and {_short(new)} here; "
+                "valid: another folder"
+            )
+
+    def start(self, environment: Mapping[str, Any]) -> None:
+        """Makes the folder and writes config.json and environment.json."""
+        plan = self.plan
+        resolved = {
+            name: {
+                "model": to_dict(arm.model),
+                "measures": {label: to_dict(m, table(MEASURES)) for label, m in arm.measures.items()},
+            }
+            for name, arm in plan.arms.items()
+        }
+        data = {"schema": registry.SCHEMA, "file": self.place, "config": plan.exp.to_dict(), "resolved": resolved}
+        write_json(self.path / "config.json", settings.plain(data, lists=True))
+        write_json(self.path / "environment.json", dict(environment))
+
+
+def _difference(a: Any, b: Any, key: str) -> tuple[str, Any, Any]:
+    """The first place where two nested values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in [*a, *(n for n in b if n not in a)]:
+            if name not in a or name not in b or a[name] != b[name]:
+                return _difference(a.get(name, "absent"), b.get(name, "absent"), f"{key}.{name}")
+    return key, a, b
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,154 @@
+"""Runs one experiment: every arm, measure and seed, then a table, the verdicts and a report.
+
+``python -m experiments.run --config=configs/X.py[:scale] [--workdir=DIR] [--arms=a,b] [--config.KEY=VALUE ...]``
+
+``--config=RUN_FOLDER/config.json`` repeats a run. Any key of the config can be set, for example ``--config.seeds=(0,1)``,
+``--config.model.pattern=lm_infinite``, ``--config.measures.nll.tokens=4096`` or
+``--config.arms.window.model.pattern.window=512``. Finished points are kept: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import cli, registry, results, summary
+from experiments.cache import Cache, Point, write_json
+from experiments.environment import code, describe
+from experiments.plan import Job, Plan, Workdir, identities, make, prepare
+from experiments.progress import Progress, duration
+from experiments.settings import Text
+from experiments.subject import Base
+from lm.measures import Subject
+
+PROG = "python -m experiments.run"
+
+
+def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
+    """The parsed arguments and the overrides ``(dotted key, value)`` in order."""
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--config."):
+            name, equals, value = word.removeprefix("--config.").partition("=")
+            overrides.append((name, Text(value if equals else next(words, ""))))
+        else:
+            rest.append(word)
+    parser = cli.Parser(PROG, __doc__)
+    parser.add_argument("--config", required=True, help="configs/NAME.py[:scale], or the config.json of a run")
+    parser.add_argument("--workdir", type=Path, help="run folder (default: runs/NAME-SCALE)")
+    parser.add_argument("--arms", help="only these arms, separated by commas")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is kept from earlier runs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the plan, load and write nothing"
+    )
+    parsed, unknown = parser.parse_known_args(rest)
+    parser.refuse(unknown)
+    return parsed, overrides
+
+
+def run(argv: Sequence[str]) -> int:
+    """Everything from the arguments to the report; raises `UserError` for any mistake in the input."""
+    args, overrides = arguments(argv)
+    source, settings = registry.find(args.config)
+    plan = prepare(settings, overrides, args.arms, absent_is_fine=args.dry_run)
+    workdir = Workdir(args.workdir or Path("runs") / f"{plan.exp.name}-{plan.exp.scale}", source.place, plan)
+    workdir.check()
+    if args.dry_run:
+        print(summary.plan(plan, workdir.path))
+        return 0
+    read = identities(plan)
+    base = Base(plan.exp, plan.base)
+    environment = describe()
+    workdir.start(environment)
+    Runner(plan, source, workdir.path, base, environment, read, args.fresh).all()
+    return 0
+
+
+class Runner:
+    """One pass over the jobs of a plan; results.json is valid after every point."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        source: registry.Source,
+        workdir: Path,
+        base: Base,
+        environment: dict[str, Any],
+        read: dict[Any, str],
+        fresh: bool,
+    ) -> None:
+        self.plan, self.source, self.workdir, self.base = plan, source, workdir, base
+        self.environment, self.cache, self.start = environment, Cache(workdir), time.monotonic()
+        self.made = {k: environment[k] for k in ("jax", "device", "commit", "dirty")} | {"code": code()}
+        self.what = {j: j.what(base.identity, read, environment["device"]) for j in make(plan)}
+        self.points: dict[Job, Point] = {}
+        for job in self.what:
+            chosen = job.arm in plan.chosen
+            point = None if fresh and chosen else self.cache.get(self.what[job], own=not chosen)
+            if point is not None:
+                self.points[job] = point
+
+    def all(self) -> dict[str, Any]:
+        """Measures what is missing, writes results and report, prints the summary; gives results.json's content."""
+        todo = [j for j in self.what if j.arm in self.plan.chosen and j not in self.points]
+        n = sum(j.arm in self.plan.chosen for j in self.what)
+        print(summary.head(self.plan, n, n - len(todo), self.workdir), flush=True)
+        old = sum(p.made.get("code") != self.made["code"] for p in self.points.values())
+        if old:
+            print(f"note: {old} kept points were measured by another version of lm/; --fresh measures them again")
+        self.write()
+        progress = Progress(sum(j.cost for j in todo))
+        try:
+            for job in todo:
+                self.points[job] = self.measure(job, progress)
+                self.cache.put(self.points[job])
+                self.write()
+        finally:
+            progress.close()
+        out = self.write()
+        from experiments import report
+
+        written = report.write(out, self.workdir)
+        print(summary.end(out, self.workdir, written))
+        print(f"\n{duration(time.monotonic() - self.start)}")
+        return out
+
+    def measure(self, job: Job, progress: Progress) -> Point:
+        arm = self.plan.arms[job.arm]
+        seed = self.plan.exp.seeds[0] if job.seed is None else job.seed
+        progress.begin(job.name)
+        start = time.monotonic()
+        subject = Subject(arm.model, self.base.params(arm, seed), self.base.tokenizer, seed)
+        done = job.plug.run(subject, lambda fraction, text: progress.at(fraction, job.cost, text))
+        progress.end(job.cost)
+        samples = {name: [float(x) for x in values] for name, values in done.samples.items()}
+        seconds = round(time.monotonic() - start, 3)
+        curves, notes = results.clean(done.curves), results.clean(done.notes)
+        return Point(self.what[job], samples, curves, notes, seconds, self.made)
+
+    def write(self) -> dict[str, Any]:
+        """results.json as of now: arms, measures and seeds in the config's order, whatever finished first."""
+        points: dict[str, dict[str, list[Point]]] = {}
+        for job in self.what:
+            if job in self.points:
+                points.setdefault(job.arm, {}).setdefault(job.label, []).append(self.points[job])
+        seconds = {
+            "seconds": round(sum(p.seconds for p in self.points.values()), 1),
+            "seconds_this_run": round(time.monotonic() - self.start, 1),
+        }
+        complete = len(self.points) == len(self.what)
+        out = results.assemble(self.plan.exp, self.source.claims, points, {**self.environment, **seconds}, complete)
+        write_json(self.workdir / "results.json", out)
+        return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(run, argv)
+
+
+if __name__ == "__main__":
+    cli.enter(lambda: main(sys.argv[1:]))
