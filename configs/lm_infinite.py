@@ -115,7 +115,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         decode.update(lengths=(4096, 32768))
         arms = _arms(4096, 8.0)
     c.measures = {"nll": nll} if scale == "laptop" else {"nll": nll, "passkey": passkey, "decode": decode}
-    c.arms = arms
+    c.arms = ConfigDict(arms, allow_dotted_keys=True)
     return c
 
 

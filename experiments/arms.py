@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments.settings import MEASURES, Experiment, change, change_measure, measure, parts
+from experiments.settings import MEASURES, Experiment, change, change_measure, measure, names_first, parts
 from lm import params
 from lm.config import ModelConfig, merge, model_config, table, to_dict
 from lm.errors import UserError, nearest, unknown
@@ -57,7 +57,8 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
     model: dict[str, Any] = {}
     measures = {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}
     chosen = list(exp.measures)
-    for dotted, value in changes.items():
+    # A plug is named before its fields are set, in whatever order the keys come (ConfigDict sorts them).
+    for dotted, value in sorted(changes.items(), key=lambda kv: not kv[0].endswith(".name")):
         head, *rest = parts(dotted)
         if dotted == "only":
             chosen = _only(exp, value)

@@ -50,17 +50,19 @@ class Cache:
     def get(self, what: dict[str, Any], own: bool = False) -> Point | None:
         """The finished point, or None; with `own`, only from the run folder. A damaged file counts as absent."""
         name = key(what) + ".json"
-        for folder in (self.own,) if own else (self.own, self.shared):
-            point = _read(folder / name, what)
-            if point is not None:
-                if folder is not self.own:
-                    write_json(self.own / name, asdict(point))
-                return point
-        return None
+        folders = (self.own,) if own else (self.own, self.shared)
+        return next((p for f in folders if (p := _read(f / name, what)) is not None), None)
 
     def put(self, point: Point) -> None:
+        """Keeps a new point, in both places."""
         for folder in (self.own, self.shared):
             write_json(folder / (key(point.what) + ".json"), asdict(point))
+
+    def adopt(self, point: Point) -> None:
+        """Makes a point that was found part of the run folder."""
+        path = self.own / (key(point.what) + ".json")
+        if not path.is_file():
+            write_json(path, asdict(point))
 
 
 def _read(path: Path, what: dict[str, Any]) -> Point | None:

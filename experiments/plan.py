@@ -12,19 +12,20 @@ from experiments import registry, settings
 from experiments.arms import RANDOM, Arm, Draft, base_model, check_shapes, choose, resolve
 from experiments.cache import write_json
 from experiments.settings import MEASURES, Experiment
-from experiments.subject import checkpoint_config
+from experiments.subject import Base
 from lm.config import ModelConfig, table, to_dict
 from lm.errors import UserError
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`chosen`: the arms to run. `absent`: why the checkpoint is not at hand (dry runs only)."""
+    """`model`: the base model; `chosen`: the arms to run; `base` None: `absent` says why (dry runs only)."""
 
     exp: Experiment
-    base: ModelConfig
+    model: ModelConfig
     arms: dict[str, Arm]
     chosen: list[str]
+    base: Base | None
     absent: str | None = None
 
 
@@ -64,29 +65,35 @@ def prepare(
     raw: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], arms: str | None, absent_is_fine: bool = False
 ) -> Plan:
     """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake."""
-    late = [(k, v) for k, v in overrides if k.startswith("model.")]
+    late = []  # which keys a model has depends on its checkpoint: these wait until it is known
     for dotted, value in overrides:
-        if (dotted, value) not in late:
+        if dotted.startswith("model."):
+            late.append((dotted, value))
+        else:
             raw = settings.override(raw, dotted, value)
     exp = settings.experiment(raw)
-    resolve(exp, Draft())
-    absent, checkpoint = None, None
+    base, absent = None, None
     try:
-        checkpoint = checkpoint_config(exp)
+        base = Base(exp)
     except UserError as e:
         if not absent_is_fine:
             raise
         absent = str(e)
-    base = base_model(exp, checkpoint)
+    own = base.config if base else None
+    model = None if late and exp.checkpoint == RANDOM else base_model(exp, own)
     for dotted, value in late:
-        raw = settings.override(raw, dotted, value, base)
+        raw = settings.override(raw, dotted, value, model or Draft())
     if late:
         exp = settings.experiment(raw)
-        base = base_model(exp, checkpoint)
-    found = resolve(exp, base)
-    if exp.checkpoint != RANDOM and not isinstance(base, Draft):
-        check_shapes(found, base)
-    return Plan(exp, base, found, choose(found, arms), absent)
+        model = base_model(exp, own)
+    assert model is not None
+    found = resolve(exp, model)
+    for arm in found.values():
+        if base is not None:
+            base.check(arm.model)
+    if not isinstance(model, Draft) and exp.checkpoint != RANDOM:
+        check_shapes(found, model)
+    return Plan(exp, model, found, choose(found, arms), base, absent)
 
 
 def make(plan: Plan) -> list[Job]:

@@ -2,7 +2,7 @@
 
 ``python -m experiments.run --config=configs/X.py[:scale] [--workdir=DIR] [--arms=a,b] [--config.KEY=VALUE ...]``
 
-``--config=RUN_FOLDER/config.json`` repeats a run. Any key of the config can be set, for example ``--config.seeds=(0,1)``,
+``--config=RUN_FOLDER/config.json`` repeats a run. Any key of the config can be set: ``--config.seeds=(0,1)``,
 ``--config.model.pattern=lm_infinite``, ``--config.measures.nll.tokens=4096`` or
 ``--config.arms.window.model.pattern.window=512``. Finished points are kept: an interrupted run goes on where it was.
 """
@@ -21,7 +21,6 @@ from experiments.environment import code, describe
 from experiments.plan import Job, Plan, Workdir, identities, make, prepare
 from experiments.progress import Progress, duration
 from experiments.settings import Text
-from experiments.subject import Base
 from lm.measures import Subject
 
 PROG = "python -m experiments.run"
@@ -60,35 +59,26 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         print(summary.plan(plan, workdir.path))
         return 0
-    read = identities(plan)
-    base = Base(plan.exp, plan.base)
-    environment = describe()
-    workdir.start(environment)
-    Runner(plan, source, workdir.path, base, environment, read, args.fresh).all()
+    runner = Runner(plan, source, workdir, args.fresh)
+    runner.all()
     return 0
 
 
 class Runner:
     """One pass over the jobs of a plan; results.json is valid after every point."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        source: registry.Source,
-        workdir: Path,
-        base: Base,
-        environment: dict[str, Any],
-        read: dict[Any, str],
-        fresh: bool,
-    ) -> None:
-        self.plan, self.source, self.workdir, self.base = plan, source, workdir, base
-        self.environment, self.cache, self.start = environment, Cache(workdir), time.monotonic()
-        self.made = {k: environment[k] for k in ("jax", "device", "commit", "dirty")} | {"code": code()}
-        self.what = {j: j.what(base.identity, read, environment["device"]) for j in make(plan)}
+    def __init__(self, plan: Plan, source: registry.Source, workdir: Workdir, fresh: bool = False) -> None:
+        """Looks for finished points; nothing is written. Raises `UserError` for texts that cannot be read."""
+        assert plan.base is not None
+        self.plan, self.source, self.workdir, self.base = plan, source, workdir, plan.base
+        read = identities(plan)
+        self.environment, self.cache, self.start = describe(), Cache(workdir.path), time.monotonic()
+        self.made = {k: self.environment[k] for k in ("jax", "device", "commit", "dirty")} | {"code": code()}
+        self.what = {j: j.what(self.base.identity, read, self.environment["device"]) for j in make(plan)}
         self.points: dict[Job, Point] = {}
-        for job in self.what:
+        for job, what in self.what.items():
             chosen = job.arm in plan.chosen
-            point = None if fresh and chosen else self.cache.get(self.what[job], own=not chosen)
+            point = None if fresh and chosen else self.cache.get(what, own=not chosen)
             if point is not None:
                 self.points[job] = point
 
@@ -96,7 +86,12 @@ class Runner:
         """Measures what is missing, writes results and report, prints the summary; gives results.json's content."""
         todo = [j for j in self.what if j.arm in self.plan.chosen and j not in self.points]
         n = sum(j.arm in self.plan.chosen for j in self.what)
-        print(summary.head(self.plan, n, n - len(todo), self.workdir), flush=True)
+        if todo:
+            self.base.load()
+        self.workdir.start(self.environment)
+        for point in self.points.values():
+            self.cache.adopt(point)
+        print(summary.head(self.plan, n, n - len(todo), self.workdir.path), flush=True)
         old = sum(p.made.get("code") != self.made["code"] for p in self.points.values())
         if old:
             print(f"note: {old} kept points were measured by another version of lm/; --fresh measures them again")
@@ -112,8 +107,8 @@ class Runner:
         out = self.write()
         from experiments import report
 
-        written = report.write(out, self.workdir)
-        print(summary.end(out, self.workdir, written))
+        written = report.write(out, self.workdir.path)
+        print(summary.end(out, self.workdir.path, written))
         print(f"\n{duration(time.monotonic() - self.start)}")
         return out
 
@@ -122,7 +117,7 @@ class Runner:
         seed = self.plan.exp.seeds[0] if job.seed is None else job.seed
         progress.begin(job.name)
         start = time.monotonic()
-        subject = Subject(arm.model, self.base.params(arm, seed), self.base.tokenizer, seed)
+        subject = Subject(arm.model, self.base.params(arm, self.plan.model, seed), self.base.tokenizer, seed)
         done = job.plug.run(subject, lambda fraction, text: progress.at(fraction, job.cost, text))
         progress.end(job.cost)
         samples = {name: [float(x) for x in values] for name, values in done.samples.items()}
@@ -142,7 +137,7 @@ class Runner:
         }
         complete = len(self.points) == len(self.what)
         out = results.assemble(self.plan.exp, self.source.claims, points, {**self.environment, **seconds}, complete)
-        write_json(self.workdir / "results.json", out)
+        write_json(self.workdir.path / "results.json", out)
         return out
 
 

@@ -58,9 +58,12 @@ class Experiment:
 
 
 def plain(cfg: Any, lists: bool = False) -> Any:
-    """Nested `ConfigDict`s (or any mappings) as nested dicts in the same order; with `lists`, tuples as lists."""
+    """Nested `ConfigDict`s (or any mappings) as nested dicts in the order of definition; with `lists`, tuples as
+    lists."""
     if hasattr(cfg, "items"):
-        return {str(k): plain(v, lists) for k, v in cfg.items()}
+        items = dict(cfg.items())
+        order = getattr(cfg, "_fields", items)  # a ConfigDict lists its items by name, but keeps them as defined
+        return {str(k): plain(items[k], lists) for k in order}
     if isinstance(cfg, (list, tuple)):
         values = [plain(v, lists) for v in cfg]
         return values if lists or isinstance(cfg, list) else tuple(values)
@@ -76,7 +79,7 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
     for name, f in fields.items():
         if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"config.{name}: missing; valid: {', '.join(fields)}")
-    labels = raw.get("measures")
+    labels: Any = raw.get("measures")
     if hasattr(labels, "items"):
         raw["measures"] = {label: measure(label, value) for label, value in labels.items()}
     exp = build(Experiment, raw, "config")
@@ -91,6 +94,9 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
                 raise UserError(f"config.{what}: found the name {name!r}; valid: letters, digits and _ @ + -")
     if exp.baseline not in exp.arms:
         raise unknown("config.baseline", exp.baseline, exp.arms)
+    # ConfigDict sorts its keys; tables and plots start with what everything is compared to.
+    first = {exp.baseline: exp.arms[exp.baseline]}
+    exp = dataclasses.replace(exp, arms={**first, **exp.arms})
     if not exp.seeds or len(set(exp.seeds)) < len(exp.seeds) or min(exp.seeds) < 0:
         raise UserError(f"config.seeds: found {exp.seeds}; valid: one or more different numbers from 0 on")
     for arm, changes in exp.arms.items():
@@ -158,10 +164,10 @@ def override(settings: Mapping[str, Any], dotted: str, value: Any, base: Any = M
             raise unknown("config.arms", arm, out["arms"])
         if not keys:
             raise UserError(f"config.arms.{arm}: name the key to change, for example arms.{arm}.model.pattern=causal")
-        value = value.literal() if isinstance(value, Text) else value
         key = ".".join(keys)
-        later = {k: v for k, v in out["arms"][arm].items() if k != key}
-        out["arms"][arm] = {**later, key: value}
+        over = key.removesuffix(".name") + "."  # another plug: its fields start over
+        now = {k: v for k, v in out["arms"][arm].items() if k != key and not k.startswith(over)}
+        out["arms"][arm] = {**now, key: value.literal() if isinstance(value, Text) else value}
     elif head == "paper" and rest:
         sub = typing.get_type_hints(Paper)
         if rest[0] not in sub or rest[1:]:
@@ -174,6 +180,17 @@ def override(settings: Mapping[str, Any], dotted: str, value: Any, base: Any = M
     else:
         out[head] = _fit(value, hints[head], f"config.{head}")
     return out
+
+
+def names_first(changes: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Dotted changes, those that name a plug before those that set its fields, outer plugs first."""
+
+    def order(item: tuple[str, Any]) -> tuple[bool, int]:
+        key = item[0]
+        names = key.endswith(".name") or any(other.startswith(key + ".") for other in changes)
+        return not names, key.removesuffix(".name").count(".") if names else 0
+
+    return sorted(changes.items(), key=order)
 
 
 def parts(dotted: str) -> list[str]:
@@ -195,7 +212,7 @@ def change_measure(measures: Mapping[str, Any], path: Sequence[str], value: Any)
             raise unknown(f"measures.{label}.name", name, options)
         return {"name": name}
     now = dict(measures[label])
-    cls = options.get(now.get("name"))
+    cls = options.get(str(now.get("name")))
     if cls is None:
         raise unknown(f"measures.{label}.name", now.get("name"), options)
     hints = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}

@@ -8,54 +8,47 @@ import jax
 
 from experiments.arms import RANDOM, Arm, shapes
 from experiments.settings import Experiment
-from lm import params
+from lm import interop, params
 from lm.config import ModelConfig
-from lm.errors import UserError
-
-
-def checkpoint_config(exp: Experiment) -> ModelConfig | None:
-    """The checkpoint's own configuration without its weights; None for random parameters.
-
-    Raises `UserError` when there is no such checkpoint, or when it is not one.
-    """
-    if exp.checkpoint == RANDOM:
-        return None
-    from lm import interop
-
-    return interop.config(exp.checkpoint)
+from lm.data.tokenizers import ByteTokenizer, check_vocab
 
 
 class Base:
-    """Parameters and tokenizer for every arm."""
+    """Configuration, tokenizer and identity at once, weights by `load`.
 
-    def __init__(self, exp: Experiment, base: ModelConfig) -> None:
-        self.config = base
+    `config` is the checkpoint's own (None for random parameters, whose model the experiment describes). Raises
+    `UserError` when there is no such checkpoint, or when it is not one.
+    """
+
+    def __init__(self, exp: Experiment) -> None:
+        self.source = exp.checkpoint
         self.random = exp.checkpoint == RANDOM
+        self.config: ModelConfig | None = None
+        self.tokenizer: Any = ByteTokenizer()
+        self.identity = RANDOM
+        self._params: Any = None
         self._drawn: dict[Any, Any] = {}
-        if self.random:
-            from lm.data.tokenizers import ByteTokenizer
+        if not self.random:
+            header = interop.load(exp.checkpoint, load_params=False)
+            self.config, self.tokenizer, self.identity = header.config, header.tokenizer, header.identity
 
-            self.tokenizer: Any = ByteTokenizer()
-            self.identity = RANDOM
-            if base.vocab_size < self.tokenizer.vocab_size:
-                raise UserError(
-                    f"model.vocab_size: {base.vocab_size} is less than the {self.tokenizer.vocab_size} "
-                    "tokens of the byte tokenizer that checkpoint = 'random' reads with"
-                )
-        else:
-            from lm import interop
+    def check(self, model: ModelConfig) -> None:
+        """Raises `UserError` when the tokenizer has ids that `model` has no embedding for."""
+        if self.tokenizer is not None:
+            check_vocab(self.tokenizer, model)
 
-            loaded = interop.load(exp.checkpoint)
-            self.tokenizer, self.identity = loaded.tokenizer, loaded.identity
-            self._params = loaded.params
+    def load(self) -> None:
+        """Reads the weights; raises `UserError` for missing or misshapen tensors and damaged files."""
+        if not self.random and self._params is None:
+            self._params = interop.load(self.source).params
 
-    def params(self, arm: Arm, seed: int) -> Any:
+    def params(self, arm: Arm, base: ModelConfig, seed: int) -> Any:
         """The parameters of `arm`: the checkpoint's, or random ones, the same for all arms that share their shapes."""
         if not self.random:
             return self._params
         at = (seed, shapes(arm.model))
         if at not in self._drawn:
             self._drawn.clear()  # one set at a time is in use
-            same = at[1] == shapes(self.config)
-            self._drawn[at] = params.init(self.config if same else arm.model, jax.random.key(seed))
+            same = at[1] == shapes(base)
+            self._drawn[at] = params.init(base if same else arm.model, jax.random.key(seed))
         return self._drawn[at]

@@ -20,8 +20,11 @@ class Tokenizer(Protocol):
     @property
     def identity(self) -> str: ...
 
-    bos_id: int | None
-    eos_id: int | None
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 

@@ -60,14 +60,7 @@ def find(name: str) -> Path:
     )
 
 
-def load(
-    source: str, *, overrides: Mapping[str, Any] | None = None, load_params: bool = True
-) -> Checkpoint:
-    """A checkpoint by name, directory or ``.gguf`` file, as float32 arrays in this library's parameter tree.
-
-    `overrides` are merged over the checkpoint's own ``ModelConfig`` (plugs that need no training). Raises `UserError`
-    for anything missing, truncated, foreign or of the wrong shape, naming file and tensor.
-    """
+def _reader(source: str) -> Any:
     from lm.interop import gguf_file, huggingface  # the readers' libraries load on first use
 
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
@@ -83,13 +76,29 @@ def load(
             f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {known}, a Hugging Face directory, "
             "or a .gguf file that exists"
         )
+    return reader
+
+
+def config(source: str) -> ModelConfig:
+    """The ``ModelConfig`` of a checkpoint; no weights are read. Raises `UserError` as `load` does."""
+    native: ModelConfig = build(ModelConfig, _reader(source).model(), "model")
+    return native
+
+
+def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params: bool = True) -> Checkpoint:
+    """A checkpoint by name, directory or ``.gguf`` file, as float32 arrays in this library's parameter tree.
+
+    `overrides` are merged over the checkpoint's own ``ModelConfig`` (plugs that need no training). Raises `UserError`
+    for anything missing, truncated, foreign or of the wrong shape, naming file and tensor.
+    """
+    reader = _reader(source)
     native = build(ModelConfig, reader.model(), "model")
     params = reader.params(native) if load_params else None
-    config = merge(native, overrides, "model") if overrides else native
+    merged = merge(native, overrides, "model") if overrides else native
     tokenizer = reader.tokenizer()
     if tokenizer is not None:
-        check_vocab(tokenizer, config)
-    return Checkpoint(config, params, tokenizer, reader.identity(), str(source), *reader.special())
+        check_vocab(tokenizer, merged)
+    return Checkpoint(merged, params, tokenizer, reader.identity(), str(source), *reader.special())
 
 
-__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "find", "load"]
+__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load"]

@@ -25,8 +25,21 @@ class Family:
     head: str
 
 
-GATED = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "gelu_new": "geglu_tanh"}
-PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2"}
+GATED = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+}
+PLAIN = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 
 
 def _pick(options: Mapping[str, Any], value: Any, key: str) -> Any:
@@ -190,7 +203,7 @@ def _neox_part(part: int) -> Callable[..., np.ndarray]:
     """One of q, k, v out of the fused tensor, which is ordered head, part, channel."""
 
     def turn(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
-        x = x.reshape(cfg.n_heads, 3, cfg.head_dim, *x.shape[1:])[:, part]
+        x = x.reshape(cfg.n_heads, 3, -1, *x.shape[1:])[:, part]
         return np.moveaxis(x, -1, 0) if x.ndim == 3 else x
 
     return turn

@@ -9,10 +9,10 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+import lm.interop.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.tokenizers import Tokenizer, from_gguf
 from lm.errors import UserError, unknown
-from lm.interop import tensors
 from lm.interop.tensors import Table, flip, same
 
 

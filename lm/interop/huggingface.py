@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import safetensors
 
+import lm.interop.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.tokenizers import Tokenizer, from_directory
 from lm.errors import UserError, unknown
-from lm.interop import tensors
 from lm.interop.families import FAMILIES
 
 
@@ -54,7 +54,9 @@ class Directory:
         if not files:
             pickled = sorted(p.name for p in self.path.glob("*.bin")) + sorted(p.name for p in self.path.glob("*.pt*"))
             found = f"found only {pickled[0]}, a pickle" if pickled else "found none"
-            raise UserError(f"{self.path}: no .safetensors file, {found}; valid: model.safetensors or shards with an index")
+            raise UserError(
+                f"{self.path}: no .safetensors file, {found}; valid: model.safetensors or shards with an index"
+            )
         for file in files:
             if not file.is_file():
                 raise UserError(f"{file}: no such file, though the index of {self.path} names it")
@@ -68,7 +70,11 @@ class Directory:
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 if cfg.head.tie and name == self.family.head:
                     continue
-                full = name if name == self.family.head or name.startswith(self.family.prefix) else self.family.prefix + name
+                full = (
+                    name
+                    if name == self.family.head or name.startswith(self.family.prefix)
+                    else self.family.prefix + name
+                )
                 where[full] = (file, name)
 
         def get(name: str) -> np.ndarray:
