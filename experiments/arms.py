@@ -58,7 +58,7 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
     measures = {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}
     chosen = list(exp.measures)
     # A plug is named before its fields are set, in whatever order the keys come (ConfigDict sorts them).
-    for dotted, value in sorted(changes.items(), key=lambda kv: not kv[0].endswith(".name")):
+    for dotted, value in names_first(changes):
         head, *rest = parts(dotted)
         if dotted == "only":
             chosen = _only(exp, value)
@@ -67,7 +67,7 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
         elif head == "measures" and rest:
             measures[rest[0]] = change_measure(measures, rest, value)
         else:
-            valid = ("only", "model.KEY", "measures.LABEL.KEY")
+            valid = "only, model.KEY, measures.LABEL.KEY"
             raise UserError(f"{dotted}: unknown key{nearest(head, ('only', 'model', 'measures'))}; valid: {valid}")
     cfg = merge(base, model, "model")
     cfg.layers()  # refuses malformed layer overrides

@@ -204,7 +204,7 @@ def change_measure(measures: Mapping[str, Any], path: Sequence[str], value: Any)
     """The settings of measure ``path[0]`` with field ``path[1]`` changed, or with another plug named."""
     label, *keys = path
     if label not in measures:
-        raise unknown("measures", label, measures)
+        raise unknown(f"measures.{label}", label, measures)
     place, options = ".".join(["measures", *path]), table(MEASURES)
     if keys in ([], ["name"]):
         name = value.literal() if isinstance(value, Text) else value

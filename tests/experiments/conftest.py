@@ -1,0 +1,50 @@
+"""Fixtures: the toy experiment in a folder of its own, and a tiny checkpoint on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from toy_experiment import CONFIG, HF, Fixed, Lab, Toy
+
+import lm.measures
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(lm.measures.TABLE, "toy", Toy)
+    monkeypatch.setitem(lm.measures.TABLE, "fixed", Fixed)
+    monkeypatch.setattr(Toy, "after", None)
+    monkeypatch.setattr(Toy, "error", KeyboardInterrupt())
+    config = tmp_path / "toy.py"
+    config.write_text(CONFIG)
+    return Lab(tmp_path, config, tmp_path / "run", Toy.calls)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny Llama as a Hugging Face folder without tokenizer; ``change(tensors)`` may spoil it first."""
+
+    def write(change: Callable[[dict[str, Any]], None] = lambda tensors: None, **config: Any) -> Path:
+        folder = tmp_path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        shapes = {"embed_tokens": (258, 8), "norm": (8,)}
+        layer = {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
+        layer |= {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8)}
+        layer |= {"self_attn.o_proj": (8, 8), "mlp.gate_proj": (8, 8), "mlp.up_proj": (8, 8), "mlp.down_proj": (8, 8)}
+        shapes |= {f"layers.0.{k}": v for k, v in layer.items()}
+        rng = np.random.default_rng(0)
+        tensors = {f"model.{k}.weight": rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
+        change(tensors)
+        save_file(tensors, str(folder / "model.safetensors"))
+        (folder / "config.json").write_text(json.dumps({**HF, **config}))
+        return folder
+
+    return write

