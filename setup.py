@@ -19,8 +19,8 @@ BASE = [
     "optax>=0.2.8,<0.3",
     # Checkpoints of training runs. Flax depends on it anyway; names moved in earlier minor releases.
     "orbax-checkpoint>=0.12,<0.13",
-    # Configurations and command-line overrides. 1.0 and 1.1 behave alike here.
-    "ml-collections>=1.0,<2",
+    # Configurations. 1.1 is the first release that passes `allow_dotted_keys` on to nested mappings (arms need it).
+    "ml-collections>=1.1,<2",
     # Assertions on shapes and trees for training code. 0.1.92 asks for jax 0.7 or later, so no conflict.
     "chex>=0.1.90,<0.2",
     # 2.0 is the floor of jax 0.10; later ones ask for more, which pip finds by itself.

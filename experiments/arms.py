@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +12,7 @@ import jax
 
 from experiments.settings import MEASURES, Experiment, change, change_measure, measure, names_first, parts
 from lm import params
-from lm.config import ModelConfig, merge, model_config, table, to_dict
+from lm.config import ModelConfig, merge, table, to_dict
 from lm.errors import UserError, nearest, unknown
 
 RANDOM = "random"
@@ -18,10 +20,17 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Draft(ModelConfig):
-    """Stands for the model of a checkpoint that is not at hand: names and types are checked, numbers are not."""
+    """A model of which only names and types are checked so far; what follows from other fields is still open."""
 
     def __post_init__(self) -> None:
         pass
+
+    def layers(self) -> tuple[ModelConfig, ...]:
+        return ()
+
+    def final(self) -> ModelConfig:
+        """The checked model."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,17 @@ class Arm:
 
 
 def base_model(exp: Experiment, checkpoint: ModelConfig | None) -> ModelConfig:
-    """The model every arm starts from; `checkpoint` is the checkpoint's own, None when there is none at hand."""
-    if exp.checkpoint == RANDOM:
-        return model_config(exp.model)
+    """The model every arm starts from; `checkpoint` is the checkpoint's own, None when there is none at hand.
+
+    A `Draft` where it stays open what follows from what: for random parameters, an arm that changes ``n_heads`` also
+    changes the ``n_kv_heads`` that nobody set.
+    """
     if checkpoint is not None:
         return merge(checkpoint, exp.model, "model")
-    return model_config(exp.model) if "vocab_size" in exp.model else merge(Draft(), exp.model, "model")
+    draft = merge(Draft(), exp.model, "model")
+    if exp.checkpoint == RANDOM:
+        draft.final()
+    return draft
 
 
 def resolve(exp: Experiment, base: ModelConfig) -> dict[str, Arm]:
@@ -70,6 +84,8 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
             valid = "only, model.KEY, measures.LABEL.KEY"
             raise UserError(f"{dotted}: unknown key{nearest(head, ('only', 'model', 'measures'))}; valid: {valid}")
     cfg = merge(base, model, "model")
+    if isinstance(cfg, Draft) and (exp.checkpoint == RANDOM or "vocab_size" in exp.model):
+        cfg = cfg.final()  # the config describes the whole model, also where the checkpoint is not at hand
     cfg.layers()  # refuses malformed layer overrides
     return Arm(name, cfg, {label: measure(label, measures[label]) for label in chosen})
 
@@ -94,6 +110,7 @@ def choose(arms: Mapping[str, Arm], names: str | None) -> list[str]:
     return [name for name in arms if name in wanted]
 
 
+@functools.lru_cache(maxsize=256)
 def shapes(cfg: ModelConfig) -> tuple[Any, ...]:
     """Names, shapes and types of all parameters; nothing is allocated."""
     named = params.names(params.abstract(cfg))

@@ -9,14 +9,12 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lm.errors import UserError, nearest
 
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
-GRACE = 2.0  # seconds that Python gets to handle an interrupt by itself
 
 Command = Callable[[Sequence[str]], int | None]
 
@@ -56,29 +54,28 @@ def main(fn: Command, argv: Sequence[str] | None = None) -> int:
 
 
 def enter(fn: Callable[[], int]) -> NoReturn:
-    """Runs a command as the whole process, which an interrupt ends soon even inside a long compiled computation.
+    """Runs a command as the whole process, which an interrupt ends at once, even inside a compiled computation.
 
-    Python runs signal handlers between byte codes of the main thread, and that thread may wait minutes for a
-    computation. The wake-up descriptor is written at once, by C; a thread reads it and ends the process when Python
-    has not done so after `GRACE` seconds. Files are written whole or not at all, so no moment is a bad one.
+    Python runs signal handlers between byte codes of the main thread: that thread may wait minutes for a computation,
+    or be inside a callback of one, where JAX turns the exception into another. So the handler does nothing, and a
+    thread that reads the wake-up descriptor (written at once, in C) ends the process. No moment is a bad one: files
+    are written whole or not at all.
     """
     read, write = socket.socketpair()
     write.setblocking(False)
-    done = threading.Event()
 
     def watch() -> None:
         while read.recv(1) != bytes([signal.SIGINT]):
             pass
-        time.sleep(GRACE)
-        if not done.is_set():
-            print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
-            os._exit(130)
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            print(f"\n{INTERRUPTED}" if sys.stderr.isatty() else INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, lambda number, frame: None)
     signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
-    code = fn()
-    done.set()
-    sys.exit(code)
+    sys.exit(fn())
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:

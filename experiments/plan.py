@@ -80,13 +80,11 @@ def prepare(
             raise
         absent = str(e)
     own = base.config if base else None
-    model = None if late and exp.checkpoint == RANDOM else base_model(exp, own)
     for dotted, value in late:
-        raw = settings.override(raw, dotted, value, model or Draft())
+        raw = settings.override(raw, dotted, value, own or Draft())
     if late:
         exp = settings.experiment(raw)
-        model = base_model(exp, own)
-    assert model is not None
+    model = base_model(exp, own)
     found = resolve(exp, model)
     for arm in found.values():
         if base is not None:

@@ -88,7 +88,7 @@ def assemble(
             for arm, labels in points.items()
         },
         "environment": dict(environment),
-        "config": exp.to_dict(),
+        "config": clean(exp.to_dict(), words=True),
     }
 
 

@@ -85,6 +85,8 @@ class Runner:
     def all(self) -> dict[str, Any]:
         """Measures what is missing, writes results and report, prints the summary; gives results.json's content."""
         todo = [j for j in self.what if j.arm in self.plan.chosen and j not in self.points]
+        if self.base.random:  # seed by seed, so that one set of parameters is in memory at a time
+            todo.sort(key=lambda j: j.seed or 0)
         n = sum(j.arm in self.plan.chosen for j in self.what)
         if todo:
             self.base.load()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 
-from experiments.arms import RANDOM, Arm, shapes
+from experiments.arms import RANDOM, Arm, Draft, shapes
 from experiments.settings import Experiment
 from lm import interop, params
 from lm.config import ModelConfig
@@ -46,9 +47,17 @@ class Base:
         """The parameters of `arm`: the checkpoint's, or random ones, the same for all arms that share their shapes."""
         if not self.random:
             return self._params
-        at = (seed, shapes(arm.model))
+        base = base.final() if isinstance(base, Draft) else base
+        model = base if shapes(arm.model) == shapes(base) else arm.model
+        at = (seed, model)
         if at not in self._drawn:
-            self._drawn.clear()  # one set at a time is in use
-            same = at[1] == shapes(base)
-            self._drawn[at] = params.init(base if same else arm.model, jax.random.key(seed))
+            if any(other != seed for other, _ in self._drawn):
+                self._drawn.clear()  # one seed at a time is in use
+            self._drawn[at] = _init(model)(jax.random.key(seed))
         return self._drawn[at]
+
+
+@functools.lru_cache(maxsize=4)
+def _init(model: ModelConfig) -> Any:
+    """The initialisation of `model`, compiled once for all seeds."""
+    return jax.jit(lambda rng: params.init(model, rng))

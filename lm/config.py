@@ -27,6 +27,17 @@ def table(module: str) -> dict[str, Any]:
     return importlib.import_module(module).TABLE
 
 
+# What the layers of one decoder have in common: the residual stream, and what is before and after the blocks.
+_SHARED = ("vocab_size", "d_model", "n_layers", "dtype", "head", "embed_scale", "scan_layers")
+
+
+class LayerOverride(dict[str, Any]):
+    """One entry of `ModelConfig.layer_overrides`: a dict that can be hashed, because nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self))
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Everything the decoder needs to know. Widths are numbers of channels, lengths are tokens.
@@ -78,6 +89,9 @@ class ModelConfig:
                     "set model.head_dim"
                 )
             object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
+        object.__setattr__(self, "layer_overrides", _frozen(self.layer_overrides))
+        if self.head_dim is not None and self.head_dim < 1:
+            raise UserError(f"model.head_dim: must be at least 1, found {self.head_dim}")
         for key in ("dtype", "param_dtype"):
             if getattr(self, key) not in ("float32", "bfloat16", "float16"):
                 raise unknown(f"model.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
@@ -85,6 +99,8 @@ class ModelConfig:
             check = getattr(plug, "check", None)
             if check is not None:
                 check(self)
+        if self.layer_overrides:
+            self.layers()  # refuses impossible overrides now, not while tracing
 
     def layers(self) -> tuple[ModelConfig, ...]:
         """The configuration of every layer, overrides applied and per-layer plugs resolved."""
@@ -95,9 +111,26 @@ class ModelConfig:
                 if i in _layer_range(entry, self.n_layers, f"model.layer_overrides[{n}].layers"):
                     changes = {k: v for k, v in dict(entry).items() if k != "layers"}
                     cfg = merge(cfg, changes, f"model.layer_overrides[{n}]")
+                    for name in _SHARED:
+                        if getattr(cfg, name) != getattr(self, name):
+                            raise UserError(f"model.layer_overrides[{n}].{name}: cannot differ between layers")
             for_layer = getattr(cfg.pattern, "for_layer", None)
             out.append(cfg if for_layer is None else dataclasses.replace(cfg, pattern=for_layer(i)))
         return tuple(out)
+
+
+def _frozen(entries: tuple[Any, ...]) -> tuple[LayerOverride, ...]:
+    for n, entry in enumerate(entries):
+        if not hasattr(entry, "items") or "layers" not in entry:
+            raise UserError(
+                f"model.layer_overrides[{n}]: found {entry!r}; valid: a mapping with 'layers' and fields of the model"
+            )
+    return tuple(LayerOverride(_plain(entry)) for entry in entries)
+
+
+def _plain(value: Any) -> Any:
+    """A copy in plain dicts of what may be a ConfigDict of ConfigDicts."""
+    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
 
 
 def _layer_range(entry: Mapping[str, Any], n: int, key: str) -> range:
@@ -106,9 +139,11 @@ def _layer_range(entry: Mapping[str, Any], n: int, key: str) -> range:
         parts = [int(p) if p.strip() else None for p in text.split(":")]
     except ValueError:
         parts = []
-    if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None):
+    if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None) or parts[2:] == [0]:
         raise UserError(f"{key}: found {text!r}; valid: 'i' or 'start:stop:step'")
     if len(parts) == 1:
+        if not -n <= (parts[0] or 0) < n:
+            raise UserError(f"{key}: found {text!r}; valid: a layer from 0 to {n - 1}")
         parts = [parts[0], (parts[0] or 0) + 1 or None]
     return range(n)[slice(*parts)]
 
@@ -138,14 +173,14 @@ def build(cls: type, cfg: Any, key: str) -> Any:
 
 def plug(module: str, value: Any, key: str) -> Any:
     """A plug instance from ``"name"`` or ``{"name": …, **fields}``."""
-    if dataclasses.is_dataclass(value):
-        return value
     options = table(module)
+    if type(value) in options.values():
+        return value
     fields = {"name": value} if isinstance(value, str) else dict(value.items()) if hasattr(value, "items") else None
     if fields is None or "name" not in fields:
         raise UserError(f"{key}.name: missing in {value!r}; valid: {', '.join(sorted(options))}")
     name = fields.pop("name")
-    if name not in options:
+    if not isinstance(name, str) or name not in options:
         raise unknown(f"{key}.name", name, options)
     return build(options[name], fields, key)
 
@@ -224,4 +259,4 @@ def to_dict(cfg: Any, options: Mapping[str, Any] | None = None) -> Any:
         return out
     if isinstance(cfg, (list, tuple)):
         return [to_dict(c) for c in cfg]
-    return dict(cfg.items()) if hasattr(cfg, "items") else cfg
+    return {k: to_dict(v) for k, v in cfg.items()} if hasattr(cfg, "items") else cfg

@@ -79,6 +79,10 @@ class Decoder(nn.Module):
         `cache` (from `lm.caches.init`) extends earlier calls; give `index_BT` then. `on_layer` is called on the host
         after every layer (progress bars).
         """
+        if (tokens_BT is None) == (embeddings_BTD is None):
+            raise ValueError("give either tokens_BT or embeddings_BTD")
+        if cache is not None and (index_BT is None or segments_BT is not None):
+            raise ValueError("with a cache, index_BT is needed and segments_BT is not supported")
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         table = self.param("embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
         x = table[tokens_BT].astype(dtype) if embeddings_BTD is None else embeddings_BTD.astype(dtype)

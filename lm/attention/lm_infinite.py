@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import jax
@@ -41,8 +42,10 @@ class LMInfinite:
         for name in ("sinks", "top_k", "top_k_from_layer"):
             if getattr(self, name) < 0:
                 raise UserError(f"model.pattern.{name}: must not be negative, found {getattr(self, name)}")
-        if self.ceiling is not None and self.ceiling < 0:
-            raise UserError(f"model.pattern.ceiling: must not be negative, found {self.ceiling}")
+        for name in ("ceiling", "top_k_distance"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"model.pattern.{name}: must be finite and not negative, or None, found {value}")
         if self.top_k and self.window is None:
             raise UserError("model.pattern.top_k: needs a window (there is no middle without one)")
 

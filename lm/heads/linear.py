@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
+from lm.errors import UserError
 
 AXES = {"head/kernel": ("embed", "vocab"), "head/bias": ("vocab",)}
 
@@ -20,6 +21,10 @@ class Linear:
     tie: bool = True
     bias: bool = False
     softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise UserError(f"model.head.softcap: must be positive or None, found {self.softcap}")
 
     def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
         return _Linear(cfg, name=name)

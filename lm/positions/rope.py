@@ -41,6 +41,8 @@ class Rope:
                 f"model.positions.fraction: rotary width int({cfg.head_dim} * {self.fraction}) = {width} "
                 f"must be even and in 2 … {cfg.head_dim}"
             )
+        if self.trained is not None and self.trained < 1:
+            raise UserError(f"model.positions.trained: must be at least 1 or None, found {self.trained}")
         if not self.theta > 1.0:
             raise UserError(f"model.positions.theta: must exceed 1, found {self.theta}")
         check_width = getattr(self.scaling, "check_width", None)

@@ -37,6 +37,16 @@ def _positive(name: str, factor: float) -> None:
         raise UserError(f"model.positions.scaling.factor: {name} needs a factor of at least 1, found {factor}")
 
 
+def _length(original: int | None, least: int = 1) -> None:
+    if original is not None and original < least:
+        raise UserError(f"model.positions.scaling.original: must be at least {least} or None, found {original}")
+
+
+def _base_change(name: str, width: int) -> None:
+    if width < 4:
+        raise UserError(f"model.positions.scaling: {name} needs a rotary width of at least 4, found {width}")
+
+
 @dataclass(frozen=True)
 class Default:
     """Unscaled rotary embedding."""
@@ -67,6 +77,9 @@ class Ntk:
     def __post_init__(self) -> None:
         _positive("ntk", self.factor)
 
+    def check_width(self, width: int) -> None:
+        _base_change("ntk", width)
+
     def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
         base = theta * self.factor ** (width / (width - 2))
         return _f32(inverse_frequencies(base, width)), 1.0
@@ -84,6 +97,9 @@ class Dynamic:
 
     def __post_init__(self) -> None:
         _positive("dynamic", self.factor)
+
+    def check_width(self, width: int) -> None:
+        _base_change("dynamic", width)
 
     def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
         ratio = jnp.maximum(_f32(length), trained) / trained
@@ -115,6 +131,7 @@ class Yarn:
     def __post_init__(self) -> None:
         if self.factor is not None:
             _positive("yarn", self.factor)
+        _length(self.original)
         if not self.beta_fast > self.beta_slow > 0:
             raise UserError(
                 "model.positions.scaling.beta_fast: must exceed beta_slow > 0, "
@@ -156,6 +173,12 @@ class LongRope:
     attention_factor: float | None = None
     length_dependent: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        _length(self.original, 2)
+        for name in ("short_factor", "long_factor"):
+            if not all(x > 0 for x in getattr(self, name)):
+                raise UserError(f"model.positions.scaling.{name}: all numbers must be positive")
+
     def check_width(self, width: int) -> None:
         for name in ("short_factor", "long_factor"):
             n = len(getattr(self, name))
@@ -186,6 +209,7 @@ class Llama3:
 
     def __post_init__(self) -> None:
         _positive("llama3", self.factor)
+        _length(self.original)
         if not self.high_freq_factor > self.low_freq_factor:
             raise UserError(
                 "model.positions.scaling.high_freq_factor: must exceed low_freq_factor = "

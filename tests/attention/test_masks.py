@@ -96,7 +96,9 @@ def test_masks_are_values() -> None:
     assert len({Sinks(2), Prefix(2), Window(2), Causal()}) == 4
 
 
-@pytest.mark.parametrize("mask", [Causal(), Causal() & Window(20), Causal() & (Window(20) | Sinks(3)), Sinks(2) & ~Window(9)])
+@pytest.mark.parametrize(
+    "mask", [Causal(), Causal() & Window(20), Causal() & (Window(20) | Sinks(3)), Sinks(2) & ~Window(9)]
+)
 @pytest.mark.parametrize(("n", "bq", "bk", "rows"), [(64, 16, 8, 64), (61, 16, 12, 61), (50, 8, 16, 5)])
 def test_visited_tiles_are_those_that_hold_a_pair(mask: Mask, n: int, bq: int, bk: int, rows: int) -> None:
     grid = Grid(rows, n, bq, bk, offset=n - rows)

@@ -44,7 +44,8 @@ def claims(r):
     return [
         claim("two is more than one", lambda: (r.mean("window", "toy/value") > r.mean("zero", "toy/value"),
               {"window": r.mean("window", "toy/value")}), paper="2"),
-        claim("one is more than two", lambda: (r.mean("zero", "toy/value") > 1.9, {"zero": r.mean("zero", "toy/value")})),
+        claim("one is more than two", lambda: (r.mean("zero", "toy/value") > 1.9,
+              {"zero": r.mean("zero", "toy/value")})),
         claim("unknowable", lambda: (r.mean("zero", "toy/colour") > 0, {})),
     ]
 '''
