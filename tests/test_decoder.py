@@ -48,9 +48,14 @@ def parameters(cfg: ModelConfig) -> Any:
     return jax.tree.map(lambda x: 10 * x if x.ndim >= 3 else x, tree)
 
 
+@functools.cache
+def forward(cfg: ModelConfig, **flags: bool) -> Any:
+    return jax.jit(lambda params, inputs: Decoder(cfg).apply({"params": params}, **inputs, **flags))
+
+
 def run(cfg: ModelConfig, tokens: Any = TOKENS, params: Any = None, **inputs: Any) -> Any:
-    params = parameters(cfg) if params is None else params
-    return Decoder(cfg).apply({"params": params}, tokens, **inputs)
+    flags = {k: inputs.pop(k) for k in ("logits", "taps") if k in inputs}
+    return forward(cfg, **flags)(parameters(cfg) if params is None else params, {"tokens_BT": tokens, **inputs})
 
 
 def test_parameter_names_of_a_stacked_model() -> None:
@@ -276,7 +281,9 @@ def test_learned_positions_are_rows_of_the_table() -> None:
 def test_progress_is_called_after_every_layer(scan: bool) -> None:
     calls: list[int] = []
     cfg = dataclasses.replace(BASE, n_layers=3, scan_layers=scan)
-    run(cfg, on_layer=lambda: calls.append(1)).logits_BTV.block_until_ready()
+    params = jax.tree.map(lambda p: p[jnp.asarray([0, 1, 0])], parameters(BASE)["blocks"])
+    tick = jax.jit(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False, on_layer=lambda: calls.append(1)))
+    tick({**parameters(BASE), "blocks": params}, TOKENS).hidden_BTD.block_until_ready()
     jax.effects_barrier()
     assert len(calls) == 3
 
@@ -296,21 +303,17 @@ def test_calls_that_mean_nothing_are_refused(inputs: Any, text: str) -> None:
 
 
 def test_initial_values() -> None:
-    tree = params_lib.init(
-        dataclasses.replace(BASE, d_model=64, head_dim=16, d_ff=128, init_std=0.5), jax.random.key(1)
-    )
-    names = params_lib.names(tree)
-    assert float(names["blocks/ffn/up/kernel"].std()) == pytest.approx(0.5, rel=0.03)
-    assert not np.allclose(names["blocks/ffn/up/kernel"][0], names["blocks/ffn/up/kernel"][1])
-    assert bool((names["final_norm/scale"] == 1.0).all())
-    again = params_lib.init(dataclasses.replace(BASE, init_std=0.5), jax.random.key(1))
-    other = params_lib.init(dataclasses.replace(BASE, init_std=0.5), jax.random.key(2))
-    twice = params_lib.init(dataclasses.replace(BASE, init_std=0.5), jax.random.key(1))
-    assert all(bool((a == b).all()) for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(twice), strict=True))
-    assert not np.allclose(again["embed"], other["embed"])
-    # A training-free pattern and another parameter type leave the draw what it was.
-    same = params_lib.init(merge(BASE, {"init_std": 0.5, "pattern": "streaming"}, "model"), jax.random.key(1))
-    assert bool((same["embed"] == again["embed"]).all())
+    cfg = dataclasses.replace(BASE, d_model=64, head_dim=16, d_ff=128, init_std=0.5)
+    draw = jax.jit(lambda rng: params_lib.init(cfg, rng))
+    one, again, other = (params_lib.names(draw(jax.random.key(seed))) for seed in (1, 1, 2))
+    assert float(one["blocks/ffn/up/kernel"].std()) == pytest.approx(0.5, rel=0.03)
+    assert not np.allclose(one["blocks/ffn/up/kernel"][0], one["blocks/ffn/up/kernel"][1])
+    assert bool((one["final_norm/scale"] == 1.0).all())
+    assert all(bool((one[n] == again[n]).all()) for n in one)
+    assert not np.allclose(one["embed"], other["embed"])
+    # A plug without parameters leaves the draw what it was.
+    same = params_lib.names(params_lib.init(merge(cfg, {"pattern": "streaming"}, "model"), jax.random.key(1)))
+    assert all(bool((one[n] == same[n]).all()) for n in one)
 
 
 def test_compute_type_and_parameter_type_are_separate() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from plug_case import PlugCase, T
+from plug_case import EagerCase, PlugCase, T
 
 
 class TestCausal(PlugCase):
@@ -13,8 +13,7 @@ class TestCausal(PlugCase):
 class TestPrefix(PlugCase):
     change = {"pattern": {"name": "causal", "prefix": 6}}
     limits = ({"pattern": {"name": "causal", "prefix": 1}},)
-    # Tokens of the prefix see each other forward in time; a cache cannot know them before they come.
-    cached = False
+    # Cached too, because the first chunk holds the whole prefix: its tokens see each other forward in time.
 
 
 class TestSlidingWindow(PlugCase):
@@ -30,8 +29,7 @@ class TestStreaming(PlugCase):
     )
 
 
-class TestLMInfinite(PlugCase):
-    without_jit = True
+class TestLMInfinite(EagerCase):
     change = {"pattern": {"name": "lm_infinite", "window": 7, "sinks": 3, "ceiling": 7.0}}
     limits = (
         {"pattern": {"name": "lm_infinite", "window": T, "sinks": 3, "ceiling": float(T)}},
