@@ -97,7 +97,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         arms = _arms(64, 2.0)
     elif scale == "laptop":
         nll.update(texts=("kjv:Genesis", "python-docs"), tokens=12288)
-        arms = {k: arms[k] for k in ("full", "window", "lm_infinite")}
+        arms = {k: arms[k] for k in ("full", "lm_infinite")}
         arms["truncation"] = {"measures.nll.context": 8192}
     elif scale == "long":
         nll.update(texts=("kjv:Genesis", "kjv:Psalms", "python-docs"), tokens=14336)
