@@ -60,13 +60,18 @@ def find(name: str) -> Path:
     )
 
 
+def _magic(path: Path) -> bytes:
+    with path.open("rb") as f:
+        return f.read(4)
+
+
 def _reader(source: str) -> Any:
     from lm.interop import gguf_file, huggingface  # the readers' libraries load on first use
 
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
     if path.is_dir():
         reader: Any = huggingface.Directory(path)
-    elif path.is_file() and (path.suffix == ".gguf" or path.read_bytes()[:4] == b"GGUF"):
+    elif path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
         reader = gguf_file.File(path)
     elif path.exists():
         raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
