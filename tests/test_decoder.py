@@ -266,6 +266,19 @@ def test_default_inputs_are_the_documented_ones() -> None:
     np.testing.assert_allclose(run(half, params=parameters(BASE), positions_BT=2.0 * index).logits_BTV, want, atol=1e-5)
 
 
+def test_packed_documents_count_from_their_own_start() -> None:
+    """Segments alone say where documents start; any ids that differ from their neighbour's do."""
+    segments = jnp.asarray([[4, 4, 4, 1, 1, 1, 1, 9, 9, 9, 9], [2] * 10 + [0]])
+    index = jnp.asarray([[0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3], [*range(10), 0]], jnp.int32)
+    for cfg in (merge(BASE, {"pattern": {"name": "streaming", "window": 2, "sinks": 1}}, "model"), BASE):
+        params = parameters(BASE)
+        got = run(cfg, params=params, segments_BT=segments).logits_BTV
+        np.testing.assert_array_equal(
+            got, run(cfg, params=params, segments_BT=segments, index_BT=index, positions_BT=index * 1.0).logits_BTV
+        )
+    np.testing.assert_allclose(got[0, 3:7], run(BASE, TOKENS[:1, 3:7]).logits_BTV[0], rtol=0, atol=1e-5)
+
+
 def test_learned_positions_are_rows_of_the_table() -> None:
     cfg = merge(BASE, {"positions": {"name": "learned", "size": 8}}, "model")
     params = parameters(cfg)
