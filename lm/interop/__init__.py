@@ -94,12 +94,17 @@ def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params
     """A checkpoint by name, directory or ``.gguf`` file, as float32 arrays in this library's parameter tree.
 
     `overrides` are merged over the checkpoint's own ``ModelConfig`` (plugs that need no training). Raises `UserError`
-    for anything missing, truncated, foreign or of the wrong shape, naming file and tensor.
+    for overrides that ask for other parameters, and for anything missing, truncated, foreign or of the wrong shape,
+    naming file and tensor.
     """
     reader = _reader(source)
     native = build(ModelConfig, reader.model(), "model")
     params = reader.params(native) if load_params else None
     merged = merge(native, overrides, "model") if overrides else native
+    if overrides and params is not None:
+        from lm.interop import tensors
+
+        tensors.check(merged, params, str(source))
     tokenizer = reader.tokenizer()
     if tokenizer is not None:
         check_vocab(tokenizer, merged)

@@ -54,15 +54,28 @@ def _need(hf: Hf, key: str) -> Any:
     return hf[key]
 
 
+def _first(*values: Any) -> Any:
+    return next((v for v in values if v is not None), None)
+
+
+# What a scaling cannot do without; the other keys of `rope` have defaults.
+NEEDED = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
 def rope(hf: Hf) -> dict[str, Any]:
     """The rotary plug of ``rope_parameters`` (transformers 5) or ``rope_scaling`` and ``rope_theta`` (4)."""
     rp = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     if rp and all(isinstance(v, Mapping) for v in rp.values()):
         raise UserError("config.json rope_parameters: one set per layer type is not supported; valid: one set")
-    theta = rp.get("rope_theta") or hf.get("rope_theta") or hf.get("rotary_emb_base") or 10000.0
-    fraction = rp.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or hf.get("rotary_pct") or 1.0
-    kind = rp.get("rope_type") or rp.get("type") or "default"
-    original = hf.get("original_max_position_embeddings") or rp.get("original_max_position_embeddings")
+    theta = _first(rp.get("rope_theta"), hf.get("rope_theta"), hf.get("rotary_emb_base"), 10000.0)
+    fraction = _first(rp.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), hf.get("rotary_pct"), 1.0)
+    kind = _first(rp.get("rope_type"), rp.get("type"), "default")
+    original = _first(hf.get("original_max_position_embeddings"), rp.get("original_max_position_embeddings"))
     keys = {
         "default": (),
         "linear": ("factor",),
@@ -73,11 +86,14 @@ def rope(hf: Hf) -> dict[str, Any]:
     }
     if "mrope_section" in rp or kind not in keys:
         raise unknown("config.json rope_type", "mrope" if "mrope_section" in rp else kind, keys)
+    for key in NEEDED.get(kind, ()):
+        if rp.get(key) is None:
+            raise UserError(f"config.json rope_parameters.{key}: missing; rope_type {kind!r} needs it")
     # A null or zero beta means the default, as in transformers; a null factor is the ratio of the two lengths.
     fields = {k: rp[k] for k in keys[kind] if rp.get(k) is not None and not (k.startswith("beta") and not rp[k])}
     if kind in ("yarn", "longrope"):
         fields.setdefault("factor", None)
-    if kind in ("yarn", "longrope", "llama3") and original:
+    if kind in ("yarn", "longrope", "llama3") and original is not None:
         fields["original"] = int(original)
     return {"name": "rope", "theta": float(theta), "fraction": float(fraction), "scaling": {"name": kind, **fields}}
 
@@ -110,6 +126,7 @@ def _window(width: int) -> dict[str, Any]:
 
 
 def _mistral(hf: Hf) -> dict[str, Any]:
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, **hf}
     out = _llama_like(hf)
     if hf.get("sliding_window"):
         out["pattern"] = _window(hf["sliding_window"])
@@ -121,8 +138,10 @@ def _with_layer_types(hf: Hf, out: dict[str, Any]) -> dict[str, Any]:
     width = hf.get("sliding_window") if hf.get("use_sliding_window") else None
     kinds = hf.get("layer_types")
     if width and not kinds:
-        first = hf.get("max_window_layers", out["n_layers"])
+        first = _need(hf, "max_window_layers")
         kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(out["n_layers"])]
+    if kinds and len(kinds) != out["n_layers"]:
+        raise UserError(f"config.json layer_types: {len(kinds)} found, num_hidden_layers = {out['n_layers']}")
     overrides = []
     for i, kind in enumerate(kinds or ()):
         if kind == "sliding_attention" and width:
@@ -134,11 +153,22 @@ def _with_layer_types(hf: Hf, out: dict[str, Any]) -> dict[str, Any]:
     return {**out, "layer_overrides": overrides}
 
 
+# What a key that is absent stands for in `transformers`, where the families differ. An explicit null is not absent.
+QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+
 def _qwen2(hf: Hf) -> dict[str, Any]:
+    hf = {**QWEN, **hf}
     return _with_layer_types(hf, _llama_like(hf, qkv_bias=True))
 
 
 def _qwen3(hf: Hf) -> dict[str, Any]:
+    hf = {**QWEN, **hf}
     bias = bool(hf.get("attention_bias"))
     out = _llama_like(hf, qkv_bias=bias, out_bias=bias, qk_norm=True)
     return _with_layer_types(hf, {**out, "head_dim": hf.get("head_dim") or 128})
@@ -175,7 +205,12 @@ def _gpt2(hf: Hf) -> dict[str, Any]:
         "positions": {"name": "learned", "size": positions},
         "ffn": {"name": _pick(PLAIN, hf.get("activation_function", "gelu_new"), "activation_function"), "bias": True},
         "head": {"name": "linear", "tie": bool(hf.get("tie_word_embeddings", True))},
-        "attention": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+        "attention": {
+            "name": "softmax",
+            "qkv_bias": True,
+            "out_bias": True,
+            "scale": 1.0 if hf.get("scale_attn_weights") is False else None,
+        },
     }
 
 

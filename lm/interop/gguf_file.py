@@ -59,7 +59,6 @@ class File:
         self.path = path
         try:
             self.reader = GGUFReader(str(path))
-            # Reading a truncated file maps short arrays: compare with what each tensor says of itself.
             self.tensors = {t.name: t for t in self.reader.tensors}
         except Exception as e:  # the library raises whatever its parsing runs into
             raise UserError(f"{path}: not a complete GGUF file ({type(e).__name__}: {e})") from None
@@ -81,16 +80,25 @@ class File:
         heads, width = self._need("attention.head_count"), self._need("embedding_length")
         if isinstance(heads, list):
             raise UserError(f"{self.path}: {self.arch}.attention.head_count differs by layer; valid: one number")
+        head_dim = self._field(f"{self.arch}.attention.key_length", width // heads if heads else 0)
+        turned = self._field(f"{self.arch}.rope.dimension_count", head_dim)
+        if turned != head_dim:
+            raise UserError(
+                f"{self.path}: {self.arch}.rope.dimension_count = {turned}; valid: {head_dim}, a head's width"
+            )
         embed = self.tensors.get("token_embd.weight")
         if embed is None:
             raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        # Only here do all layers have the window; qwen files may carry a width that their model does not use.
+        window = self._field("llama.attention.sliding_window") if self.arch == "llama" else None
         return {
+            "pattern": {"name": "sliding_window", "window": window} if window else {"name": "causal"},
             "vocab_size": int(embed.shape[1]),
             "d_model": width,
             "n_layers": self._need("block_count"),
             "n_heads": heads,
             "n_kv_heads": self._field(f"{self.arch}.attention.head_count_kv", heads),
-            "head_dim": self._field(f"{self.arch}.attention.key_length", width // heads),
+            "head_dim": head_dim,
             "d_ff": self._need("feed_forward_length"),
             "max_positions": self._need("context_length"),
             "norm": {"name": "rmsnorm", "eps": float(self._need("attention.layer_norm_rms_epsilon"))},

@@ -13,6 +13,7 @@ import lm.interop.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.tokenizers import Tokenizer, from_directory
 from lm.errors import UserError, unknown
+from lm.interop import schema
 from lm.interop.families import FAMILIES
 
 
@@ -34,6 +35,7 @@ class Directory:
         self.hf = read_json(path / "config.json")
         if not isinstance(self.hf, dict):
             raise UserError(f"{path / 'config.json'}: expected an object, found {type(self.hf).__name__}")
+        schema.check(self.hf, path / "config.json")
         kind = self.hf.get("model_type")
         if kind not in FAMILIES:
             raise unknown(f"{path / 'config.json'} model_type", kind, FAMILIES)
@@ -47,9 +49,11 @@ class Directory:
         if index.is_file():
             listed = read_json(index)
             shards = listed.get("weight_map") if isinstance(listed, dict) else None
-            if not isinstance(shards, dict) or not shards:
-                raise UserError(f"{index}: 'weight_map' is missing or empty")
+            if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
+                raise UserError(f"{index}: 'weight_map' is missing, empty, or maps to something not a file name")
             files = [self.path / name for name in sorted(set(shards.values()))]
+        elif (self.path / "model.safetensors").is_file():  # others beside it are adapters or another layout
+            files = [self.path / "model.safetensors"]
         else:
             files = sorted(self.path.glob("*.safetensors"))
         if not files:

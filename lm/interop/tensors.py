@@ -34,6 +34,8 @@ def fill(cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names
     Raises `UserError` for a missing tensor, a wrong shape, or a tensor the model has no place for.
     """
     available, used = set(names), set()
+    if cfg.n_layers > len(available):  # said before anything of that size is built
+        raise UserError(f"{file}: {len(available)} tensors found, fewer than the {cfg.n_layers} layers of the model")
 
     def read(name: str, turn: Any, shape: tuple[int, ...], dtype: Any, ours: str) -> np.ndarray:
         if name not in available:
@@ -53,8 +55,10 @@ def fill(cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names
             raise UserError(f"{file}: layers of different shapes are not imported (found at {ours})")
         name, turn = table[ours.removeprefix("blocks/")]
         if ours.startswith("blocks/"):
+            first = read(name.format(i=0), turn, leaf.shape[1:], leaf.dtype, ours)  # its shape is right: room is made
             value = np.empty(leaf.shape, leaf.dtype)
-            for i in range(cfg.n_layers):
+            value[0] = first
+            for i in range(1, cfg.n_layers):
                 value[i] = read(name.format(i=i), turn, leaf.shape[1:], leaf.dtype, ours)
         else:
             value = read(name, turn, leaf.shape, leaf.dtype, ours)
@@ -67,6 +71,18 @@ def fill(cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names
     if foreign:
         raise UserError(f"{file}: {len(foreign)} tensors have no place in the model, first {foreign[0]!r}")
     return out
+
+
+def check(cfg: ModelConfig, params: Any, source: str) -> None:
+    """Raises `UserError` when `params` are not the parameters of `cfg`, naming the first that differs."""
+    found = {k: tuple(v.shape) for k, v in params_lib.names(params).items()}
+    wanted = {k: tuple(v.shape) for k, v in params_lib.names(params_lib.abstract(cfg)).items()}
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"overrides of {source}: the model would have {name} of shape {wanted.get(name)}, the checkpoint's is "
+                f"{found.get(name)}; valid: overrides that leave the parameters as they are"
+            )
 
 
 # Constants some files carry along; tied heads are dropped by the readers.

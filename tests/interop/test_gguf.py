@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from gguf.quants import dequantize, quantize
 
 from lm import interop
 from lm import params as params_lib
-from lm.config import ModelConfig, model_config
+from lm.config import ModelConfig, model_config, plug
 from lm.decoder import Decoder
 from lm.errors import UserError
 
@@ -48,7 +50,13 @@ def _tensors(cfg: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     return {k: np.ascontiguousarray(v) for k, v in out.items()}
 
 
-def _write(path: Path, cfg: ModelConfig, tensors: dict[str, np.ndarray], quantised: bool = False) -> None:
+def _write(
+    path: Path,
+    cfg: ModelConfig,
+    tensors: dict[str, np.ndarray],
+    quantised: bool = False,
+    more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+) -> None:
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_context_length(cfg.max_positions)
     w.add_embedding_length(cfg.d_model)
@@ -58,6 +66,7 @@ def _write(path: Path, cfg: ModelConfig, tensors: dict[str, np.ndarray], quantis
     w.add_head_count_kv(cfg.n_kv_heads or cfg.n_heads)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_rope_freq_base(5000.0)
+    more(w)
     for name, x in tensors.items():
         if quantised and x.ndim == 2:
             w.add_tensor(name, quantize(x, gguf.GGMLQuantizationType.Q8_0), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -100,7 +109,59 @@ def test_quantised_file_is_what_the_library_dequantises(model: Any, tmp_path: Pa
     assert 0 < error < 1e-3
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_window_and_divisors_of_the_metadata(model: Any, tmp_path: Path) -> None:
+    cfg, params = model
+    tensors = {**_tensors(cfg, params), "rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}
+    _write(tmp_path / "m.gguf", cfg, tensors, more=lambda w: w.add_sliding_window(16))
+    got = interop.load(str(tmp_path / "m.gguf")).config
+    assert got.pattern == plug("lm.attention", {"name": "sliding_window", "window": 16}, "pattern")
+    f, m = got.positions.bind(got).scaling.frequencies(5000.0, 16, jnp.ones(()), 128)
+    np.testing.assert_allclose(f, 5000.0 ** (-np.arange(8) / 8) / np.linspace(1, 8, 8), rtol=1e-6)
+    assert m == 1.0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (lambda w: w.add_rope_dimension_count(8), r"rope\.dimension_count = 8; valid: 16"),
+        (lambda w: w.add_key_length(1 << 24), r"m\.gguf: .*blk\.0\.attn_k\.weight"),
+        (lambda w: w.add_tokenizer_model("bert") or w.add_token_list(["a"]), r"tokenizer\.ggml\.model.*'bert'"),
+        (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), r"rope\.scaling\.type.*valid: linear"),
+    ],
+)
+def test_metadata_that_cannot_be_followed(model: Any, tmp_path: Path, more: Any, message: str) -> None:
+    cfg, params = model
+    _write(tmp_path / "m.gguf", cfg, _tensors(cfg, params), more=more)
+    with pytest.raises(UserError, match=message):
+        interop.load(str(tmp_path / "m.gguf"))
+
+
+def test_more_layers_than_tensors(model: Any, tmp_path: Path) -> None:
+    cfg, params = model
+    many = dataclasses.replace(cfg, n_layers=1000)  # said at once: a damaged number of layers may be anything
+    tensors = _tensors(cfg, params)
+    _write(tmp_path / "m.gguf", many, tensors)
+    with pytest.raises(UserError, match=rf"{len(tensors)} tensors found, fewer than the 1000 layers"):
+        interop.load(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_damaged_header_is_refused_or_read(model: Any, tmp_path: Path, seed: int) -> None:
+    """One wrong byte anywhere before the weights ends in one line, unless it changes nothing that matters."""
+    cfg, params = model
+    path = tmp_path / "m.gguf"
+    _write(path, cfg, _tensors(cfg, params))
+    data = bytearray(path.read_bytes())
+    rng = np.random.default_rng(seed)
+    data[rng.integers(gguf.GGUFReader(str(path)).data_offset)] = rng.integers(256)
+    path.write_bytes(data)
+    try:
+        interop.load(str(path))
+    except UserError as e:
+        assert "m.gguf" in str(e) or str(e).startswith("model.")
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 1 - 1e-5])
 def test_truncated_file_is_refused(model: Any, tmp_path: Path, keep: float) -> None:
     cfg, params = model
     path = tmp_path / "m.gguf"

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from lm import interop
+from lm.config import model_config
 from lm.decoder import Decoder
+from lm.interop import families
 
 torch = pytest.importorskip("torch", reason="the PyTorch oracles need torch (CPU build, Python 3.11)")
 transformers = pytest.importorskip("transformers")
@@ -68,11 +70,25 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         48,
     ),
     "qwen3": ("Qwen3", {**GQA, "head_dim": 16}, 48),
-    "neox": ("GPTNeoX", {**SMALL, "rotary_pct": 0.25, "intermediate_size": 128}, 48),
+    # Heads of 16: four channels turn, two frequencies, so that the exponent's denominator matters.
+    "neox": ("GPTNeoX", {**SMALL, "hidden_size": 64, "rotary_pct": 0.25, "intermediate_size": 128}, 48),
     "neox-sequential": ("GPTNeoX", {**SMALL, "rotary_pct": 1.0, "use_parallel_residual": False}, 48),
     "gpt2": (
         "GPT2",
         {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3},
+        60,
+    ),
+    "gpt2-unscaled": (
+        "GPT2",
+        {
+            "vocab_size": 96,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_inner": 40,
+            "scale_attn_weights": False,
+            "initializer_range": 0.3,
+        },
         60,
     ),
 }
@@ -122,6 +138,32 @@ def test_bfloat16_files_load_as_float32(tmp_path: Path) -> None:
     embed = model.get_input_embeddings().weight.detach().float().numpy()
     assert checkpoint.params["embed"].dtype == jnp.float32
     np.testing.assert_array_equal(checkpoint.params["embed"], embed)
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8}),
+        ("gpt_neox", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_an_absent_key_stands_for_what_it_does_in_transformers(family: str, given: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 60000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 32}
+    if family == "gpt2":
+        sizes = {"vocab_size": 60000, "n_embd": 64, "n_layer": 4, "n_head": 4}
+    else:
+        sizes["intermediate_size"] = 48
+    bare = {"model_type": family, **sizes, **given}
+    full = transformers.AutoConfig.for_model(**bare).to_dict()
+    read = families.FAMILIES[family].model
+    assert set(full) > set(bare)
+    assert model_config(read(bare)) == model_config(read(full))
 
 
 def test_old_style_rope_scaling_reads_the_same(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lm import interop
 from lm.errors import UserError
+from lm.interop import schema
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",
@@ -64,6 +65,28 @@ def test_overrides_keep_the_parameters(tmp_path: Path) -> None:
     assert checkpoint.identity == plain.identity
 
 
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"d_ff": 5}, "blocks/ffn/"),
+        ({"n_layers": 2}, "blocks/attn"),
+        ({"head": {"tie": False}}, "head/kernel"),
+        ({"attention": {"qk_norm": True}}, "blocks/attn/k_norm/scale"),
+        ({"positions": {"name": "learned", "size": 8}}, "pos_embed"),
+    ],
+)
+def test_overrides_that_ask_for_other_parameters(tmp_path: Path, overrides: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=f"overrides of .*{name}"):
+        interop.load(str(_make(tmp_path)), overrides=overrides)
+
+
+def test_files_beside_the_model_are_not_its_shards(tmp_path: Path) -> None:
+    save_file({"layers.0.attention.wq": np.ones(3, np.float32)}, str(_make(tmp_path) / "consolidated.safetensors"))
+    interop.load(str(tmp_path))
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")  # shards without an index: all are read
+    assert "wq" in _refused(tmp_path)
+
+
 @pytest.mark.parametrize("keep", [4, 40, 500, -8])
 def test_truncated_safetensors(tmp_path: Path, keep: int) -> None:
     file = _make(tmp_path) / "model.safetensors"
@@ -98,7 +121,7 @@ def test_index_names_a_shard_that_is_not_there(tmp_path: Path) -> None:
     assert "model-00002.safetensors" in _refused(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3, "b": null}}'])
 def test_broken_index(tmp_path: Path, text: str) -> None:
     (_make(tmp_path) / "model.safetensors.index.json").write_text(text)
     assert "index.json" in _refused(tmp_path)
@@ -123,6 +146,49 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
     message = _refused(_make(tmp_path, config))
     for word in words:
         assert word in message
+
+
+RIGHT: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "n_embd": 8, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+def test_values_of_another_type_are_named(tmp_path: Path, family: str) -> None:
+    """Every key that is read, with every type but its own."""
+    _make(tmp_path)
+    for kind, keys in schema.TOP.items():
+        for key in keys.split():
+            for value in ("x", 1.5, True, 3, [], ["a"], [1], {}, {"a": 1}):
+                if schema.KINDS[kind](value):
+                    continue
+                (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **RIGHT, "model_type": family, key: value}))
+                message = _refused(tmp_path)
+                assert f"config.json {key}: expected {kind}" in message, (key, value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_type": "linear"}, ("rope_parameters.factor", "'linear' needs it")),
+        ({"rope_type": "dynamic", "factor": None}, ("rope_parameters.factor", "'dynamic' needs it")),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, ("high_freq_factor", "'llama3' needs it")),
+        ({"rope_type": "longrope", "short_factor": [1.0, 1.0]}, ("long_factor", "'longrope' needs it")),
+        ({"rope_type": "linear", "factor": "x"}, ("rope_parameters factor", "a number", "'x'")),
+        ({"rope_theta": "x"}, ("rope_parameters rope_theta", "a number")),
+        ({"rope_theta": 0}, ("theta", "must exceed 1")),
+        ({"rope_type": ["x"]}, ("rope_type", "a string")),
+        ({"partial_rotary_factor": 0.0}, ("fraction", "rotary width")),
+        ({"rope_type": "longrope", "short_factor": "x", "long_factor": 3}, ("short_factor", "a list of numbers")),
+    ],
+)
+def test_rotary_settings_that_are_incomplete(tmp_path: Path, rope: dict[str, Any], words: tuple[str, ...]) -> None:
+    message = _refused(_make(tmp_path, {"rope_parameters": rope}))
+    for word in words:
+        assert word in message
+
+
+def test_layer_types_of_another_number_of_layers(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2", "layer_types": ["full_attention"] * 2, "num_key_value_heads": 2}
+    assert "layer_types: 2 found, num_hidden_layers = 1" in _refused(_make(tmp_path, config))
 
 
 def test_config_is_not_json(tmp_path: Path) -> None:
