@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import safetensors
 
+import lm.interop.schema as schema
 import lm.interop.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.tokenizers import Tokenizer, from_directory
 from lm.errors import UserError, unknown
-from lm.interop import schema
 from lm.interop.families import FAMILIES
 
 

@@ -12,7 +12,7 @@ import oracles
 import pytest
 
 from lm.attention import TABLE, attend
-from lm.attention.branches import NEG, Branch, Context, Tokens
+from lm.attention.branches import NEG, Branch, Context, Tokens, merge
 from lm.attention.masks import And, Causal, Chunked, Full, Mask, Not, Or, Prefix, Sinks, Window
 from lm.attention.tiles import Grid, visit
 from lm.positions.alibi import Alibi, slopes
@@ -228,6 +228,26 @@ def _context_of(T: int, positions: Any) -> Context:
     x, index = jnp.zeros((1, T, 2, D)), jnp.arange(T, dtype=jnp.int32)[None]
     side = Tokens(index, index.astype(jnp.float32), contiguous=True)
     return Context(x, x, side, side, positions, jnp.asarray(float(T)), 1.0)
+
+
+def test_a_tile_that_ends_beyond_the_keys_is_never_whole() -> None:
+    whole = visit(Full(), Grid(20, 20, 8, 8))
+    assert whole.tolist() == [[i, j, int(j < 2)] for i in range(3) for j in range(3)]
+
+
+def test_rows_without_keys_take_nothing_from_their_branches() -> None:
+    """Whatever an empty branch holds, and in either order, it has no share in output or gradient."""
+    out = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
+
+    def merged(junk: Any, other: Any) -> Any:
+        return merge([junk, other], [jnp.full(2, NEG), jnp.asarray([NEG, 0.5])])
+
+    got, lse = merged(jnp.full((2, 2), 7.0), out)
+    np.testing.assert_array_equal(got, [[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_array_equal(lse, np.float32([NEG, 0.5]))
+    grads = jax.grad(lambda a, b: merged(a, b)[0].sum() + merged(a, b)[1][1], (0, 1))(jnp.full((2, 2), 7.0), out)
+    np.testing.assert_array_equal(grads[0], jnp.zeros((2, 2)))
+    np.testing.assert_array_equal(grads[1], [[0.0, 0.0], [1.0, 1.0]])
 
 
 def test_a_window_costs_by_its_width_and_sinks_by_their_number() -> None:

@@ -58,3 +58,11 @@ def test_random_settings(kind: str) -> None:
         f, m = rope.scaling.frequencies(rope.theta, rope.width(head_dim), jnp.asarray(float(length)), trained)
         np.testing.assert_allclose(f, want.numpy(), rtol=5e-6, err_msg=f"{fields} at {length} of {trained}")
         assert float(m) == pytest.approx(float(factor), rel=1e-6), fields
+
+
+def test_yarn_whose_ramp_has_no_width() -> None:
+    """Six original positions hold no full turn: only the fastest frequency is kept, the rest are interpolated."""
+    scaling = plug("lm.positions.scaling", {"name": "yarn", "factor": 4.0, "original": 6}, "scaling")
+    plain = plug("lm.positions.scaling", "default", "scaling")
+    f, want = (np.asarray(s.frequencies(1e4, 16, 1.0, 64)[0]) for s in (scaling, plain))
+    np.testing.assert_allclose(f, want / np.array([1.0] + [4.0] * 7), rtol=1e-6)
