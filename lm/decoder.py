@@ -54,6 +54,7 @@ class Decoder(nn.Module):
 
     Layers of equal parameter shapes are stored stacked (``blocks``, leading axis L) whatever plugs run on them, so
     configurations that differ only in training-free plugs share one parameter tree; otherwise ``blocks_0 … L-1``.
+    The second layout is taken for the first where it is given (`lm.params.unstack`): decoding copies no slices.
     """
 
     cfg: ModelConfig
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
         caches: list[Any] = []
         params, stacked = self._block_params(x.shape, layers)
         start = 0
-        for n in _runs(layers, self.cfg.scan_layers and cache is None):
+        for n in _runs(layers, self.cfg.scan_layers and stacked and cache is None):
             cfg = layers[start]
 
             def layer(x: Any, p: Params, c: Any = None, cfg: ModelConfig = cfg) -> Any:
@@ -143,7 +144,7 @@ class Decoder(nn.Module):
 
         probe = jax.random.key(0)
         shapes = [jax.eval_shape(lambda r, c=c: init(c, r), probe) for c in dict.fromkeys(layers)]
-        if all(s == shapes[0] for s in shapes):
+        if all(s == shapes[0] for s in shapes) and not self.has_variable("params", "blocks_0"):
             first = layers[0]
             many = lambda rng: jax.vmap(lambda r: init(first, r))(jax.random.split(rng, len(layers)))  # noqa: E731
             return self.param("blocks", many), True

@@ -56,5 +56,18 @@ def axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters with one tree per layer (``blocks_0 … L-1``) in place of stacked ``blocks``.
+
+    For decoding: a one-token step reads every weight once, and slicing a stack would copy it first. Training and
+    long forward passes want the stack, which compiles one layer instead of L.
+    """
+    if "blocks" not in params:
+        return params
+    rest = {k: v for k, v in params.items() if k != "blocks"}
+    n = jax.tree.leaves(params["blocks"])[0].shape[0]
+    return rest | {f"blocks_{i}": jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(n)}
+
+
 def count(params: Any) -> int:
     return sum(int(leaf.size) for leaf in jax.tree.leaves(params))

@@ -346,3 +346,13 @@ def test_attention_scale() -> None:
     cfg = merge(BASE, {"attention": {"scale": 0.5 / math.sqrt(4)}}, "model")
     got = run(cfg, params={**params, "blocks": blocks}).logits_BTV
     np.testing.assert_allclose(got, run(BASE).logits_BTV, rtol=0, atol=1e-5)
+
+
+def test_one_tree_per_layer_is_the_stack() -> None:
+    apart = params_lib.unstack(parameters(BASE))
+    assert {f"blocks_{i}" for i in range(BASE.n_layers)} < set(apart) and "blocks" not in apart
+    assert params_lib.unstack(apart) is apart
+    assert params_lib.count(apart) == params_lib.count(parameters(BASE))
+    axes = jax.tree.leaves(params_lib.axes(apart), is_leaf=lambda x: isinstance(x, tuple))
+    assert [len(a) for a in axes] == [leaf.ndim for leaf in jax.tree.leaves(apart)]
+    np.testing.assert_allclose(run(BASE, params=apart).logits_BTV, run(BASE).logits_BTV, atol=1e-6)

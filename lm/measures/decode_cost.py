@@ -14,6 +14,7 @@ from lm import caches
 from lm.decoder import Decoder
 from lm.errors import UserError
 from lm.measures.base import Measured, Progress, Subject
+from lm.params import unstack
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class DecodeCost:
             return jnp.argmax(out.logits_BTV, -1).astype(jnp.int32), out.cache
 
         run = jax.jit(step, donate_argnums=1)
+        weights = unstack(subject.params)
         samples: dict[str, list[float]] = {}
         ms, mib = [], []
         for done, length in enumerate(self.lengths):
@@ -58,7 +60,7 @@ class DecodeCost:
             token, times = jnp.zeros((1, 1), jnp.int32), []
             for i in range(self.steps + 2):
                 start = time.perf_counter()
-                token, cache = run(subject.params, cache, token, jnp.full((1, 1), length + i, jnp.int32))
+                token, cache = run(weights, cache, token, jnp.full((1, 1), length + i, jnp.int32))
                 jax.block_until_ready((token, cache))
                 times.append(1e3 * (time.perf_counter() - start))
             samples[f"ms@{length}"] = times[2:]  # the first two compile and warm up
