@@ -37,7 +37,7 @@ class DecodeCost:
             )
 
     def identity(self) -> str:
-        return "noise"
+        return "noise; one tree of weights per layer"  # as read: another layout is another time
 
     def cost(self, cfg: Any) -> float:
         return 400.0 * len(self.lengths) * (self.steps + 20)
