@@ -46,12 +46,35 @@ def axes(params: Any) -> Any:
     """The tree of logical axis names, one tuple per leaf; stacked blocks lead with ``layers``."""
 
     def one(path: Any, leaf: Any) -> tuple[str, ...]:
-        parts = [str(k.key) for k in path]
-        for start in range(len(parts)):
-            found = AXES.get("/".join(parts[start:]))
-            if found is not None:
-                return (("layers",) if parts[0] == "blocks" else ()) + found
-        raise KeyError(f"no logical axes for parameter {'/'.join(parts)}; add them to lm.params.AXES")
+        found = logical(path)
+        if not found:
+            parts = [str(getattr(k, "key", k)) for k in path]
+            raise KeyError(f"no logical axes for parameter {'/'.join(parts)}; add them to lm.params.AXES")
+        return found
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def logical(path: Any) -> tuple[str, ...]:
+    """The logical axis names of the leaf at a tree path; empty for a name that no table knows."""
+    parts = [str(getattr(k, "key", k)) for k in path]
+    suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
+    found = next((AXES[s] for s in suffixes if s in AXES), ())
+    return ("layers", *found) if found and parts[0] == "blocks" else found
+
+
+def names_of_axes(params: Any) -> dict[str, str]:
+    """``{"blocks/attn/q/kernel": "layers, embed, heads, head_dim", …}``."""
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {"/".join(str(k.key) for k in path): ", ".join(logical(path)) for path, _ in flat}
+
+
+def stacks(params: Any) -> Any:
+    """How many leading axes of each leaf stack tensors (layers, experts) rather than belong to one; 0 for foreign
+    names, so that any tree is accepted."""
+
+    def one(path: Any, leaf: Any) -> int:
+        return sum(name in ("layers", "experts") for name in logical(path))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
