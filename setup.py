@@ -25,6 +25,8 @@ BASE = [
     "chex>=0.1.90,<0.2",
     # 2.0 is the floor of jax 0.10; later ones ask for more, which pip finds by itself.
     "numpy>=2.0,<3",
+    # Deterministic random-access loading for training, without TensorFlow; 0.2.18 is the release tested.
+    "grain>=0.2.18,<0.3",
     # Plots in reports. 3.9 is the first release line built for NumPy 2.
     "matplotlib>=3.9,<4",
     # Progress bars. Plain use, any 4.x will do.
@@ -55,9 +57,7 @@ EXTRAS = {
     "data": [
         # `tfds.data_source` reads prepared sets without TensorFlow; 4.9.10 is the release tested.
         "tensorflow-datasets>=4.9.10,<5",
-        # Deterministic loading for training; 0.2.18 is the release tested.
-        "grain>=0.2.18,<0.3",
-        # The random-access format behind both of the above; 0.8.1 is grain's own floor.
+        # The random-access format that prepared sets are kept in; 0.8.1 is grain's own floor.
         "array_record>=0.8.1,<0.9",
         # Only for the Wikipedia articles inside its test data. Exact, because results quote its text.
         "gensim==4.4.0",

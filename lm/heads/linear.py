@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.heads.cross_entropy import Sums, linear_loss
 
 AXES = {"head/kernel": ("embed", "vocab"), "head/bias": ("vocab",)}
 
@@ -28,6 +30,25 @@ class Linear:
 
     def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
         return _Linear(cfg, name=name)
+
+    def loss(
+        self,
+        cfg: ModelConfig,
+        params: dict[str, Any],
+        hidden_BTD: jax.Array,
+        targets_BT: jax.Array,
+        weights_BT: jax.Array,
+        z_loss: float,
+        chunk: int,
+    ) -> tuple[jax.Array, Sums]:
+        """Cross-entropy and its gradient in one pass; see `lm.heads.cross_entropy.linear_loss`."""
+        own = params.get("head", {})
+        table = params["embed"] if self.tie else own["kernel"].T
+        bias = own["bias"] if self.bias else None
+        weights = weights_BT.astype(jnp.float32)
+        return linear_loss(
+            hidden_BTD, table, bias, targets_BT, weights, softcap=self.softcap, z_loss=z_loss, chunk=chunk
+        )
 
 
 class _Linear(nn.Module):

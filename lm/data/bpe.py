@@ -1,0 +1,112 @@
+"""Tokenizers by name, and byte-level BPE (arXiv 1508.07909, on bytes as GPT-2) trained on given documents."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm.data.document import Document, identity
+from lm.data.tokenizers import (
+    ByteTokenizer,
+    HFTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    from_directory,
+    from_sentencepiece,
+)
+from lm.errors import UserError, nearest
+
+END = "<|endoftext|>"
+SMALLEST = 257  # every byte, and the end of a document
+_VERSION = 1  # raise when the training below changes what comes out
+
+
+def trained(documents: Sequence[Document], vocab_size: int, cache: Path) -> HFTokenizer:
+    """A tokenizer of `vocab_size` ids or fewer (small texts run out of pairs); eos is ``<|endoftext|>``, id 0.
+
+    Deterministic; kept under `cache` by the documents' content, so that it is trained once. Raises `UserError` for a
+    size below 257.
+    """
+    if vocab_size < SMALLEST:
+        raise UserError(f"train.data.tokenizer: bpe:{vocab_size}: too small; valid: bpe:N with N from {SMALLEST} on")
+    import tokenizers
+
+    mark = hashlib.sha256(f"{_VERSION} {vocab_size} {identity(documents)}".encode()).hexdigest()[:32]
+    path = cache / "tokenizers" / f"bpe-{vocab_size}-{mark}.json"
+    inner: Any = None
+    if path.is_file():
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception:  # a damaged file is made again
+            inner = None
+    if inner is None:
+        inner = _train(documents, vocab_size)
+        _keep(path, inner.to_str())
+    return HFTokenizer(inner, bos_id=None, eos_id=inner.token_to_id(END))
+
+
+def _train(documents: Sequence[Document], vocab_size: int) -> Any:
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = tokenizers.Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    inner.train_from_iterator((d.text for d in documents), trainer, length=len(documents))
+    return inner
+
+
+def _keep(path: Path, text: str) -> None:
+    """Writes whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, swap = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.replace(swap, path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
+
+
+def by_name(spec: str, documents: Callable[[], Sequence[Any]], cache: Path) -> Tokenizer:
+    """``bytes``, ``bpe:SIZE`` (trained on ``documents()``, kept under `cache`), a ``tokenizer.json``, a folder with
+    one, or a SentencePiece ``.model``. Raises `UserError` for anything else."""
+    valid = "valid: bytes, bpe:SIZE, a tokenizer.json or its folder, a SentencePiece .model"
+    kind, colon, size = spec.partition(":")
+    if spec == "bytes":
+        return ByteTokenizer()
+    if kind == "bpe" and colon:
+        if not size.isdecimal():
+            raise UserError(f"train.data.tokenizer: bpe:{size}: the size is not a number; valid: bpe:4096, for example")
+        return trained(documents(), int(size), cache)
+    path = Path(spec).expanduser()
+    if path.suffix == ".model" and path.is_file():
+        return _with_end(from_sentencepiece(path))
+    folder = path.parent if path.name == "tokenizer.json" else path
+    found = from_directory(folder) if folder.is_dir() else None
+    if found is None:
+        raise UserError(f"train.data.tokenizer: no tokenizer {spec!r}{nearest(spec, ('bytes', 'bpe:4096'))}; {valid}")
+    return _with_end(found)
+
+
+def _with_end(tokenizer: Any) -> Tokenizer:
+    """With the end-of-document id that the tokenizer itself names, where it names one."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        end = int(tokenizer.inner.eos_id())
+        return dataclasses.replace(tokenizer, eos_id=end if end >= 0 else None)
+    for name in ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"):
+        end = tokenizer.inner.token_to_id(name)
+        if end is not None:
+            return dataclasses.replace(tokenizer, eos_id=end)
+    return tokenizer

@@ -1,0 +1,129 @@
+"""Cross-entropy of a linear head, gradient included, without an array of all logits.
+
+The loss is a scalar, so its gradient is known up to one factor as soon as the logits are: the forward pass of the
+differentiated function visits the tokens piece by piece and leaves the gradients of hidden states and weights
+(as do Liger Kernel, arXiv 2410.10989, and Cut Cross-Entropy, arXiv 2411.09009). Logits are computed once
+and never stored. Letters: B batch, T tokens, t tokens of a piece, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Sums = dict[str, jax.Array]
+
+
+def pieces(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """``[B, T, …]`` -> ``[n, B, t, …]`` with ``B t <= chunk`` where B allows (0 = one piece), the last piece filled up
+    with zeros. Rows stay whole, so that a batch sharded over devices is cut on every device alike."""
+    B, T = arrays_BT[0].shape[:2]
+    t = min(max(chunk // B, 1), T) if chunk else T
+    n = -(-T // t)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
+
+    return tuple(cut(x) for x in arrays_BT)
+
+
+def linear_loss(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    bias_V: jax.Array | None,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[jax.Array, Sums]:
+    """``sum w (log Z - logit_target + z_loss log^2 Z)`` and the sums ``nll, weight, z, correct``, float32 scalars.
+
+    Logits are ``hidden @ table.T + bias``, soft-capped. Differentiable in hidden, table and bias (once; the gradient's
+    own derivative is not defined). Matrix products run in the hidden states' type, all else in float32.
+    """
+    bias = jnp.zeros((), jnp.float32) if bias_V is None else bias_V
+    settings = (softcap, z_loss, chunk, bias_V is not None)
+    weights = weights_BT.astype(jnp.float32)
+    loss, sums = _loss(settings, hidden_BTD, table_VD, bias, targets_BT, weights)
+    return loss, jax.tree.map(jax.lax.stop_gradient, sums)
+
+
+def _piece(settings: Any, table: Any, bias: Any, hidden: Any, targets: Any, weights: Any) -> tuple[Any, ...]:
+    """Per-vocabulary arrays ``[V, B, t]`` and the sums of one piece. The vocabulary leads, so that the reductions over
+    it run along contiguous tokens."""
+    softcap, _, _, biased = settings
+    logits = jnp.einsum("vd,btd->vbt", table, hidden, preferred_element_type=jnp.float32)
+    if biased:
+        logits = logits + bias.astype(jnp.float32)[:, None, None]
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    top = logits.max(0)
+    log_z = top + jnp.log(jnp.exp(logits - top).sum(0))
+    hit = jnp.arange(logits.shape[0], dtype=targets.dtype)[:, None, None] == targets
+    own = jnp.where(hit, logits, 0.0).sum(0)
+    sums = {
+        "nll": (weights * (log_z - own)).sum(),
+        "weight": weights.sum(),
+        "z": (weights * log_z**2).sum(),
+        "correct": (weights * (own >= top)).sum(),
+    }
+    return logits, log_z, hit, sums
+
+
+def _total(settings: Any, sums: Sums) -> tuple[jax.Array, Sums]:
+    return sums["nll"] + settings[1] * sums["z"], sums
+
+
+_ZERO = ("nll", "weight", "z", "correct")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> tuple[jax.Array, Sums]:
+    matrix = table.astype(hidden.dtype)
+
+    def step(total: Sums, xs: Any) -> tuple[Sums, None]:
+        *_, sums = _piece(settings, matrix, bias, *xs)
+        return jax.tree.map(jnp.add, total, sums), None
+
+    zero = {name: jnp.zeros(()) for name in _ZERO}
+    return _total(settings, jax.lax.scan(step, zero, pieces(settings[2], hidden, targets, weights))[0])
+
+
+def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> Any:
+    softcap, z_loss, chunk, biased = settings
+    B, T, D = hidden.shape
+    matrix = table.astype(hidden.dtype)
+
+    def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
+        total, d_table, d_bias = carry
+        h, targets, weights = xs
+        logits, log_z, hit, sums = _piece(settings, matrix, bias, h, targets, weights)
+        grow = weights * (1.0 + 2.0 * z_loss * log_z) if z_loss else weights
+        d = jnp.exp(logits - log_z) * grow - jnp.where(hit, weights, 0.0)
+        if softcap is not None:
+            d = d * (1.0 - (logits / softcap) ** 2)
+        if biased:
+            d_bias = d_bias + d.sum((1, 2))
+        d = d.astype(hidden.dtype)
+        d_table = d_table + jnp.einsum("vbt,btd->vd", d, h, preferred_element_type=jnp.float32)
+        d_h = jnp.einsum("vbt,vd->btd", d, matrix, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        return (jax.tree.map(jnp.add, total, sums), d_table, d_bias), d_h
+
+    zero = ({n: jnp.zeros(()) for n in _ZERO}, jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
+    (sums, d_table, d_bias), d_h = jax.lax.scan(step, zero, pieces(chunk, hidden, targets, weights))
+    d_h = jnp.moveaxis(d_h, 0, 1).reshape(B, -1, D)[:, :T]
+    return _total(settings, sums), (d_h, d_table.astype(table.dtype), d_bias.astype(bias.dtype))
+
+
+def _backward(settings: Any, saved: Any, cotangents: Any) -> Any:
+    scale = cotangents[0]
+    return (*(x * scale.astype(x.dtype) for x in saved), None, None)
+
+
+_loss.defvjp(_forward, _backward)

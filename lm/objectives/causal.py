@@ -1,0 +1,81 @@
+"""Next-token cross-entropy, read off the head piece by piece so that no array of all logits exists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.config import ModelConfig
+from lm.decoder import Decoder, readout
+from lm.errors import UserError
+from lm.heads.cross_entropy import Sums, pieces
+
+
+@dataclass(frozen=True)
+class Causal:
+    """Minimises ``sum_t w_t (-log p(target_t) + z_loss * log^2 Z_t)``, Z the softmax denominator.
+
+    `z_loss` keeps log Z near 0 (PaLM, arXiv 2204.02311, section 5: 1e-4). `chunk`: tokens of the batch whose logits
+    exist at one time; 0 = all. It changes memory and speed, not the result (beyond the order of float32 additions).
+    """
+
+    z_loss: float = 0.0
+    chunk: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.z_loss < math.inf:
+            raise UserError(f"train.objective.z_loss: must be finite and not negative, found {self.z_loss}")
+        if self.chunk < 0:
+            raise UserError(f"train.objective.chunk: must be at least 1, or 0 for all tokens, found {self.chunk}")
+
+    def loss(self, cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
+        """The loss and the sums ``nll``, ``weight``, ``z`` (of log^2 Z) and ``correct`` (the target had the largest
+        logit, ties included), each weighted; float32 scalars. See `lm.objectives` for `batch`."""
+        where = {f"{name}_BT": batch[name] for name in ("segments", "index") if name in batch}
+        out = Decoder(cfg).apply({"params": params}, batch["inputs"], logits=False, **where)
+        return head_loss(cfg, params, out.hidden_BTD, batch["targets"], batch["weights"], self.z_loss, self.chunk)
+
+
+def head_loss(
+    cfg: ModelConfig,
+    params: dict[str, Any],
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    z_loss: float = 0.0,
+    chunk: int = 1024,
+) -> tuple[jax.Array, Sums]:
+    """Loss and sums of `Causal` from final hidden states, for any head; for objectives that add terms of their own.
+
+    A head with a method ``loss(cfg, params, hidden, targets, weights, z_loss, chunk)`` computes both itself.
+    """
+    fused = getattr(cfg.head, "loss", None)
+    if fused is not None:
+        return fused(cfg, params, hidden_BTD, targets_BT, weights_BT, z_loss, chunk)
+    kept = {name: params[name] for name in ("embed", "head") if name in params}
+
+    @jax.checkpoint
+    def piece(kept: dict[str, Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
+        logits = readout(cfg, kept, hidden).astype(jnp.float32)
+        own = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        correct = jax.lax.stop_gradient(own >= logits.max(-1))
+        return {
+            "nll": (weights * (log_z - own)).sum(),
+            "weight": weights.sum(),
+            "z": (weights * log_z**2).sum(),
+            "correct": (weights * correct).sum(),
+        }
+
+    def step(total: Sums, xs: Any) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, piece(kept, *xs)), None
+
+    zero = {name: jnp.zeros(()) for name in ("nll", "weight", "z", "correct")}
+    weights = weights_BT.astype(jnp.float32)
+    sums, _ = jax.lax.scan(step, zero, pieces(chunk, hidden_BTD, targets_BT, weights))
+    loss = sums["nll"] + z_loss * sums["z"]
+    return loss, jax.tree.map(jax.lax.stop_gradient, sums)
