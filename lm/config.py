@@ -242,6 +242,8 @@ def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
             current = getattr(base, name)
             same = named is None or table(module).get(named) is type(current)
             out[name] = merge(current, rest, place) if same else plug(module, value, place)
+        elif dataclasses.is_dataclass(getattr(base, name)) and not module and hasattr(value, "items"):
+            out[name] = merge(getattr(base, name), value, place)
         else:
             out[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
     return dataclasses.replace(base, **out)

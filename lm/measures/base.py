@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +21,13 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under measurement."""
+    """A model under measurement; `run`: the folder of the training that made its parameters."""
 
     config: ModelConfig
     params: Any
     tokenizer: Any
     seed: int = 0
+    run: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,174 @@
+"""Checkpoints by Orbax: asynchronous, committed by a rename, verified when read back.
+
+A folder holds one subfolder per kept step with the whole state (parameters, optimizer, counters) and what it belongs to
+(configuration, data order, fingerprints). A save that was interrupted is a temporary folder that is never read. A
+checkpoint whose contents changed on disk is told, put aside (``damaged-STEP``) and the one before is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from lm.errors import UserError
+from lm.train.errors import TrainingStopped
+
+
+class SaveFailed(TrainingStopped):
+    """A checkpoint could not be written; the message says why, and what is the newest complete one."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. `keep_last` newest stay, and those of every `keep_every` steps (0 = none)."""
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0) -> None:
+        self.folder = folder.absolute()
+        policies: list[Any] = [keep.LatestN(keep_last)]
+        if keep_every:
+            policies.append(keep.EveryNSteps(keep_every))
+        self.options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        logging.getLogger("absl").setLevel(logging.ERROR)  # a line per save and thread otherwise
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._open()
+        except OSError as e:
+            raise UserError(f"{self.folder}: cannot be written ({e.strerror or e}); valid: another --workdir") from None
+
+    def _open(self) -> None:
+        self.manager = ocp.CheckpointManager(self.folder, options=self.options)
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of complete checkpoints, oldest first."""
+        return sorted(self.manager.all_steps())
+
+    def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
+        """Starts writing; returns when the state may change again. Raises `SaveFailed`, also for an earlier save."""
+        marks = _marks(state)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**about, "step": step, "fingerprints": marks})
+        )
+        self._guard(step, lambda: self.manager.save(step, args=items, force=True))
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises `SaveFailed`."""
+        self._guard(None, self._finish)
+
+    def _finish(self) -> None:
+        self.manager.wait_until_finished()
+        self.manager.check_for_errors()
+
+    def _guard(self, step: int | None, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as e:  # whatever the file system and the library's threads come up with
+            left = self._complete()
+            have = f"the last complete checkpoint is step {left[-1]}" if left else "there is no complete checkpoint"
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            free = shutil.disk_usage(self.folder).free / 2**20
+            raise SaveFailed(
+                f"{self.folder}: {what} cannot be written ({_first_line(e)}; {free:,.0f} MiB free on the disk); {have}"
+            ) from e
+
+    def _complete(self) -> list[int]:
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+    def about(self, step: int) -> dict[str, Any]:
+        """What the checkpoint of `step` belongs to."""
+        args = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return dict(self.manager.restore(step, args=args)["about"])
+
+    def newest(
+        self, like: Any, check: Callable[[dict[str, Any]], None], tell: Callable[[str], None]
+    ) -> tuple[int, Any] | None:
+        """The newest sound checkpoint's step and state, placed as `like` (arrays or shapes); None when there is none.
+
+        `check(about)` may raise `UserError` for a checkpoint of something else. Damaged ones are told and put aside.
+        """
+        while self.steps:
+            step = self.steps[-1]
+            try:
+                about = self.about(step)
+            except Exception as e:  # any error of any reader: the file is not what was written
+                self._put_aside(step, _first_line(e), tell)
+                continue
+            check(about)
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
+                state = self.manager.restore(step, args=args)["state"]
+            except Exception as e:
+                self._put_aside(step, _first_line(e), tell)
+                continue
+            found = _marks(state)
+            wrong = [k for k, v in about["fingerprints"].items() if found.get(k) != v]
+            if wrong:
+                self._put_aside(step, f"{wrong[0]} is not what was saved", tell)
+                continue
+            return step, state
+        return None
+
+    def _put_aside(self, step: int, why: str, tell: Callable[[str], None]) -> None:
+        older = [s for s in self.steps if s < step]
+        then = f"using step {older[-1]}" if older else "starting from the beginning"
+        aside = self.folder.parent / f"damaged-{step}"
+        n = 1
+        while aside.exists():
+            n, aside = n + 1, self.folder.parent / f"damaged-{step}-{n}"
+        self.manager.close()
+        (self.folder / str(step)).rename(aside)
+        self._open()
+        tell(f"{self.folder / str(step)}: damaged ({why}); moved to {aside.name}, {then}")
+
+    def close(self) -> None:
+        """Waits for what is being written; its failure has been told by `save` or `wait`, or comes too late."""
+        with contextlib.suppress(Exception):
+            self.manager.close()
+
+
+def _marks(state: Any) -> dict[str, int]:
+    """Fingerprints by the leaf's place in the tree."""
+    flat = jax.tree_util.tree_flatten_with_path(jax.device_get(_fingerprints(state)))[0]
+    return {jax.tree_util.keystr(path): int(mark) for path, mark in flat}
+
+
+@jax.jit
+def _fingerprints(state: Any) -> Any:
+    """A uint32 per leaf that depends on every bit and its place, and not on how the leaf is spread over devices."""
+
+    def one(x: jax.Array) -> jax.Array:
+        if x.dtype == jnp.bool_:
+            words = x.astype(jnp.uint32)
+        else:
+            width = x.dtype.itemsize * 8
+            words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{width}")).astype(jnp.uint32)
+        flat = words.reshape(-1)
+        places = 2 * jax.lax.iota(jnp.uint32, flat.size) + 1  # odd, so that no bit is multiplied away
+        return jnp.sum(flat * places, dtype=jnp.uint32)
+
+    return jax.tree.map(one, state)
+
+
+def _abstract(like: Any) -> Any:
+    def one(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None))
+
+    return jax.tree.map(one, like)
+
+
+def _first_line(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return (lines or [type(e).__name__])[0][:200]

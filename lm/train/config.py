@@ -1,0 +1,122 @@
+"""What determines a training run, checked before any array exists."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from lm.config import socket, to_dict
+from lm.errors import UserError, unknown
+
+PACKINGS = ("concat", "best_fit")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """`texts`: specs of `lm.data.texts`, mixed by `weights` (one each; empty = by their numbers of rows).
+
+    `tokenizer`: ``bytes``, ``bpe:SIZE`` (trained on the texts), a ``tokenizer.json``, a SentencePiece model, or ``""``:
+    the checkpoint's own. `seq_len`: tokens per row. `packing`: ``concat`` cuts one stream of documents, ``best_fit``
+    keeps pieces whole. `held_out`: fraction of documents never trained on, chosen by `split_seed`.
+    """
+
+    texts: tuple[str, ...] = ("kjv",)
+    weights: tuple[float, ...] = ()
+    tokenizer: str = "bpe:4096"
+    seq_len: int = 256
+    packing: str = "concat"
+    held_out: float = 0.05
+    split_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise UserError("train.data.texts: is empty; valid: one or more texts, python -m lm.data.texts lists them")
+        if self.seq_len < 2:
+            raise UserError(f"train.data.seq_len: must be at least 2, found {self.seq_len}")
+        if self.packing not in PACKINGS:
+            raise unknown("train.data.packing", self.packing, PACKINGS)
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"train.data.held_out: must lie in [0, 1), found {self.held_out}")
+        if self.weights and len(self.weights) != len(self.texts):
+            raise UserError(
+                f"train.data.weights: {len(self.weights)} weights for {len(self.texts)} texts; valid: one each, or none"
+            )
+        if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
+            raise UserError(f"train.data.weights: found {self.weights}; valid: numbers from 0 on, not all 0")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`batch`: rows per step over all devices and accumulation steps; `accumulate`: parts it is computed in.
+
+    `clip`: largest global gradient norm, None = any. Evaluations of `eval_rows` held-out rows come before the first
+    step, every `eval_every` steps (0 = never), and over all held-out rows (at most `final_rows`) at the end.
+    Checkpoints come every `save_every` steps and at the end; the newest `keep_last` stay, and every multiple of
+    `keep_every` (0 = none). `max_skipped`: as many non-finite steps in a row end the run. `profile`: (first, last) step
+    of a profiler window.
+    """
+
+    steps: int = 1000
+    batch: int = 16
+    accumulate: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: Any = socket("lm.objectives", "causal")
+    optimizer: Any = socket("lm.optimizers", "adamw")
+    schedule: Any = socket("lm.optimizers.schedules", "cosine")
+    clip: float | None = 1.0
+    eval_every: int = 100
+    eval_rows: int = 64
+    final_rows: int = 4096
+    save_every: int = 200
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped: int = 10
+    log_every: int = 1
+    tensorboard: bool = False
+    profile: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "accumulate", "eval_rows", "final_rows", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: must be at least 1, found {getattr(self, name)}")
+        for name in ("max_skipped", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name}: must be at least 1, found {getattr(self, name)}")
+        for name in ("eval_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}: must be 0 or more, found {getattr(self, name)}")
+        if self.batch % self.accumulate:
+            valid = ", ".join(str(n) for n in range(1, self.batch + 1) if self.batch % n == 0)
+            raise UserError(
+                f"train.accumulate: {self.accumulate} does not divide train.batch = {self.batch}; valid: {valid}"
+            )
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"train.clip: must be positive or None, found {self.clip}")
+        if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
+            raise UserError(f"train.profile: found {self.profile}; valid: (first step, last step), or ()")
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch * self.data.seq_len
+
+    def determines(self) -> dict[str, Any]:
+        """All settings that the resulting parameters depend on, JSON-ready: not how often a run looks and saves."""
+        out: dict[str, Any] = to_dict(self)
+        for name in _BESIDE:
+            del out[name]
+        return out
+
+
+_BESIDE = (
+    "eval_every",
+    "eval_rows",
+    "final_rows",
+    "save_every",
+    "keep_last",
+    "keep_every",
+    "log_every",
+    "tensorboard",
+    "profile",
+)
+assert set(_BESIDE) <= {f.name for f in dataclasses.fields(TrainConfig)}

@@ -1,0 +1,69 @@
+"""The data of a run: texts to rows of tokens, split, packed, in an order that seed and step determine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from lm.data import bpe, corpus, texts
+from lm.data.loader import Loader
+from lm.data.packing import Packed
+from lm.errors import UserError
+from lm.train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Data:
+    """`held_out` None: nothing is held out. `bytes_per_token` turns nats per token into bits per byte."""
+
+    tokenizer: Any
+    train: tuple[Packed, ...]
+    held_out: Packed | None
+    bytes_per_token: float
+    identity: str
+
+    def loader(self, train: TrainConfig, seed: int) -> Loader:
+        """This process's batches."""
+        return Loader(
+            self.train,
+            train.data.weights or None,
+            train.batch,
+            seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+
+def prepare(train: TrainConfig, cache: Path, tokenizer: Any = None) -> Data:
+    """Reads, tokenizes (both kept under `cache`), splits and packs the texts; `tokenizer` is the checkpoint's own.
+
+    Raises `UserError` for missing or broken texts, for text that is too short, and for a tokenizer that is none.
+    """
+    d = train.data
+    sources = [_documents(spec) for spec in d.texts]
+    everything = [doc for docs in sources for doc in docs]
+    if d.tokenizer or tokenizer is None:
+        tokenizer = bpe.by_name(d.tokenizer or "bytes", lambda: everything, cache)
+    # Without weights all texts are one source, so that texts of one document each can be split as well.
+    whole = [corpus.tokenize(docs, tokenizer, cache) for docs in (sources if d.weights else [everything])]
+    halves = [corpus.split(c, d.held_out, d.split_seed) for c in whole]
+    trained = tuple(Packed(half[0], d.seq_len, d.packing) for half in halves)
+    rest = [half[1] for half in halves if half[1] is not None]
+    held_out = Packed(corpus.join(rest), d.seq_len, d.packing) if rest else None
+    n_bytes = sum(int(c.n_bytes.sum()) for c in whole)
+    n_tokens = sum(int(c.offsets[-1]) for c in whole)
+    about = [[c.identity for c in whole], d.seq_len, d.packing, d.held_out, d.split_seed, d.weights]
+    identity = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
+    return Data(tokenizer, trained, held_out, n_bytes / n_tokens, identity)
+
+
+def _documents(spec: str) -> list[Any]:
+    try:
+        return texts.documents(spec)
+    except UserError as e:
+        raise UserError(f"train.data.{e}") from None

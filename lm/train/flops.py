@@ -1,0 +1,63 @@
+"""Analytic cost of training, and what the device could do: the two sides of model FLOPs utilisation (MFU)."""
+
+from __future__ import annotations
+
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import params
+from lm.config import ModelConfig
+
+# Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets. Devices not listed: a measured product.
+PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def per_token(cfg: ModelConfig, seq_len: int) -> float:
+    """FLOPs per token of forward and backward: six per weight of a matrix, and attention over the causal half of rows
+    of `seq_len` tokens whatever the pattern skips (arXiv 2204.02311, appendix B). Embedding look-ups are free."""
+    tree = params.abstract(cfg)
+    stacked = params.names(params.stacks(tree))
+    weights = 0
+    for name, leaf in params.names(tree).items():
+        if leaf.ndim - stacked[name] >= 2 and name not in ("embed", "pos_embed"):
+            weights += leaf.size
+    if getattr(cfg.head, "tie", False):
+        weights += cfg.vocab_size * cfg.d_model
+    attention = 0.0
+    for layer in cfg.layers():
+        assert layer.head_dim is not None
+        attention += 2 * 2 * layer.n_heads * layer.head_dim * seq_len / 2
+    return 6.0 * weights + 3.0 * attention
+
+
+@functools.lru_cache(maxsize=2)
+def peak(dtype: str = "float32") -> tuple[float, str]:
+    """FLOP/s of all devices together and where the number comes from."""
+    device: Any = jax.devices()[0]
+    n = jax.device_count()
+    if device.device_kind in PEAK:
+        return n * PEAK[device.device_kind], f"{n} x {device.device_kind}, data sheet"
+    side = 1024
+    x = jnp.ones((side, side), jnp.dtype(dtype))
+    product = jax.jit(lambda a, b: a @ b)
+    product(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best, f"a measured product of two {side} x {side} {dtype} matrices"

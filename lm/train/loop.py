@@ -1,0 +1,341 @@
+"""The training loop: resumes by itself, saves in the background, and says what it does."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from lm import optimizers, params
+from lm.config import ModelConfig, to_dict
+from lm.data.loader import held_out_batches
+from lm.errors import UserError
+from lm.train import flops
+from lm.train.checkpoint import Checkpoints
+from lm.train.config import TrainConfig
+from lm.train.data import Data
+from lm.train.errors import Terminated, TrainingStopped
+from lm.train.ledger import KINDS, Ledger, Log, read
+from lm.train.step import Placement, evaluator, initial, transformation
+
+__all__ = ["KINDS", "Trained", "run", "steps_done"]
+
+Report = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`params` after the last step, `skipped` non-finite steps, and the run's folder."""
+
+    params: Any
+    skipped: int
+    folder: Path
+
+
+def run(
+    cfg: ModelConfig,
+    train: TrainConfig,
+    data: Data,
+    folder: Path,
+    *,
+    seed: int = 0,
+    start: Any = None,
+    start_identity: str = "random",
+    report: Report = lambda fraction, text: None,
+    tell: Callable[[str], None] = print,
+) -> Trained:
+    """Trains `cfg` in `folder`, going on from its newest sound checkpoint.
+
+    `start`: initial parameters (a pretrained checkpoint's), None = random ones of `seed`. `report(fraction, text)` is
+    called every step, `tell` for what a user should know. Raises `UserError` when the folder belongs to another run, is
+    in use or cannot be written; `TrainingStopped` when training cannot go on; `Terminated` after SIGTERM.
+    """
+    about = {
+        "model": to_dict(cfg),
+        "train": train.determines(),
+        "data": data.identity,
+        "seed": seed,
+        "start": start_identity,
+    }
+    about = json.loads(json.dumps(about))
+    with _alone(folder):
+        this = _Run(cfg, train, data, folder, about, seed, report, tell)
+        try:
+            return this.all(start)
+        finally:
+            this.checkpoints.close()  # waits for what is being written, also after an exception
+
+
+def steps_done(folder: Path) -> int:
+    """Steps of the newest complete checkpoint in `folder`; opens nothing."""
+    kept = (folder / "checkpoints").iterdir() if (folder / "checkpoints").is_dir() else ()
+    return max((int(p.name) for p in kept if p.name.isdigit()), default=0)
+
+
+class _Run:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        train: TrainConfig,
+        data: Data,
+        folder: Path,
+        about: dict[str, Any],
+        seed: int,
+        report: Report,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.cfg, self.train, self.data, self.folder = cfg, train, data, folder
+        self.about, self.seed, self.report, self.tell = about, seed, report, tell
+        self.ledger = Ledger()
+        self.placement = Placement(train.batch, train.accumulate)
+        self.loader = data.loader(train, seed)
+        self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
+        self.schedule = train.schedule.factor(train.steps)
+        self.per_token = flops.per_token(cfg, train.data.seq_len)
+        self.evaluate_fn = evaluator(cfg, train)
+        self.clock = 0.0
+        self.newest: tuple[int, Any] = (0, None)  # steps done, and the state after them
+
+    def all(self, start: Any) -> Trained:
+        train, ledger = self.train, self.ledger
+        with ledger.during("init"):
+            state, done = self._state(start)
+            self.peak, source = flops.peak(self.cfg.dtype)
+            self.log = Log(self.folder, done - 1 if done else None, train.tensorboard)
+            self._describe(state, source)
+        if done == train.steps and any("final_nll" in x for x in read(self.folder / "metrics.jsonl")):
+            self.log.close()
+            return Trained(state["params"], int(state["skipped"]), self.folder)
+        if done < train.steps:
+            with ledger.during("compile"):
+                first = self.placement.batch(self.loader.at(done))
+                step = self.placement.compile(self.cfg, train, state, first)
+            state = self._steps(step, state, done)
+        if self.data.held_out is not None:
+            with ledger.during("eval"):
+                self._evaluate(state["params"], train.steps, train.final_rows, "final")
+        self._finish()
+        return Trained(state["params"], int(state["skipped"]), self.folder)
+
+    def _state(self, start: Any) -> tuple[Any, int]:
+        """The newest checkpoint's state and step, or the initial ones."""
+
+        def fresh(start: Any) -> Any:
+            return initial(params.init(self.cfg, jax.random.key(self.seed)) if start is None else start, self.train)
+
+        where = jax.tree.map(lambda _: self.placement.everywhere, jax.eval_shape(fresh, start))
+        like = jax.tree.map(
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), jax.eval_shape(fresh, start), where
+        )
+        found = self.checkpoints.newest(like, self._check, self.tell)
+        if found is not None:
+            if found[0] < self.train.steps:
+                self.tell(f"going on from step {found[0]} of {self.folder}")
+            return found[1], found[0]
+        return jax.jit(fresh, out_shardings=where)(start), 0
+
+    def _check(self, about: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another run, naming what differs."""
+        for key, ours in self.about.items():
+            if about.get(key) != ours:
+                place, old, new = _difference(about.get(key), ours, key)
+                raise UserError(
+                    f"{self.folder}: holds a training run with another {place}: {old!r} there, {new!r} here; "
+                    "valid: the same settings, or another folder"
+                )
+
+    def _describe(self, state: Any, source: str) -> None:
+        """``parameters.txt`` and ``run.json``, once."""
+        tree = state["params"]
+        named, axes = params.names(tree), params.names_of_axes(tree)
+        width = max(len(n) for n in named)
+        rows = [f"{n:{width}}  {leaf.shape!s:22} {leaf.dtype!s:9} {axes[n]}" for n, leaf in named.items()]
+        n = params.count(tree)
+        size = optimizers.n_bytes(transformation(self.train), tree)
+        rows.append(f"{n:,} parameters; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter")
+        _write(self.folder / "parameters.txt", "\n".join(rows) + "\n")
+        about = {**self.about, "peak": source, "flops_per_token": self.per_token, "optimizer_bytes": size}
+        _write(self.folder / "run.json", json.dumps(about, indent=1) + "\n")
+
+    def _steps(self, step: Any, state: Any, done: int) -> Any:
+        train, ledger, total = self.train, self.ledger, self.train.steps
+        batches = self.loader.iterate(done)
+        if done == 0 and train.eval_every and self.data.held_out is not None:
+            with ledger.during("eval"):
+                self._evaluate(state["params"], 0, train.eval_rows, "held_out")
+        self.clock, waiting = time.perf_counter(), None
+        self.newest = (done, state)
+        with _terminations() as asked, contextlib.closing(batches):
+            for i in range(done, total):
+                self._profile(i)
+                with ledger.during("data"):
+                    batch = self.placement.batch(next(batches))
+                with ledger.during("step"):
+                    state, metrics = step(state, batch)
+                    self.newest = (i + 1, state)  # the one before has been donated
+                    if waiting is not None:
+                        self._read(*waiting)  # of the step before, while this one runs
+                    waiting = (i, metrics)
+                    last = i + 1 == total or asked.is_set()
+                    if (
+                        last
+                        or (i + 1) % train.save_every == 0
+                        or (train.eval_every and (i + 1) % train.eval_every == 0)
+                    ):
+                        self._read(*waiting)
+                        waiting = None
+                if train.eval_every and (i + 1) % train.eval_every == 0 and i + 1 < total:
+                    if self.data.held_out is not None:
+                        with ledger.during("eval"):
+                            self._evaluate(state["params"], i + 1, train.eval_rows, "held_out")
+                    self.clock = time.perf_counter()
+                if last or (i + 1) % train.save_every == 0:
+                    with ledger.during("save"):
+                        self.checkpoints.save(i + 1, state, self.about)
+                    self.clock = time.perf_counter()
+                if asked.is_set() and i + 1 < total:
+                    self._finish()
+                    raise Terminated(f"step {i + 1} of {total} saved in {self.folder}; the same command goes on")
+        return state
+
+    def _read(self, i: int, metrics: Any) -> None:
+        """Waits for the metrics of step `i`, logs them, and stops a run that does not recover."""
+        m = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        weight = max(m["weight"], 1.0)
+        nll = m["nll"] / weight
+        speed = weight / seconds
+        line = {
+            "loss": m["loss"],
+            "nll": nll,
+            "bits_per_byte": nll / math.log(2) / self.data.bytes_per_token,
+            "accuracy": m["correct"] / weight if "correct" in m else None,
+            "grad_norm": m["grad_norm"],
+            "learning_rate": self.train.optimizer.learning_rate * float(self.schedule(i)),
+            "tokens": weight,
+            "seconds": round(seconds, 5),
+            "tokens_per_second": round(speed, 1),
+            "mfu": round(speed * self.per_token / self.peak, 4),
+            "skipped": int(m["skipped"]),
+        }
+        if i % self.train.log_every == 0 or i + 1 == self.train.steps or not m["ok"]:
+            self.log.write(i, **{k: _plain(v) for k, v in line.items()})
+        text = (
+            f"step {i + 1}/{self.train.steps}, loss {m['loss']:.3f}, {line['bits_per_byte']:.3f} bits/byte, "
+            f"{speed:,.0f} tokens/s, MFU {line['mfu']:.0%}"
+        )
+        self.report((i + 1) / self.train.steps, text)
+        if not m["ok"]:
+            self.tell(
+                f"step {i + 1}: loss {m['loss']:g}, gradient norm {m['grad_norm']:g}: not finite, skipped "
+                f"({int(m['skipped'])} so far)"
+            )
+        if m["run"] >= self.train.max_skipped:
+            with self.ledger.during("save"):
+                good = i + 1 - int(m["run"])
+                if not self.checkpoints.steps or self.checkpoints.steps[-1] < good:
+                    # Skipped steps change no parameter; at most one step has been computed since.
+                    self.checkpoints.save(*self.newest, self.about)
+                self._finish()
+            raise TrainingStopped(
+                f"{self.folder}: {int(m['run'])} steps in a row were not finite (train.max_skipped = "
+                f"{self.train.max_skipped}), the last good one was step {good}; the state after it is kept. Lower "
+                "train.optimizer.learning_rate or train.clip"
+            )
+
+    def _evaluate(self, weights: Any, step: int, rows: int, name: str) -> None:
+        """The objective on held-out rows, logged as ``NAME_…``."""
+        assert self.data.held_out is not None
+        sums: dict[str, float] = {}
+        for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
+            for k, v in jax.device_get(self.evaluate_fn(weights, batch)).items():
+                sums[k] = sums.get(k, 0.0) + float(np.float64(v))
+        nll = sums["nll"] / max(sums["weight"], 1.0)
+        bpb = nll / math.log(2) / self.data.bytes_per_token
+        values = {"nll": nll, "bits_per_byte": bpb, "tokens": sums["weight"]}
+        if "correct" in sums:
+            values["accuracy"] = sums["correct"] / max(sums["weight"], 1.0)
+        # The step whose parameters these are is the one before.
+        self.log.write(step - 1, **{f"{name}_{k}": _plain(v) for k, v in values.items()})
+
+    def _profile(self, i: int) -> None:
+        if self.train.profile:
+            first, last = self.train.profile
+            if i == first:
+                jax.profiler.start_trace(str(self.folder / "profile"))
+            if i == last + 1:
+                jax.profiler.stop_trace()
+
+    def _finish(self) -> None:
+        """Waits for the disk, closes files, writes the ledger's entry for this session of the run."""
+        with self.ledger.during("save"):
+            self.checkpoints.wait()
+        self.log.close()
+        path = self.folder / "goodput.json"
+        sessions = json.loads(path.read_text()) if path.is_file() else []
+        _write(path, json.dumps([*sessions, self.ledger.summary()], indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    swap = path.with_name(f".{path.name}.tmp")
+    swap.write_text(text, encoding="utf-8")
+    os.replace(swap, path)
+
+
+def _difference(a: Any, b: Any, key: str) -> tuple[str, Any, Any]:
+    """The first place where two nested values differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in [*a, *(n for n in b if n not in a)]:
+            if a.get(name) != b.get(name):
+                return _difference(a.get(name), b.get(name), f"{key}.{name}")
+    return key, a, b
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system lets go when the process dies, however it dies."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be written ({e.strerror or e}); valid: another --workdir") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another process is training here; valid: wait for it, or another folder"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
+def _terminations() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, for as long as the context lasts (main thread only: others get no signals)."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,120 @@
+"""The training step: a pure function of state and batch, jitted once, its state donated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm import compat, optimizers
+from lm.config import ModelConfig
+from lm.errors import UserError
+from lm.train.config import TrainConfig
+
+State = dict[str, Any]
+Batch = dict[str, jax.Array]
+
+
+def transformation(train: TrainConfig) -> optax.GradientTransformation:
+    """The run's optimizer: clipping, the plug's direction, weight decay, schedule."""
+    return optimizers.make(train.optimizer, train.schedule.factor(train.steps), train.clip)
+
+
+def initial(params: Any, train: TrainConfig) -> State:
+    """State before step 0: `params`, optimizer state `opt`, and int32 scalars `step`, `skipped` (non-finite steps so
+    far) and `run` (those in a row up to now)."""
+    counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "run")}
+    return {"params": params, "opt": transformation(train).init(params), **counters}
+
+
+def gradients(cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+    """Gradients (float32) of the mean loss over the batch's weighted targets, and sums ``nll, weight, …``.
+
+    The mean is over the whole batch however it is cut: accumulation gives the big batch's gradient.
+    """
+    total = jnp.maximum(batch["weights"].sum(), 1.0)
+
+    def loss(params: Any, part: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        summed, aux = train.objective.loss(cfg, params, part)
+        return summed / total, {**aux, "loss": summed / total}
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    if train.accumulate == 1:
+        (_, aux), grads = grad(params, batch)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+    n = train.accumulate
+    # Rows of one part are spread over the batch, so that every device holds its share of each part.
+    parts = {k: jnp.moveaxis(v.reshape(-1, n, *v.shape[1:]), 1, 0) for k, v in batch.items()}
+
+    def body(carry: Any, part: Batch) -> tuple[Any, None]:
+        (_, aux), grads = grad(params, part)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, (grads, aux)), None
+
+    shapes = jax.eval_shape(lambda p: grad(p, jax.tree.map(lambda x: x[0], parts)), params)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[1], shapes[0][1]))
+    (grads, aux), _ = jax.lax.scan(body, zeros, parts)
+    return grads, aux
+
+
+def step(cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    """One optimizer step and its metrics (sums, `grad_norm`, `ok`). A non-finite loss or gradient changes nothing but
+    the counters."""
+    tx = transformation(train)
+    grads, metrics = gradients(cfg, train, state["params"], batch)
+    norm = optax.global_norm(grads)
+    ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+
+    def move(_: None) -> tuple[Any, Any]:
+        updates, opt = tx.update(grads, state["opt"], state["params"])
+        return optax.apply_updates(state["params"], updates), opt
+
+    params, opt = jax.lax.cond(ok, move, lambda _: (state["params"], state["opt"]), None)
+    bad = 1 - ok.astype(jnp.int32)
+    new = {
+        "params": params,
+        "opt": opt,
+        "step": state["step"] + 1,
+        "skipped": state["skipped"] + bad,
+        "run": (state["run"] + 1) * bad,
+    }
+    return new, {**metrics, "grad_norm": norm, "ok": ok, "skipped": new["skipped"], "run": new["run"]}
+
+
+class Placement:
+    """Where state and batches live: rows over the axis ``data`` of all devices, everything else on each of them."""
+
+    def __init__(self, batch: int, accumulate: int = 1) -> None:
+        n = jax.device_count()
+        if (batch // accumulate) % n:
+            raise UserError(
+                f"train.batch: {batch} rows in {accumulate} parts are not divisible by {n} devices; "
+                f"valid: a multiple of {n * accumulate}"
+            )
+        self.mesh = compat.auto_mesh((n,), ("data",))
+        self.everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
+        self.rows = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec("data"))
+
+    def batch(self, local: dict[str, np.ndarray]) -> Batch:
+        """This process's rows as arrays over all devices."""
+        return {k: jax.make_array_from_process_local_data(self.rows, v) for k, v in local.items()}
+
+    def state(self, state: State) -> State:
+        return jax.device_put(state, self.everywhere)
+
+    def compile(self, cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch) -> Any:
+        """The step ahead of time; its state argument is donated."""
+        fn = jax.jit(
+            lambda s, b: step(cfg, train, s, b),
+            in_shardings=(self.everywhere, self.rows),
+            out_shardings=(self.everywhere, self.everywhere),
+            donate_argnums=0,
+        )
+        return fn.lower(state, batch).compile()
+
+
+def evaluator(cfg: ModelConfig, train: TrainConfig) -> Any:
+    """Jitted ``(params, batch) -> sums`` of the objective, without gradients."""
+    return jax.jit(lambda params, batch: train.objective.loss(cfg, params, batch)[1])
