@@ -14,6 +14,7 @@ from experiments.settings import MEASURES, Experiment, change, change_measure, m
 from lm import params
 from lm.config import ModelConfig, merge, table, to_dict
 from lm.errors import UserError, nearest, unknown
+from lm.train.config import TrainConfig
 
 RANDOM = "random"
 
@@ -35,11 +36,14 @@ class Draft(ModelConfig):
 
 @dataclass(frozen=True)
 class Arm:
-    """`measures`: label -> plug, only those that this arm runs."""
+    """`measures`: label -> plug, only those that this arm runs. `train`: how its parameters are trained, and `trained`
+    the model they are trained as, which `model` then reads; None for parameters that are not trained."""
 
     name: str
     model: ModelConfig
     measures: dict[str, Any]
+    train: TrainConfig | None = None
+    trained: ModelConfig | None = None
 
 
 def base_model(exp: Experiment, checkpoint: ModelConfig | None) -> ModelConfig:
@@ -69,6 +73,8 @@ def resolve(exp: Experiment, base: ModelConfig) -> dict[str, Arm]:
 
 def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, Any]) -> Arm:
     model: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    training, trains = exp.training(), False
     measures = {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}
     chosen = list(exp.measures)
     # A plug is named before its fields are set, in whatever order the keys come (ConfigDict sorts them).
@@ -80,14 +86,28 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
             change(model, base, rest, value, "model")
         elif head == "measures" and rest:
             measures[rest[0]] = change_measure(measures, rest, value)
+        elif head == "train" and rest:
+            if training is None:
+                raise UserError(f"{dotted}: nothing is trained; valid: set config.train, at least config.train.steps")
+            change(train, training, rest, value, "train")
+        elif dotted == "trains":
+            if not isinstance(value, bool):
+                raise UserError(f"trains: expected True or False, found {value!r}")
+            trains = value
         else:
-            valid = "only, model.KEY, measures.LABEL.KEY"
-            raise UserError(f"{dotted}: unknown key{nearest(head, ('only', 'model', 'measures'))}; valid: {valid}")
+            valid = "only, trains, model.KEY, train.KEY, measures.LABEL.KEY"
+            names = ("only", "trains", "model", "train", "measures")
+            raise UserError(f"{dotted}: unknown key{nearest(head, names)}; valid: {valid}")
     cfg = merge(base, model, "model")
     if isinstance(cfg, Draft) and (exp.checkpoint == RANDOM or "vocab_size" in exp.model):
         cfg = cfg.final()  # the config describes the whole model, also where the checkpoint is not at hand
     cfg.layers()  # refuses malformed layer overrides
-    return Arm(name, cfg, {label: measure(label, measures[label]) for label in chosen})
+    plugs = {label: measure(label, measures[label]) for label in chosen}
+    if training is None:
+        return Arm(name, cfg, plugs)
+    final = base.final() if isinstance(base, Draft) else base
+    trained = cfg if trains or shapes(cfg) != shapes(final) else final
+    return Arm(name, cfg, plugs, merge(training, train, "train"), trained)
 
 
 def _only(exp: Experiment, value: Any) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from lm.errors import UserError, nearest
+from lm.train.errors import Terminated, TrainingStopped
 
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
 
@@ -38,12 +39,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(fn: Command, argv: Sequence[str] | None = None) -> int:
-    """The exit code of ``fn(argv)``: 2 and ``error: …`` on stderr for a `UserError`, 130 for an interrupt."""
+    """The exit code of ``fn(argv)``: 2 and ``error: …`` on stderr for a `UserError`, 1 for a training that cannot go
+    on, 0 for one that was asked to end and has saved, 130 for an interrupt."""
     try:
         return fn(sys.argv[1:] if argv is None else argv) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except TrainingStopped as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except Terminated as e:
+        print(f"terminated: {e}", file=sys.stderr)
+        return 0
     except KeyboardInterrupt:
         print(f"\n{INTERRUPTED}" if sys.stderr.isatty() else INTERRUPTED, file=sys.stderr)
         return 130

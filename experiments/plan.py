@@ -39,13 +39,17 @@ class Job:
     plug: Any = field(repr=False)
     model: ModelConfig = field(repr=False)
     cost: float = 1.0
+    trains: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.arm} / {self.label}" + ("" if not self.seed else f" / seed {self.seed}")
 
-    def what(self, checkpoint: str, read: Mapping[Any, str], device: str) -> dict[str, Any]:
-        """Everything that determines the numbers; JSON-ready. The device is part of it: some measures are times."""
+    def what(
+        self, checkpoint: str, read: Mapping[Any, str], device: str, training: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Everything that determines the numbers; JSON-ready. The device is part of it: some measures are times.
+        `training`: what determines the parameters, where they are trained."""
         measure = to_dict(self.plug, table(MEASURES))
         return {
             "checkpoint": checkpoint,
@@ -54,6 +58,7 @@ class Job:
             "reads": read[_text(measure)],
             "seed": self.seed,
             "device": device,
+            **({} if training is None else {"training": dict(training)}),
         }
 
 
@@ -100,10 +105,11 @@ def make(plan: Plan) -> list[Job]:
     out = []
     for arm in plan.arms.values():
         for label, plug in arm.measures.items():
-            drawn = plan.exp.checkpoint == RANDOM or getattr(plug, "stochastic", True)
+            trains = arm.train is not None
+            drawn = trains or plan.exp.checkpoint == RANDOM or getattr(plug, "stochastic", True)
             cost = float(plug.cost(arm.model)) if hasattr(plug, "cost") else 1.0
             for seed in plan.exp.seeds if drawn else (None,):
-                out.append(Job(arm.name, label, seed, plug, arm.model, cost))
+                out.append(Job(arm.name, label, seed, plug, arm.model, cost, trains))
     return out
 
 
@@ -156,6 +162,7 @@ class Workdir:
             name: {
                 "model": to_dict(arm.model),
                 "measures": {label: to_dict(m, table(MEASURES)) for label, m in arm.measures.items()},
+                **({"train": to_dict(arm.train), "trained": to_dict(arm.trained)} if arm.train is not None else {}),
             }
             for name, arm in plan.arms.items()
         }

@@ -42,6 +42,13 @@ class Progress:
         elif time.monotonic() - self.last >= EVERY:
             self._line(text)
 
+    def say(self, text: str) -> None:
+        """A line of its own, whatever the bar shows."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
     def end(self, cost: float) -> None:
         self.done, self.now = self.done + cost, 0.0
 

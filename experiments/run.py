@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, registry, results, summary
+from experiments.arms import Arm
 from experiments.cache import Cache, Point, write_json
 from experiments.environment import code, describe
 from experiments.plan import Job, Plan, Workdir, identities, make, prepare
 from experiments.progress import Progress, duration
 from experiments.settings import Text
+from experiments.trained import Trainer
 from lm.measures import Subject
 
 PROG = "python -m experiments.run"
@@ -71,10 +74,13 @@ class Runner:
         """Looks for finished points; nothing is written. Raises `UserError` for texts that cannot be read."""
         assert plan.base is not None
         self.plan, self.source, self.workdir, self.base = plan, source, workdir, plan.base
+        self.trainer = Trainer(plan.base)
         read = identities(plan)
         self.environment, self.cache, self.start = describe(), Cache(workdir.path), time.monotonic()
         self.made = {k: self.environment[k] for k in ("jax", "device", "commit", "dirty")} | {"code": code()}
-        self.what = {j: j.what(self.base.identity, read, self.environment["device"]) for j in make(plan)}
+        self.what = {
+            j: j.what(self.base.identity, read, self.environment["device"], self._training(j)) for j in make(plan)
+        }
         self.points: dict[Job, Point] = {}
         for job, what in self.what.items():
             chosen = job.arm in plan.chosen
@@ -82,13 +88,21 @@ class Runner:
             if point is not None:
                 self.points[job] = point
 
+    def _training(self, job: Job) -> dict[str, Any] | None:
+        """What determines the parameters that the job's arm is trained to."""
+        if not job.trains:
+            return None
+        assert job.seed is not None
+        return self.trainer.what(self.plan.arms[job.arm], job.seed)
+
     def all(self) -> dict[str, Any]:
         """Measures what is missing, writes results and report, prints the summary; gives results.json's content."""
         todo = [j for j in self.what if j.arm in self.plan.chosen and j not in self.points]
-        if self.base.random:  # seed by seed, so that one set of parameters is in memory at a time
-            todo.sort(key=lambda j: j.seed or 0)
+        if self.base.random or any(j.trains for j in todo):  # one set of parameters is in memory at a time
+            order = {name: i for i, name in enumerate(self.plan.arms)}
+            todo.sort(key=lambda j: (j.seed or 0, order[j.arm] if j.trains else 0))
         n = sum(j.arm in self.plan.chosen for j in self.what)
-        if todo:
+        if any(not j.trains for j in todo):
             self.base.load()
         self.workdir.start(self.environment)
         for point in self.points.values():
@@ -98,7 +112,12 @@ class Runner:
         if old:
             print(f"note: {old} kept points were measured by another version of lm/; --fresh measures them again")
         self.write()
-        progress = Progress(sum(j.cost for j in todo))
+        # The first job of each training waits for it.
+        first = {json.dumps(self.what[j].get("training")): j for j in reversed(todo) if j.trains}
+        self.waits = {
+            j: self.trainer.cost(self.plan.arms[j.arm], j.seed or 0) for j in first.values() if j.seed is not None
+        }
+        progress = Progress(sum(j.cost for j in todo) + sum(self.waits.values()))
         try:
             for job in todo:
                 self.points[job] = self.measure(job, progress)
@@ -118,14 +137,25 @@ class Runner:
         arm = self.plan.arms[job.arm]
         seed = self.plan.exp.seeds[0] if job.seed is None else job.seed
         progress.begin(job.name)
+        subject = self._subject(job, arm, seed, progress)
         start = time.monotonic()
-        subject = Subject(arm.model, self.base.params(arm, self.plan.model, seed), self.base.tokenizer, seed)
         done = job.plug.run(subject, lambda fraction, text: progress.at(fraction, job.cost, text))
         progress.end(job.cost)
         samples = {name: [float(x) for x in values] for name, values in done.samples.items()}
         seconds = round(time.monotonic() - start, 3)
         curves, notes = results.clean(done.curves), results.clean(done.notes)
         return Point(self.what[job], samples, curves, notes, seconds, self.made)
+
+    def _subject(self, job: Job, arm: Arm, seed: int, progress: Progress) -> Subject:
+        """The model to measure, trained first where it has to be."""
+        if not job.trains:
+            return Subject(arm.model, self.base.params(arm, self.plan.model, seed), self.base.tokenizer, seed)
+        wait = self.waits.get(job, 0.0)
+        params, folder = self.trainer.params(
+            arm, seed, lambda fraction, text: progress.at(fraction, wait, text), lambda text: progress.say(text)
+        )
+        progress.end(wait)
+        return Subject(arm.model, params, self.trainer.data(arm).tokenizer, seed, folder)
 
     def write(self) -> dict[str, Any]:
         """results.json as of now: arms, measures and seeds in the config's order, whatever finished first."""

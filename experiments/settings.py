@@ -18,6 +18,7 @@ from typing import Any
 
 from lm.config import ModelConfig, build, coerce, plug, table, to_dict
 from lm.errors import UserError, nearest, unknown
+from lm.train.config import TrainConfig
 
 MEASURES = "lm.measures"
 
@@ -36,8 +37,9 @@ class Paper:
 class Experiment:
     """One experiment, checked as far as possible without its checkpoint.
 
-    `model`: nested changes over the checkpoint's configuration (the whole model for checkpoint ``random``); `arms`:
-    arm -> {dotted key: value}, in order; `measures`: label -> plug of `lm.measures`.
+    `model`: nested changes over the checkpoint's configuration (the whole model for checkpoint ``random``); `train`:
+    settings of `lm.train.TrainConfig`, and then arms measure what training makes of the checkpoint (empty: they measure
+    the checkpoint); `arms`: arm -> {dotted key: value}, in order; `measures`: label -> plug of `lm.measures`.
     """
 
     name: str
@@ -48,12 +50,19 @@ class Experiment:
     measures: dict[str, Any]
     paper: Paper = field(default_factory=Paper)
     model: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+
+    def training(self) -> TrainConfig | None:
+        """The checked settings of training; None where there is none. Raises `UserError`."""
+        return build(TrainConfig, self.train, "train") if self.train else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready settings that build this experiment again; measures with all their fields."""
         out = to_dict(self)
         out["measures"] = {label: to_dict(m, table(MEASURES)) for label, m in self.measures.items()}
+        training = self.training()
+        out["train"] = {} if training is None else to_dict(training)
         return plain(out, lists=True)
 
 
@@ -83,6 +92,7 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
     if hasattr(labels, "items"):
         raw["measures"] = {label: measure(label, value) for label, value in labels.items()}
     exp = build(Experiment, raw, "config")
+    exp.training()
     for what in ("name", "scale", "checkpoint"):
         if not getattr(exp, what).strip():
             raise UserError(f"config.{what}: is empty; valid: a name")
@@ -156,6 +166,8 @@ def override(settings: Mapping[str, Any], dotted: str, value: Any, base: Any = M
         raise UserError("config.scale: is set by --config=FILE.py:SCALE")
     if head == "model" and rest:
         change(out.setdefault("model", {}), base, rest, value, "model")
+    elif head == "train" and rest:
+        change(out.setdefault("train", {}), TrainConfig, rest, value, "train")
     elif head == "measures" and rest:
         out["measures"][rest[0]] = change_measure(out["measures"], rest, value)
     elif head == "arms" and rest:
@@ -175,7 +187,7 @@ def override(settings: Mapping[str, Any], dotted: str, value: Any, base: Any = M
         out.setdefault("paper", {})[rest[0]] = _fit(value, sub[rest[0]], f"config.{dotted}")
     elif rest:
         raise UserError(f"config.{dotted}: unknown key; config.{head} has no keys below it")
-    elif head in ("model", "arms", "measures", "paper"):
+    elif head in ("model", "train", "arms", "measures", "paper"):
         raise UserError(f"config.{head}: name the key to change, config.{head}.KEY")
     else:
         out[head] = _fit(value, hints[head], f"config.{head}")
@@ -232,11 +244,16 @@ def change(changes: dict[str, Any], holder: Any, path: Sequence[str], value: Any
     fields, place = {f.name: f for f in dataclasses.fields(cls)}, f"{key}.{head}"
     if head not in fields:
         raise UserError(f"{place}: unknown key{nearest(head, fields)}; valid: {', '.join(sorted(fields)) or 'none'}")
-    module = fields[head].metadata.get("socket")
+    module, hint = fields[head].metadata.get("socket"), typing.get_type_hints(cls)[head]
+    if module is None and rest and dataclasses.is_dataclass(hint):
+        inner = dict(changes.get(head, {}).items())
+        change(inner, hint if isinstance(holder, type) else getattr(holder, head), rest, value, place)
+        changes[head] = inner
+        return
     if module is None:
         if rest:
             raise UserError(f"{place}.{rest[0]}: unknown key; {place} has no keys below it")
-        changes[head] = _fit(value, typing.get_type_hints(cls)[head], place)
+        changes[head] = _fit(value, hint, place)
         return
     options = table(module)
     if rest in ([], ["name"]):

@@ -1,0 +1,95 @@
+"""Parameters that an experiment trains: one training per (model, settings, data, seed), shared by all arms and runs.
+
+Trainings live in ``$DECODER_LAB_CACHE/trained/HASH`` (default ``runs/cache``), addressed by everything that determines
+them. One that was interrupted goes on from its newest checkpoint, a finished one is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.arms import Arm
+from experiments.cache import key, shared_folder
+from experiments.subject import Base
+from lm import compat
+from lm.config import to_dict
+from lm.data.tokenizers import check_vocab
+from lm.errors import UserError
+from lm.train import loop
+from lm.train.config import DataConfig
+from lm.train.data import Data, prepare
+
+
+class Trainer:
+    """Trainings of one experiment over `base`, the checkpoint that they start from."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._data: dict[DataConfig, Data] = {}
+        self._last: tuple[str, Any] | None = None
+
+    def data(self, arm: Arm) -> Data:
+        """The arm's data; raises `UserError` for texts, tokenizers and vocabularies that do not fit."""
+        assert arm.train is not None and arm.trained is not None
+        settings = arm.train.data
+        if settings not in self._data:
+            own = None if self.base.random else self.base.tokenizer
+            self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
+        data = self._data[settings]
+        check_vocab(data.tokenizer, arm.trained)
+        if getattr(arm.trained.positions, "table_size", 0) and arm.trained.positions.table_size < settings.seq_len:
+            raise UserError(
+                f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "
+                f"{arm.trained.positions.table_size} rows; valid: a shorter seq_len or more positions"
+            )
+        return data
+
+    def what(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Everything that determines the trained parameters, JSON-ready."""
+        assert arm.train is not None
+        return {
+            "start": self.base.identity,
+            "model": to_dict(arm.trained),
+            "train": arm.train.determines(),
+            "data": self.data(arm).identity,
+            "seed": seed,
+        }
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return shared_folder() / "trained" / key(self.what(arm, seed))
+
+    def cost(self, arm: Arm, seed: int) -> float:
+        """Tokens to train on that have not been yet, three passes each; 0 for a finished training."""
+        assert arm.train is not None
+        left = arm.train.steps - loop.steps_done(self.folder(arm, seed))
+        return 3.0 * left * arm.train.tokens_per_step
+
+    def params(
+        self, arm: Arm, seed: int, report: Callable[[float, str], None], tell: Callable[[str], None]
+    ) -> tuple[Any, Path]:
+        """The trained parameters and the folder of their training, which runs now unless it has."""
+        assert arm.train is not None and arm.trained is not None
+        folder = self.folder(arm, seed)
+        if self._last is None or self._last[0] != folder.name:
+            self._last = None  # one set of parameters at a time
+            compat.keep_compiled(shared_folder() / "compiled")
+            start = None
+            if not self.base.random:
+                self.base.load()
+                start = self.base.params(dataclasses.replace(arm, model=arm.trained), arm.trained, seed)
+            done = loop.run(
+                arm.trained,
+                arm.train,
+                self.data(arm),
+                folder,
+                seed=seed,
+                start=start,
+                start_identity=self.base.identity,
+                report=report,
+                tell=tell,
+            )
+            self._last = (folder.name, done.params)
+        return self._last[1], folder
