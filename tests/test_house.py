@@ -26,11 +26,14 @@ PLUG_SOCKETS = (
     "lm.measures",
     "lm.mixers",
     "lm.norms",
+    "lm.objectives",
+    "lm.optimizers",
+    "lm.optimizers.schedules",
     "lm.positions",
     "lm.positions.scaling",
 )
 # Plug names that are also plain words a description of any decoder may use.
-GENERIC = {"attention", "default", "dynamic", "full", "learned", "linear", "none", "partial", "softmax"}
+GENERIC = {"attention", "causal", "constant", "default", "dynamic", "full", "learned", "linear", "none", "partial", "softmax"}
 
 
 def _sources(*packages: str) -> list[Path]:
