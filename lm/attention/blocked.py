@@ -185,7 +185,9 @@ def _flash_bwd(spec: _Spec, saved: Any, cotangents: Any) -> Any:
     tiles = visit(spec.mask, spec.grid)
     # d logit = p * (dO . v - sum(dO * O) + dLSE)
     shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
-    grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    # Sums over queries as [d, q] @ [q, s]: the small factor is the one that gets transposed, once, not the tile.
+    q_T, d_out_T = (jnp.swapaxes(x, -1, -2) for x in (q, d_out))
+    grads = tuple(jnp.zeros(x, jnp.float32) for x in (q.shape, *(jnp.swapaxes(y, -1, -2).shape for y in (k, v))))
 
     def add(x: jax.Array, y: jax.Array, i: Any) -> jax.Array:
         old = jax.lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
@@ -200,13 +202,14 @@ def _flash_bwd(spec: _Spec, saved: Any, cotangents: Any) -> Any:
         dp = jnp.einsum("bkqd,bksd->bkqs", do, v[j].astype(jnp.float32))
         ds = p * (dp - shift[i][..., None]) * slope
         dq = add(dq, jnp.einsum("bkqs,bksd->bkqd", ds, k[j].astype(jnp.float32)), i)
-        dk = add(dk, jnp.einsum("bkqs,bkqd->bksd", ds, q[i].astype(jnp.float32)), j)
-        dv = add(dv, jnp.einsum("bkqs,bkqd->bksd", p, do), j)
+        dk = add(dk, jnp.einsum("bkdq,bkqs->bkds", q_T[i].astype(jnp.float32), ds), j)
+        dv = add(dv, jnp.einsum("bkdq,bkqs->bkds", d_out_T[i].astype(jnp.float32), p), j)
         return (dq, dk, dv), None
 
     if len(tiles):
         grads, _ = jax.lax.scan(step, grads, tuple(tiles.T))
-    dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
+    dq, dk, dv = grads[0], *(jnp.swapaxes(g, -1, -2) for g in grads[1:])
+    dq, dk, dv = (g.astype(x.dtype) for g, x in zip((dq, dk, dv), (q, k, v), strict=True))
     return dq, dk, dv, _no_gradient(side_q), _no_gradient(side_k)
 
 

@@ -22,18 +22,18 @@ from lm.data.tokenizers import (
 from lm.errors import UserError, nearest
 
 END = "<|endoftext|>"
-SMALLEST = 257  # every byte, and the end of a document
+SMALLEST, LARGEST = 258, 2**20  # every byte, the end of a document and one merge; far beyond any vocabulary in use
 _VERSION = 1  # raise when the training below changes what comes out
 
 
 def trained(documents: Sequence[Document], vocab_size: int, cache: Path) -> HFTokenizer:
     """A tokenizer of `vocab_size` ids or fewer (small texts run out of pairs); eos is ``<|endoftext|>``, id 0.
 
-    Deterministic; kept under `cache` by the documents' content, so that it is trained once. Raises `UserError` for a
-    size below 257.
+    Deterministic; kept under `cache` by the documents' content, so that it is trained once. A text that spells
+    ``<|endoftext|>`` out is text, not an end. Raises `UserError` for a size outside 258 … 2^20.
     """
-    if vocab_size < SMALLEST:
-        raise UserError(f"train.data.tokenizer: bpe:{vocab_size}: too small; valid: bpe:N with N from {SMALLEST} on")
+    if not SMALLEST <= vocab_size <= LARGEST:
+        raise UserError(f"train.data.tokenizer: bpe:{vocab_size}: valid: bpe:N with N from {SMALLEST} to {LARGEST}")
     import tokenizers
 
     mark = hashlib.sha256(f"{_VERSION} {vocab_size} {identity(documents)}".encode()).hexdigest()[:32]
@@ -42,12 +42,13 @@ def trained(documents: Sequence[Document], vocab_size: int, cache: Path) -> HFTo
     if path.is_file():
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception:  # a damaged file is made again
+        except Exception:  # the library raises bare Exception; a damaged file is made again
             inner = None
-    if inner is None:
+    if inner is None or inner.token_to_id(END) != 0:
         inner = _train(documents, vocab_size)
         _keep(path, inner.to_str())
-    return HFTokenizer(inner, bos_id=None, eos_id=inner.token_to_id(END))
+    inner.encode_special_tokens = True  # not part of the file
+    return HFTokenizer(inner, bos_id=None, eos_id=0)
 
 
 def _train(documents: Sequence[Document], vocab_size: int) -> Any:
@@ -71,10 +72,10 @@ def _keep(path: Path, text: str) -> None:
     """Writes whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, swap = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as f:
-            f.write(text)
-        os.replace(swap, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            swap = Path(folder) / path.name
+            swap.write_text(text, encoding="utf-8")
+            os.replace(swap, path)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
 
