@@ -64,6 +64,11 @@ EXTRAS = {
         # Tokenizers of SentencePiece models, for checkpoints that have no tokenizer.json.
         "sentencepiece>=0.2,<0.3",
     ],
+    # TensorBoard files of training runs (`train.tensorboard = True`); `metrics.jsonl` is written without it.
+    "tensorboard": [
+        # Writes event files without TensorFlow. 2.6 is the release tested.
+        "tensorboardX>=2.6,<3",
+    ],
     # Sweeps on a Slurm cluster.
     "slurm": [
         # Job arrays and requeueing with one API for Slurm and for local processes; 1.5 is its current line.
@@ -75,6 +80,8 @@ EXTRAS = {
         "pytest>=8,<10",
         # Property tests. 6.100 and 6.170 were tested.
         "hypothesis>=6.100,<7",
+        # What the extra of the same name installs: its files are written and read back.
+        "tensorboardX>=2.6,<3",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.
         "ruff>=0.17.6,<0.18",
         # Type checker. One minor line only, for the same reason.

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.config import ModelConfig, build, coerce, plug, table, to_dict
+from lm.config import ModelConfig, build, coerce, merge, plug, table, to_dict
 from lm.errors import UserError, nearest, unknown
 from lm.train.config import TrainConfig
 
@@ -55,7 +55,7 @@ class Experiment:
 
     def training(self) -> TrainConfig | None:
         """The checked settings of training; None where there is none. Raises `UserError`."""
-        return build(TrainConfig, self.train, "train") if self.train else None
+        return merge(TrainConfig(), self.train, "train") if self.train else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready settings that build this experiment again; measures with all their fields."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -53,11 +52,5 @@ class Base:
         if at not in self._drawn:
             if any(other != seed for other, _ in self._drawn):
                 self._drawn.clear()  # one seed at a time is in use
-            self._drawn[at] = _init(model)(jax.random.key(seed))
+            self._drawn[at] = params.init(model, jax.random.key(seed))
         return self._drawn[at]
-
-
-@functools.lru_cache(maxsize=4)
-def _init(model: ModelConfig) -> Any:
-    """The initialisation of `model`, compiled once for all seeds."""
-    return jax.jit(lambda rng: params.init(model, rng))

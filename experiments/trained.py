@@ -21,6 +21,7 @@ from lm.errors import UserError
 from lm.train import loop
 from lm.train.config import DataConfig
 from lm.train.data import Data, prepare
+from lm.train.step import Placement
 
 
 class Trainer:
@@ -29,22 +30,28 @@ class Trainer:
     def __init__(self, base: Base) -> None:
         self.base = base
         self._data: dict[DataConfig, Data] = {}
+        self._checked: set[Any] = set()
         self._last: tuple[str, Any] | None = None
 
     def data(self, arm: Arm) -> Data:
-        """The arm's data; raises `UserError` for texts, tokenizers and vocabularies that do not fit."""
+        """The arm's data; raises `UserError` for texts, tokenizers, vocabularies and batches that do not fit."""
         assert arm.train is not None and arm.trained is not None
         settings = arm.train.data
+        if (arm.train, arm.trained) in self._checked:
+            return self._data[settings]
+        Placement(arm.train.batch, arm.train.accumulate)
         if settings not in self._data:
             own = None if self.base.random else self.base.tokenizer
             self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
+        data.loader(arm.train, 0)
         if getattr(arm.trained.positions, "table_size", 0) and arm.trained.positions.table_size < settings.seq_len:
             raise UserError(
                 f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "
                 f"{arm.trained.positions.table_size} rows; valid: a shorter seq_len or more positions"
             )
+        self._checked.add((arm.train, arm.trained))
         return data
 
     def what(self, arm: Arm, seed: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,13 @@ AXES: dict[str, tuple[str, ...]] = {
 
 def init(cfg: ModelConfig, rng: jax.Array) -> dict[str, Any]:
     """Random parameters as a plain nested dict."""
-    return dict(jax.jit(lambda r: Decoder(cfg).init(r, jnp.zeros((1, 1), jnp.int32)))(rng))["params"]
+    return dict(_init(cfg)(rng))["params"]
+
+
+@functools.lru_cache(maxsize=32)
+def _init(cfg: ModelConfig) -> Any:
+    """Compiled once per model."""
+    return jax.jit(lambda rng: Decoder(cfg).init(rng, jnp.zeros((1, 1), jnp.int32)))
 
 
 def abstract(cfg: ModelConfig) -> dict[str, Any]:

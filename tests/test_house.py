@@ -33,7 +33,19 @@ PLUG_SOCKETS = (
     "lm.positions.scaling",
 )
 # Plug names that are also plain words a description of any decoder may use.
-GENERIC = {"attention", "causal", "constant", "default", "dynamic", "full", "learned", "linear", "none", "partial", "softmax"}
+GENERIC = {
+    "attention",
+    "causal",
+    "constant",
+    "default",
+    "dynamic",
+    "full",
+    "learned",
+    "linear",
+    "none",
+    "partial",
+    "softmax",
+}
 
 
 def _sources(*packages: str) -> list[Path]:

@@ -66,4 +66,4 @@ def _documents(spec: str) -> list[Any]:
     try:
         return texts.documents(spec)
     except UserError as e:
-        raise UserError(f"train.data.{e}") from None
+        raise UserError(f"train.data.{e}" if str(e).startswith("texts") else f"train.data.texts: {e}") from None

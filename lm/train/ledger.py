@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lm.errors import UserError
+
 KINDS = ("init", "compile", "step", "data", "eval", "save", "idle")
 
 
@@ -49,8 +51,13 @@ class Log:
         self.file = self.path.open("a", encoding="utf-8")
         self.board: Any = None
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "train.tensorboard: needs a package that is not here; get it with: pip install "
+                    "'decoder-lab[tensorboard]', or set train.tensorboard = False"
+                ) from None
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if after is None else after + 1)
 
     def write(self, step: int, **values: Any) -> None:

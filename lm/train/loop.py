@@ -112,12 +112,11 @@ class _Run:
         train, ledger = self.train, self.ledger
         with ledger.during("init"):
             state, done = self._state(start)
+            if done == train.steps and (self.data.held_out is None or self._evaluated()):
+                return Trained(state["params"], int(state["skipped"]), self.folder)
             self.peak, source = flops.peak(self.cfg.dtype)
             self.log = Log(self.folder, done - 1 if done else None, train.tensorboard)
             self._describe(state, source)
-        if done == train.steps and any("final_nll" in x for x in read(self.folder / "metrics.jsonl")):
-            self.log.close()
-            return Trained(state["params"], int(state["skipped"]), self.folder)
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
@@ -128,6 +127,9 @@ class _Run:
                 self._evaluate(state["params"], train.steps, train.final_rows, "final")
         self._finish()
         return Trained(state["params"], int(state["skipped"]), self.folder)
+
+    def _evaluated(self) -> bool:
+        return any("final_nll" in line for line in read(self.folder / "metrics.jsonl"))
 
     def _state(self, start: Any) -> tuple[Any, int]:
         """The newest checkpoint's state and step, or the initial ones."""

@@ -146,6 +146,15 @@ def test_state_sizes(weights: Any) -> None:
     assert n < size["muon"] < 2 * n
 
 
+def test_what_sgd_sai_saves_on_llama_2_7b() -> None:
+    """The paper says 25.15 GB in float32 (GiB, as it turns out)."""
+    from configs.bases import llama2_7b
+
+    tree = params.abstract(model_config(llama2_7b.model()))
+    adam, sai = (optimizers.n_bytes(optimizers.make(plug(), ALWAYS), tree) for plug in (AdamW, SGDSaI))
+    assert (adam - sai) / 2**30 == pytest.approx(25.1, abs=0.05)
+
+
 def test_adamw_is_torchs() -> None:
     torch = pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
     p = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)

@@ -296,6 +296,21 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, texts: Path)
         tiny_run.train(tmp_path / "file" / "run", texts)
 
 
+def test_tensorboard_and_profiler_files_when_asked(tmp_path: Path, texts: Path) -> None:
+    from tensorboardX.proto import event_pb2
+
+    tiny_run.train(tmp_path / "run", texts, steps=6, tensorboard=True, profile=(2, 3))
+    (path,) = (tmp_path / "run" / "tensorboard").iterdir()
+    data, tags = path.read_bytes(), set()
+    while data:  # length, its checksum, the record, its checksum
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        tags |= {(value.tag, event.step) for value in event.summary.value}
+        data = data[16 + size :]
+    assert {("loss", 0), ("loss", 5), ("grad_norm", 3), ("final_bits_per_byte", 5)} <= tags
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
 def test_a_thread_may_train(tmp_path: Path, texts: Path) -> None:
     """Signals reach the main thread only; elsewhere a run does without."""
     worker = threading.Thread(target=tiny_run.train, args=(tmp_path / "run", texts), kwargs={"steps": 3})
