@@ -59,6 +59,8 @@ EXTRAS = {
         "tensorflow-datasets>=4.9.10,<5",
         # The random-access format that prepared sets are kept in; 0.8.1 is grain's own floor.
         "array_record>=0.8.1,<0.9",
+        # Data sets of the Hugging Face Hub and folders saved by it (`hf:NAME`); 5.2 is the release tested.
+        "datasets>=5,<6",
         # Only for the Wikipedia articles inside its test data. Exact, because results quote its text.
         "gensim==4.4.0",
         # Tokenizers of SentencePiece models, for checkpoints that have no tokenizer.json.

@@ -17,6 +17,7 @@ from lm.data.tokenizers import (
     SentencePieceTokenizer,
     Tokenizer,
     from_directory,
+    from_json,
     from_sentencepiece,
 )
 from lm.errors import UserError, nearest
@@ -80,25 +81,31 @@ def _keep(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
 
 
-def by_name(spec: str, documents: Callable[[], Sequence[Any]], cache: Path) -> Tokenizer:
-    """``bytes``, ``bpe:SIZE`` (trained on ``documents()``, kept under `cache`), a ``tokenizer.json``, a folder with
-    one, or a SentencePiece ``.model``. Raises `UserError` for anything else."""
+def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path) -> Tokenizer:
+    """``bytes``; ``bpe:SIZE``, trained on ``documents()`` and kept under `cache`; or the path of a ``tokenizer.json``,
+    of a folder that holds one, or of a SentencePiece ``.model``. Raises `UserError` for anything else."""
+    key = "train.data.tokenizer"
     valid = "valid: bytes, bpe:SIZE, a tokenizer.json or its folder, a SentencePiece .model"
     kind, colon, size = spec.partition(":")
     if spec == "bytes":
         return ByteTokenizer()
     if kind == "bpe" and colon:
         if not size.isdecimal():
-            raise UserError(f"train.data.tokenizer: bpe:{size}: the size is not a number; valid: bpe:4096, for example")
+            raise UserError(f"{key}: bpe:{size}: the size is not a number; valid: bpe:4096, for example")
         return trained(documents(), int(size), cache)
     path = Path(spec).expanduser()
-    if path.suffix == ".model" and path.is_file():
-        return _with_end(from_sentencepiece(path))
-    folder = path.parent if path.name == "tokenizer.json" else path
-    found = from_directory(folder) if folder.is_dir() else None
-    if found is None:
-        raise UserError(f"train.data.tokenizer: no tokenizer {spec!r}{nearest(spec, ('bytes', 'bpe:4096'))}; {valid}")
-    return _with_end(found)
+    if spec and path.is_dir():
+        found = from_directory(path)
+        if found is None:
+            raise UserError(f"{key}: the folder {spec!r} holds no tokenizer.json and no tokenizer.model; {valid}")
+        return _with_end(found)
+    if path.is_file():
+        return _with_end(from_sentencepiece(path) if path.suffix == ".model" else from_json(path))
+    if path.parent.is_dir():
+        close = nearest(path.name, [*(p.name for p in path.parent.iterdir()), "bytes", "bpe:4096"])
+    else:
+        close = nearest(spec, ("bytes", "bpe:4096"))
+    raise UserError(f"{key}: no tokenizer {spec!r}{close}; {valid}")
 
 
 def _with_end(tokenizer: Any) -> Tokenizer:

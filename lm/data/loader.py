@@ -22,7 +22,8 @@ class Loader:
 
     The sequence: every source shuffled anew each epoch (Grain's index shuffle, random access), mixed by `weights`
     (None: one shuffle over the rows of all sources). Nothing but the step needs to be kept to go on.
-    Raises `UserError` when there are fewer rows than a batch takes, or the batch does not divide by the processes.
+    Raises `UserError` when there are fewer rows than a batch takes, when the batch does not divide by the processes,
+    and for weights that are not one number from 0 on for every source, some above 0.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Loader:
                 f"train.batch: {batch} rows are not divisible by {process_count} processes; "
                 f"valid: a multiple of {process_count}"
             )
-        rows = sum(len(s) for s in sources)
+        if weights is not None:
+            _check(weights, len(sources))
+        rows = sum(len(s) for i, s in enumerate(sources) if weights is None or weights[i] > 0)
         if rows < batch:
             raise UserError(
                 f"train.batch: {batch} rows asked for, the text makes {rows} of train.data.seq_len = "
@@ -52,6 +55,11 @@ class Loader:
         about = [[s.identity for s in sources], list(weights or ()), batch, seed]
         self.identity = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
 
+    @property
+    def epoch_steps(self) -> int:
+        """Whole batches in as many rows as the sources have."""
+        return self.rows // self.batch
+
     def at(self, step: int) -> Batch:
         """This process's rows of batch `step`: arrays ``[B / P, T]`` as `lm.data.packing.split_row` names them."""
         rows = [split_row(self._elements[step * self.batch + i]) for i in self._mine]
@@ -63,13 +71,17 @@ class Loader:
 
 
 class Batches:
-    """An endless iterator over a loader's batches; `state` is all it takes to go on elsewhere."""
+    """An endless iterator over a loader's batches; the state is all it takes to go on elsewhere."""
 
     def __init__(self, loader: Loader, start: int, threads: int, ahead: int) -> None:
-        steps = grain.MapDataset.range(start, 2**62).map(loader.at)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
-        self._inner = iter(steps.to_iter_dataset(options))
-        self._loader, self._step = loader, start
+        self._loader = loader
+        self._options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+        self._go_to(start)
+
+    def _go_to(self, step: int) -> None:
+        steps = grain.MapDataset.range(step, 2**62).map(self._loader.at)
+        self._inner = iter(steps.to_iter_dataset(self._options))
+        self._step = step
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -84,10 +96,30 @@ class Batches:
         """JSON-ready: the next step, and what order it counts in."""
         return {"step": self._step, "order": self._loader.identity}
 
+    def get_state(self) -> dict[str, Any]:
+        """`state`, under the name that Grain's iterators have for it."""
+        return self.state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; `UserError` for the state of another order."""
+        if state.get("order") != self._loader.identity:
+            raise UserError(
+                f"train.data: the saved place is in another order of rows ({state.get('order')}, here "
+                f"{self._loader.identity}); valid: the texts, seq_len, packing, weights, batch and seed of that run"
+            )
+        self.close()
+        self._go_to(int(state["step"]))
+
     def close(self) -> None:
-        close = getattr(self._inner, "close", None)
-        if close is not None:
-            close()
+        """Stops the threads."""
+        self._inner.close()
+
+
+def _check(weights: Sequence[float], n: int) -> None:
+    if len(weights) != n:
+        raise UserError(f"train.data.weights: {len(weights)} weights for {n} texts; valid: one each, or none")
+    if not all(0 <= w < float("inf") for w in weights) or sum(weights) <= 0:
+        raise UserError(f"train.data.weights: found {tuple(weights)}; valid: numbers from 0 on, not all 0")
 
 
 def _endless(sources: Sequence[Packed], weights: Sequence[float] | None, seed: int) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import itertools
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -19,7 +19,8 @@ class Packed:
     Segments count the row's documents from 1; 0 is padding, at the end. ``concat`` cuts the stream of all documents
     every T tokens; ``best_fit`` cuts documents into pieces of at most T + 1 tokens and puts every piece, whole, where
     it leaves the least room (best fit decreasing, arXiv 2404.10830). Neighbours of a cut share one token, so that in
-    both every token but a document's first is a target exactly once. Raises `UserError` for fewer than T + 1 tokens.
+    both every token but a document's first is a target exactly once. Raises `UserError` for fewer than T + 1 tokens,
+    and for documents of single tokens only.
     """
 
     def __init__(self, corpus: Corpus, seq_len: int, mode: str = "concat") -> None:
@@ -31,6 +32,10 @@ class Packed:
                 "valid: a shorter seq_len or more text"
             )
         self.corpus, self.seq_len, self.mode = corpus, seq_len, mode
+        # A document's first token has nothing to be predicted from.
+        self.n_targets = corpus.n_tokens - int(np.count_nonzero(np.diff(corpus.offsets)))
+        if self.n_targets == 0:
+            raise UserError(f"train.data.texts: none of the {len(corpus)} documents is longer than one token")
         rows = _concat(corpus.offsets, seq_len) if mode == "concat" else _best_fit(corpus.offsets, seq_len)
         # Pieces of row i: (start, stop) in the stream, pieces[first[i]:first[i + 1]].
         self._pieces, self._first = rows
@@ -51,6 +56,11 @@ class Packed:
         return {"tokens": tokens, "segments": segments}
 
     @property
+    def n_bytes(self) -> float:
+        """UTF-8 bytes that the targets stand for, every token (a document's eos is one) for as many as any other."""
+        return float(self.corpus.n_bytes.sum()) * self.n_targets / self.corpus.n_tokens
+
+    @property
     def fill(self) -> float:
         """The share of all places that hold a token."""
         held = int((self._pieces[:, 1] - self._pieces[:, 0]).sum())
@@ -60,50 +70,62 @@ class Packed:
 def _concat(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
     """Row i is the stream from ``i T`` to ``(i + 1) T``, inclusive, in pieces that end with their document."""
     total = int(offsets[-1])
-    cuts = np.arange(0, max(total - 1, 1), T)
+    cuts = np.arange(0, total - 1, T, dtype=np.int64)
     ends = np.minimum(cuts + T + 1, total)
-    pieces, first = [], [0]
-    starts = offsets[:-1]
-    for a, b in zip(cuts.tolist(), ends.tolist(), strict=True):
-        inner = starts[np.searchsorted(starts, a, "right") : np.searchsorted(starts, b, "left")]
-        edges = [a, *(int(x) for x in np.unique(inner)), b]
-        pieces += list(itertools.pairwise(edges))
-        first.append(len(pieces))
-    return np.array(pieces, np.int64).reshape(-1, 2), np.array(first, np.int64)
+    starts = np.unique(offsets[:-1])
+    # A row is cut where documents start inside it: at starts[low:high]. One on the shared token is in both rows.
+    low, high = np.searchsorted(starts, cuts, "right"), np.searchsorted(starts, ends, "left")
+    first = np.concatenate([[0], np.cumsum(1 + high - low)]).astype(np.int64)
+    inner = starts[_ranges(low, high)]
+    begins = np.insert(inner, first[:-1] - np.arange(len(cuts)), cuts)
+    stops = np.insert(inner, first[1:] - np.arange(1, len(cuts) + 1), ends)
+    return np.stack([begins, stops], axis=1), first
+
+
+def _ranges(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """``low[0], …, high[0] - 1, low[1], …, high[1] - 1, …``"""
+    n = high - low
+    return np.arange(n.sum(), dtype=np.int64) + np.repeat(low - (np.cumsum(n) - n), n)
 
 
 def _best_fit(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
     """Longest pieces first, each into the open row with the least room that still takes it."""
-    pieces = []
-    for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
-        while b - a > 1:  # a single token is no target and no context
-            pieces.append((a, min(a + T + 1, b)))
-            a += T
-    pieces.sort(key=lambda p: (p[0] - p[1], p[0]))
-    room: list[int] = []  # rooms that some open row has, ascending
+    a, b = offsets[:-1], offsets[1:]
+    count = np.maximum(-(-(b - a - 1) // T), 0)  # a single token is no target and no context
+    begins = np.repeat(a, count) + T * _ranges(np.zeros_like(count), count)
+    stops = np.minimum(begins + T + 1, np.repeat(b, count))
+    order = np.lexsort((begins, begins - stops))
+    pieces = np.stack([begins, stops], axis=1)[order]
+    row = np.array(_rows_of((pieces[:, 1] - pieces[:, 0]).tolist(), T + 1), np.int64)
+    # Rows in the order of the text, not of their fill: whoever reads only some of them reads no easier part.
+    opening = pieces[np.unique(row, return_index=True)[1], 0]
+    row = np.argsort(np.argsort(opening))[row]
+    first = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
+    return pieces[np.argsort(row, kind="stable")], first
+
+
+def _rows_of(lengths: Iterable[int], size: int) -> list[int]:
+    """The row of each piece. Open rows are kept by their room, of which there are at most `size` sorts."""
+    rooms: list[int] = []  # that some open row has, ascending
     open_rows: dict[int, list[int]] = {}
-    rows: list[list[tuple[int, int]]] = []
-    for piece in pieces:
-        n = piece[1] - piece[0]
-        k = bisect.bisect_left(room, n)
-        if k == len(room):
-            row, left = len(rows), T + 1 - n
-            rows.append([piece])
+    out, opened = [], 0
+    for n in lengths:
+        k = bisect.bisect_left(rooms, n)
+        if k == len(rooms):
+            row, left = opened, size - n
+            opened += 1
         else:
-            size = room[k]
-            row, left = open_rows[size].pop(), size - n
-            if not open_rows[size]:
-                room.pop(k)
-                del open_rows[size]
-            rows[row].append(piece)
+            room = rooms[k]
+            row, left = open_rows[room].pop(), room - n
+            if not open_rows[room]:
+                del rooms[k], open_rows[room]
+        out.append(row)
         if left > 1:
             if left not in open_rows:
-                bisect.insort(room, left)
+                bisect.insort(rooms, left)
                 open_rows[left] = []
             open_rows[left].append(row)
-    rows.sort()
-    first = np.cumsum([0, *(len(r) for r in rows)]).astype(np.int64)
-    return np.array([p for r in rows for p in r], np.int64).reshape(-1, 2), first
+    return out
 
 
 def split_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

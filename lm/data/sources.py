@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.data import tfds, wikitext
+from lm.data import hf_datasets, tfds, wikitext
 from lm.data.document import Document
 from lm.errors import UserError, nearest
 
@@ -186,6 +186,14 @@ _ROWS = (
         "a prepared TensorFlow Dataset, one document an example",
         tfds.read,
         "tfds:ag_news_subset:test#description",
+    ),
+    Source(
+        "hf",
+        "each dataset's own",
+        hf_datasets.HOW_TO_GET,
+        "a dataset of the Hugging Face Hub or a folder of one, one document an example",
+        hf_datasets.read,
+        "hf:Salesforce/wikitext/wikitext-2-raw-v1:test",
     ),
 )
 SOURCES: dict[str, Source] = {row.name: row for row in _ROWS}

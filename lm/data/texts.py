@@ -5,7 +5,8 @@ A spec is one of the following, or several separated by commas (a comma inside a
 * a named source: ``kjv``, ``wikipedia``, ``python-source``, ``python-docs``, or one member of it: ``kjv:Genesis``;
 * a file of UTF-8 text, a folder (its text files, recursively), a glob;
 * JSON lines: ``path.jsonl`` (field ``text``) or ``path.jsonl#meta.body``; one document a line;
-* ``tfds:name[/config][:version][:split][#field]``: a prepared array_record dataset; one document an example.
+* ``tfds:name[/config][:version][:split][#field]``: a prepared array_record dataset; one document an example;
+* ``hf:[owner/]name[:split][#field]``, ``hf:owner/name/config…`` or ``hf:./folder…``: a Hugging Face dataset, likewise.
 
 A name in the table wins over a file of the same name; write ``./kjv`` for the file. ``python -m lm.data.texts`` prints
 the table, ``python -m lm.data.texts SPEC`` the documents of a spec.
@@ -18,12 +19,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.data import files, tfds
+from lm.data import files, hf_datasets, tfds
 from lm.data.document import Document, identity
 from lm.data.sources import SOURCES, Source
 from lm.errors import UserError, nearest
 
 __all__ = ["SOURCES", "Document", "Source", "documents", "identity"]
+
+_LIBRARIES = {"tfds": tfds, "hf": hf_datasets}  # sources of any number of datasets
 
 
 def documents(spec: str, *, min_chars: int = 0) -> list[Document]:
@@ -76,8 +79,8 @@ def _table() -> list[list[str]]:
         about = f"{source.description}; {source.members}; {source.how_to_get}"
         installed, count, size = "yes", "-", "-"
         try:
-            if source.name == "tfds":
-                installed = "yes" if tfds.installed() else "no"
+            if source.name in _LIBRARIES:
+                installed = "yes" if _LIBRARIES[source.name].installed() else "no"
             else:
                 found = source.loader(None)
                 count, size = f"{len(found)}", f"{sum(len(d.text) for d in found):,}"

@@ -106,6 +106,11 @@ def from_directory(folder: Path, bos_id: int | None = None, eos_id: int | None =
     if not path.is_file():
         path = folder / "tokenizer.model"
         return from_sentencepiece(path, bos_id, eos_id) if path.is_file() else None
+    return from_json(path, bos_id, eos_id)
+
+
+def from_json(path: Path, bos_id: int | None = None, eos_id: int | None = None) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.json``; `UserError` when the file is none."""
     import tokenizers
 
     try:
