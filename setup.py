@@ -35,6 +35,8 @@ BASE = [
     "safetensors>=0.4.3,<1",
     # GGUF weights, dequantised with NumPy. Metadata is read with `ReaderField.contents()`, present in 0.17.
     "gguf>=0.17,<1",
+    # Chat templates of checkpoints, rendered in its sandbox. Any 3.x since 3.1 has the parts they use.
+    "jinja2>=3.1,<4",
     # Tokenizers of Hugging Face folders and GGUF files. 0.23 is what transformers 5 asks for; the minor breaks often.
     "tokenizers>=0.23.1,<0.24",
     # The default corpus: King James Bible, public domain, no dependencies. Exact, because results quote its text.

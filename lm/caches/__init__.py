@@ -28,18 +28,19 @@ def needs_raw_keys(cfg: ModelConfig) -> bool:
     return bool(getattr(cfg.positions, "length_dependent", False))
 
 
-def default(cfg: ModelConfig, capacity: int) -> Any:
-    """The smallest cache that loses nothing under the layer's pattern."""
+def default(cfg: ModelConfig, capacity: int, quantize: str | None = None) -> Any:
+    """The smallest cache that loses nothing under the layer's pattern; `quantize`: ``int8`` or None."""
     keeps = getattr(cfg.pattern, "keeps", None)
     if keeps is None or keeps[0] >= capacity:
-        return Full(capacity)
-    return SinkWindow(keeps[0], min(keeps[1], capacity - keeps[0]))
+        return Full(capacity, quantize)
+    return SinkWindow(keeps[0], min(keeps[1], capacity - keeps[0]), quantize)
 
 
-def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None) -> tuple[Any, ...]:
-    """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer."""
+def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None, quantize: str | None = None) -> tuple[Any, ...]:
+    """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer: of `plug`, or the smallest that
+    lose nothing under each layer's pattern."""
     return tuple(
-        (plug or default(layer, capacity)).init(
+        (plug or default(layer, capacity, quantize)).init(
             batch, layer.n_kv_heads, layer.head_dim, layer.dtype, not needs_raw_keys(layer)
         )
         for layer in cfg.layers()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.attention.branches import Tokens
+from lm.caches.codec import Plain, codec
 from lm.errors import UserError
 
 
@@ -19,24 +20,35 @@ class SinkWindowState:
     """Slots ``0 … sinks - 1`` hold the first tokens; token i after them lives in ring slot
     ``sinks + (i - sinks) % window``. An index of -1 marks an empty slot."""
 
-    k_BCKd: jax.Array
-    v_BCKd: jax.Array
+    k_BCKd: Any
+    v_BCKd: Any
     index_BC: jax.Array
     positions_BC: jax.Array
     sinks: int = field(metadata={"static": True})
     rotated: bool = field(default=True, metadata={"static": True})
+    codec: Any = field(default=Plain(), metadata={"static": True})
+    fresh: bool = field(default=True, metadata={"static": True})
 
     def extend(self, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, jax.Array, jax.Array, Tokens]:
         """One token replaces the oldest of the ring. A chunk sees the old ring *and* itself, then replaces."""
-        new = (k, v, tokens.index_BT, tokens.positions_BT)
-        old = (self.k_BCKd, self.v_BCKd, self.index_BC, self.positions_BC)
-        state = self._put(*new)
-        if k.shape[1] == 1:
-            return state, state.k_BCKd, state.v_BCKd, Tokens(state.index_BC, state.positions_BC, leading=self.sinks)
-        both = [jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, new, strict=True)]
-        return state, both[0], both[1], Tokens(both[2], both[3])
+        new_k, new_v = self.codec.encode(k), self.codec.encode(v)
+        state = self._put(new_k, new_v, tokens.index_BT, tokens.positions_BT)
 
-    def _put(self, k: jax.Array, v: jax.Array, index: jax.Array, positions: jax.Array) -> SinkWindowState:
+        def read(stored: Any) -> jax.Array:
+            return self.codec.decode(stored, k.dtype)
+
+        if k.shape[1] == 1:
+            kept = Tokens(state.index_BC, state.positions_BC, leading=self.sinks)
+            return state, read(state.k_BCKd), read(state.v_BCKd), kept
+        if self.fresh:
+            return state, read(new_k), read(new_v), tokens
+        both_k = jnp.concatenate([read(self.k_BCKd), read(new_k)], axis=1)
+        both_v = jnp.concatenate([read(self.v_BCKd), read(new_v)], axis=1)
+        index = jnp.concatenate([self.index_BC, tokens.index_BT], axis=1)
+        positions = jnp.concatenate([self.positions_BC, tokens.positions_BT], axis=1)
+        return state, both_k, both_v, Tokens(index, positions)
+
+    def _put(self, k: Any, v: Any, index: jax.Array, positions: jax.Array) -> SinkWindowState:
         size = self.index_BC.shape[1]
         window = size - self.sinks
         last = index.max(axis=1, keepdims=True)
@@ -51,26 +63,31 @@ class SinkWindowState:
 
         return dataclasses.replace(
             self,
-            k_BCKd=put(self.k_BCKd, k),
-            v_BCKd=put(self.v_BCKd, v),
+            k_BCKd=jax.tree.map(put, self.k_BCKd, k),
+            v_BCKd=jax.tree.map(put, self.v_BCKd, v),
             index_BC=put(self.index_BC, index),
             positions_BC=put(self.positions_BC, positions),
+            fresh=False,
         )
 
 
 @dataclass(frozen=True)
 class SinkWindow:
-    """Room for `sinks` first tokens and the last `window` tokens per row."""
+    """Room for `sinks` first tokens and the last `window` tokens per row; `quantize`: None or ``int8``."""
 
     sinks: int = 4
     window: int = 1024
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.sinks < 0:
             raise UserError(f"cache: window must be at least 1 and sinks at least 0, found {self}")
+        codec(self.quantize)
 
     def init(self, batch: int, n_kv_heads: int, head_dim: int, dtype: Any, rotated: bool = True) -> SinkWindowState:
         size = self.sinks + self.window
-        kv = jnp.zeros((batch, size, n_kv_heads, head_dim), dtype)
+        kept = codec(self.quantize)
+        kv = kept.encode(jnp.zeros((batch, size, n_kv_heads, head_dim), dtype))
         empty = jnp.full((batch, size), -1, jnp.int32)
-        return SinkWindowState(kv, kv, empty, jnp.zeros(empty.shape), self.sinks, rotated)
+        copy = jax.tree.map(jnp.copy, kv)  # two buffers, so that both may be donated
+        return SinkWindowState(kv, copy, empty, jnp.zeros(empty.shape), self.sinks, rotated, kept)

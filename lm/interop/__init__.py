@@ -15,7 +15,8 @@ from lm.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from disk. `identity` is a content hash; `params` is None when they were not asked for."""
+    """A model read from disk. `identity` is a content hash; `params` is None when they were not asked for;
+    `chat_template` is Jinja source, None for models that are not tuned to converse."""
 
     config: ModelConfig
     params: Any
@@ -24,6 +25,7 @@ class Checkpoint:
     source: str
     eos_id: int | None = None
     bos_id: int | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ def _magic(path: Path) -> bytes:
 
 
 def _reader(source: str) -> Any:
-    from lm.interop import gguf_file, huggingface  # the readers' libraries load on first use
+    from lm.interop import gguf_file, huggingface, run_folder  # the readers' libraries load on first use
 
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
-    if path.is_dir():
-        reader: Any = huggingface.Directory(path)
+    if path.is_dir() and (path / run_folder.FILE).is_file():
+        reader: Any = run_folder.Run(path)
+    elif path.is_dir():
+        reader = huggingface.Directory(path)
     elif path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
         reader = gguf_file.File(path)
     elif path.exists():
@@ -108,7 +112,10 @@ def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params
     tokenizer = reader.tokenizer()
     if tokenizer is not None:
         check_vocab(tokenizer, merged)
-    return Checkpoint(merged, params, tokenizer, reader.identity(), str(source), *reader.special())
+    eos_id, bos_id = reader.special()
+    return Checkpoint(
+        merged, params, tokenizer, reader.identity(), str(source), eos_id, bos_id, chat_template=reader.chat_template()
+    )
 
 
 __all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load"]

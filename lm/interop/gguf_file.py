@@ -112,6 +112,10 @@ class File:
             },
         }
 
+    def chat_template(self) -> str | None:
+        """Jinja source, if the file has one."""
+        return self._field("tokenizer.chat_template")
+
     def _rope(self) -> dict[str, Any]:
         theta = float(self._field(f"{self.arch}.rope.freq_base", 10000.0))
         kind = self._field(f"{self.arch}.rope.scaling.type", "none")

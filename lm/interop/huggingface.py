@@ -99,8 +99,25 @@ class Directory:
         eos = self.hf.get("eos_token_id")
         return (eos[0] if isinstance(eos, list) and eos else eos), self.hf.get("bos_token_id")
 
+    def chat_template(self) -> str | None:
+        """Jinja source of chat_template.jinja, or in tokenizer_config.json."""
+        return chat_template(self.path)
+
     def identity(self) -> str:
         return tensors.content_hash([self.path / "config.json", *self._files()])
+
+
+def chat_template(folder: Path) -> str | None:
+    """Jinja source of ``chat_template.jinja`` or in ``tokenizer_config.json``; of several, the one named default."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    about = read_json(folder / "tokenizer_config.json")
+    found = about.get("chat_template") if isinstance(about, dict) else None
+    if isinstance(found, list):
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def _open(file: Path) -> Any:

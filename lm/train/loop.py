@@ -22,6 +22,7 @@ from lm import optimizers, params
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
+from lm.interop import run_folder, to_huggingface
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
@@ -168,7 +169,14 @@ class _Run:
         size = optimizers.n_bytes(transformation(self.train), tree)
         rows.append(f"{n:,} parameters; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter")
         _write(self.folder / "parameters.txt", "\n".join(rows) + "\n")
-        about = {**self.about, "peak": source, "flops_per_token": self.per_token, "optimizer_bytes": size}
+        to_huggingface.save_tokenizer(self.folder, self.data.tokenizer)
+        about = {
+            **self.about,
+            "tokenizer": run_folder.describe_tokenizer(self.data.tokenizer),
+            "peak": source,
+            "flops_per_token": self.per_token,
+            "optimizer_bytes": size,
+        }
         _write(self.folder / "run.json", json.dumps(about, indent=1) + "\n")
 
     def _steps(self, step: Any, state: Any, done: int) -> Any:

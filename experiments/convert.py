@@ -1,0 +1,71 @@
+"""Checkpoints from one form to another.
+
+``python -m experiments.convert --checkpoint=SOURCE --to=FOLDER [--family=llama] [--as=huggingface|run]``
+
+SOURCE is a training run's folder, a Hugging Face folder, a GGUF file or a name (``smollm2-135m``). ``huggingface`` (the
+default) writes config.json, model.safetensors, generation_config.json and the tokenizer, such that `transformers` loads
+them; ``run`` writes a folder of this library (Orbax), for ``--checkpoint`` of any command here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments import cli
+from lm import interop
+from lm.errors import UserError, unknown
+from lm.interop import run_folder, to_huggingface
+
+PROG = "python -m experiments.convert"
+FORMS = ("huggingface", "run")
+
+
+def run(argv: Sequence[str]) -> int:
+    parser = cli.Parser(PROG, __doc__)
+    parser.add_argument(
+        "--checkpoint", required=True, help="a run's folder, a Hugging Face folder, a GGUF file or a name"
+    )
+    parser.add_argument("--to", required=True, type=Path, help="the folder to write; must not exist")
+    parser.add_argument(
+        "--family", help=f"what to write it as (default: what fits): {', '.join(to_huggingface._WRITE)}"
+    )
+    parser.add_argument("--as", dest="form", default="huggingface", help="huggingface or run")
+    args, rest = parser.parse_known_args(list(argv))
+    parser.refuse(rest)
+    if args.form not in FORMS:
+        raise unknown("--as", args.form, FORMS)
+    if args.form == "run" and args.family is not None:
+        raise UserError("--family: a run's folder has none; valid: with --as=huggingface")
+    if args.to.exists():
+        raise UserError(f"--to: {args.to} exists already; valid: a new folder")
+    if args.form == "huggingface":  # said before gigabytes are read
+        to_huggingface.family_of(interop.config(args.checkpoint), args.family)
+    found = interop.load(args.checkpoint)
+    if args.form == "run":
+        run_folder.write(args.to, found)
+        print(f"{args.checkpoint}: written to {args.to}, a folder for --checkpoint")
+        return 0
+    kind = to_huggingface.write(
+        args.to,
+        found.config,
+        found.params,
+        found.tokenizer,
+        family=args.family,
+        eos_id=found.eos_id,
+        bos_id=found.bos_id,
+        chat_template=found.chat_template,
+    )
+    print(
+        f"{args.checkpoint}: written to {args.to} as {kind}; transformers.AutoModelForCausalLM.from_pretrained loads it"
+    )
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(run, argv)
+
+
+if __name__ == "__main__":
+    cli.enter(lambda: main(sys.argv[1:]))
