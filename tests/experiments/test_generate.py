@@ -1,0 +1,147 @@
+"""The generate command: text as it comes, prompts from anywhere, another pattern, and mistakes in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from experiments import generate
+from lm import params as params_lib
+from lm.config import model_config
+from lm.data.tokenizers import ByteTokenizer
+from lm.interop import to_huggingface
+
+MODEL = {"vocab_size": 258, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 16, "max_positions": 32}
+CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cfg = model_config(MODEL)
+    weights = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params_lib.init(cfg, jax.random.key(3)))
+    path = tmp_path_factory.mktemp("model") / "hf"
+    to_huggingface.write(path, cfg, weights, ByteTokenizer(), chat_template=CHAT)
+    return path
+
+
+def answers(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def call(folder: Path, *args: str) -> int:
+    return generate.main([f"--checkpoint={folder}", "--max-new-tokens=6", *args])
+
+
+def test_text_on_stdout_and_speed_on_stderr(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(folder, "--prompt=ab") == 0
+    out, err = capsys.readouterr()
+    assert call(folder, "--prompt=ab", "--json") == 0
+    (made,) = answers(capsys)
+    assert out == made["text"] + "\n" and made["finish"] == "length" and made["logprob"] < 0
+    assert err.startswith("6 tokens in ") and err.rstrip().endswith("tokens/s")
+
+
+def test_prompts_from_a_file_and_from_standard_input(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("ab\n\ncd\n")
+    assert call(folder, f"--file={tmp_path}/prompts.txt", "--prompt=xy", "--json") == 0
+    made = answers(capsys)
+    assert [m["prompt"] for m in made] == ["xy", "ab", "cd"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("ab\ncd"))
+    assert call(folder, "--file=-", "--whole", "--json") == 0
+    assert [m["prompt"] for m in answers(capsys)] == ["ab\ncd"]
+
+
+def test_samples_differ_and_seeds_repeat(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--prompt=ab", "--temperature=1.5", "--samples=3", "--json")
+    assert call(folder, *args) == 0
+    first = answers(capsys)
+    assert call(folder, *args) == 0
+    assert answers(capsys) == first and len({m["text"] for m in first}) > 1
+    assert call(folder, *args, "--seed=1") == 0
+    assert answers(capsys) != first
+
+
+def test_an_answer_ends_at_its_stop_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(folder, "--prompt=ab", "--json", "--max-new-tokens=24") == 0
+    (whole,) = answers(capsys)
+    word = whole["text"][3:5]
+    assert call(folder, "--prompt=ab", "--json", "--max-new-tokens=24", f"--stop={word}") == 0
+    (cut,) = answers(capsys)
+    assert cut["text"] == whole["text"][: whole["text"].index(word)] and cut["finish"] == "stop"
+    assert call(folder, "--prompt=ab", "--json", "--max-new-tokens=24", "--stop=never met") == 0
+    assert answers(capsys) == [whole]
+
+
+def test_what_may_begin_a_stop_text_is_held_back() -> None:
+    cut = generate.Stop(ByteTokenizer(), ["END"])
+    shown = [cut.add([ord(c)], False) for c in "abENcEN"]
+    assert "".join(shown) == "abENc" and not cut.met
+    assert cut.add([ord("D"), ord("x")], False) == "" and cut.met and cut.text == "abENc"
+    letter = generate.Stop(ByteTokenizer(), [])
+    assert [letter.add([b], False) for b in "é".encode()] == ["", "é"]
+
+
+def test_chat_goes_through_the_checkpoints_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(folder, "--prompt=hi", "--chat", "--system=be brief", "--json") == 0
+    (chat,) = answers(capsys)
+    assert call(folder, "--prompt=<system>be brief<user>hi<assistant>", "--json") == 0
+    (plain,) = answers(capsys)
+    assert chat["text"] == plain["text"] and chat["logprob"] == plain["logprob"]
+
+
+def test_another_pattern_reads_the_same_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "--prompt=" + "a long prompt, longer than what was trained"
+    made = {}
+    for args in (
+        (),
+        ("--pattern=lm_infinite",),
+        ("--pattern=lm_infinite", "--model.pattern.sinks=0"),
+        ("--cache=int8",),
+    ):
+        assert call(folder, long, "--json", *args) == 0
+        made[args] = answers(capsys)[0]["logprob"]
+    assert len(set(made.values())) == 4
+    short = "--prompt=ab"
+    for args in ((), ("--pattern=lm_infinite",)):
+        assert call(folder, short, "--json", *args) == 0
+        made[args] = answers(capsys)[0]["logprob"]
+    assert made[()] == pytest.approx(made[("--pattern=lm_infinite",)], abs=1e-4)  # its window is the trained length
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((), "--prompt: none given"),
+        (("--prompt=",), "prompt 0: is empty"),
+        (("--file=nowhere.txt",), "--file: nowhere.txt: no such file"),
+        (("--prompt=a", "--pattern=lm_infinit"), "--pattern: unknown name 'lm_infinit' (did you mean 'lm_infinite'?)"),
+        (("--prompt=a", "--model.pattern.widow=3"), "model.pattern.widow: unknown key"),
+        (("--prompt=a", "--model.n_layers=3"), "overrides that leave the parameters as they are"),
+        (("--prompt=a", "--temperature=-1"), "temperature: must be 0 (greedy) or more"),
+        (("--prompt=a", "--temperature=warm"), "--temperature"),
+        (("--prompt=a", "--bias=x:1"), "--bias: found 'x:1'; valid: ID:VALUE"),
+        (("--prompt=a", "--bias=999:1"), "bias: unknown token id 999"),
+        (("--prompt=a", "--cache=int4"), "--cache: unknown name 'int4' (did you mean 'int8'?)"),
+        (("--prompt=a", "--system=x"), "--system: needs --chat"),
+        (("--prompt=a", "--promt=b"), "--promt: unknown argument (did you mean '--prompt'?)"),
+        (("--prompt=a", "--max-new-tokens=0"), "max_new_tokens, samples: must be at least 1"),
+    ],
+)
+def test_mistakes(folder: Path, args: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main([f"--checkpoint={folder}", *args]) == 2
+    out, err = capsys.readouterr()
+    assert words in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_model_without_a_template_cannot_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = model_config(MODEL)
+    to_huggingface.write(tmp_path / "hf", cfg, params_lib.init(cfg, jax.random.key(0)), ByteTokenizer())
+    assert generate.main([f"--checkpoint={tmp_path}/hf", "--prompt=a", "--chat"]) == 2
+    assert "has no chat template" in capsys.readouterr().err
