@@ -115,24 +115,32 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus | 
     """
     if fraction == 0:
         return corpus, None
+    held = held_out(corpus.names, fraction, seed)
+    return (
+        _take(corpus, np.flatnonzero(~held), f"train {fraction} {seed}"),
+        _take(corpus, np.flatnonzero(held), f"held out {fraction} {seed}"),
+    )
+
+
+def held_out(names: Sequence[str], fraction: float, seed: int) -> np.ndarray:
+    """bool ``[n]``: which documents `split` holds out."""
+    if fraction == 0:
+        return np.zeros(len(names), bool)
     if not 0 < fraction < 1:
         raise UserError(f"train.data.held_out: must lie in [0, 1), found {fraction}")
-    if len(corpus) < 2:
+    if len(names) < 2:
         raise UserError(
-            f"train.data.held_out: {fraction} asked for, but the text is one document ({', '.join(corpus.names)}), and "
-            "whole documents are held out; valid: several documents, or held_out = 0"
+            f"train.data.held_out: {fraction} asked for, but the text is one document ({', '.join(names)}), and whole "
+            "documents are held out; valid: several documents, or held_out = 0"
         )
-    digests = [hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest() for name in corpus.names]
+    digests = [hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest() for name in names]
     place = np.array([int.from_bytes(d[:8], "big") / 2**64 for d in digests])
     held = place < fraction
     if not held.any():
         held[np.argmin(place)] = True
     if held.all():
         held[np.argmax(place)] = False
-    return (
-        _take(corpus, np.flatnonzero(~held), f"train {fraction} {seed}"),
-        _take(corpus, np.flatnonzero(held), f"held out {fraction} {seed}"),
-    )
+    return held
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from lm.data import bpe, corpus, texts
 from lm.data.loader import Loader
 from lm.data.packing import Packed
 from lm.errors import UserError
-from lm.train.config import TrainConfig
+from lm.train.config import DataConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,13 @@ def prepare(train: TrainConfig, cache: Path, tokenizer: Any = None) -> Data:
     """
     d = train.data
     sources = [_documents(spec) for spec in d.texts]
-    everything = [doc for docs in sources for doc in docs]
+    if not d.weights:  # then all texts are one source, so that texts of one document each can be split as well
+        sources = [[doc for docs in sources for doc in docs]]
     if d.tokenizer or tokenizer is None:
-        tokenizer = bpe.by_name(d.tokenizer or "bytes", lambda: everything, cache)
-    # Without weights all texts are one source, so that texts of one document each can be split as well.
-    whole = [corpus.tokenize(docs, tokenizer, cache) for docs in (sources if d.weights else [everything])]
+        tokenizer = bpe.by_name(
+            d.tokenizer or "bytes", lambda: [x for docs in sources for x in _trained_on(docs, d)], cache
+        )
+    whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
     halves = [corpus.split(c, d.held_out, d.split_seed) for c in whole]
     trained = tuple(Packed(half[0], d.seq_len, d.packing) for half in halves)
     rest = [half[1] for half in halves if half[1] is not None]
@@ -60,6 +62,12 @@ def prepare(train: TrainConfig, cache: Path, tokenizer: Any = None) -> Data:
     about = [[c.identity for c in whole], d.seq_len, d.packing, d.held_out, d.split_seed, d.weights]
     identity = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     return Data(tokenizer, trained, held_out, n_bytes / n_tokens, identity)
+
+
+def _trained_on(documents: list[Any], d: DataConfig) -> list[Any]:
+    """Those that are not held out: a tokenizer must not have seen the others either."""
+    held = corpus.held_out([doc.name for doc in documents], d.held_out, d.split_seed)
+    return [doc for doc, out in zip(documents, held, strict=True) if not out]
 
 
 def _documents(spec: str) -> list[Any]:

@@ -38,8 +38,8 @@ def numbered(*lengths: int) -> Corpus:
 @settings(max_examples=150, deadline=None)
 def test_every_token_but_a_documents_first_is_a_target_once(lengths: list[int], T: int, mode: str) -> None:
     c = numbered(*lengths)
-    if c.n_tokens < T + 1:
-        with pytest.raises(UserError, match=r"train\.data\.seq_len"):
+    if c.n_tokens < T + 1 or max(lengths) < 2:
+        with pytest.raises(UserError, match=r"train\.data\."):
             packing.Packed(c, T, mode)
         return
     packed = packing.Packed(c, T, mode)
@@ -130,6 +130,18 @@ def test_bpe_is_trained_once_for_the_same_text(tmp_path: Path, monkeypatch: pyte
     for path in (tmp_path / "tokenizers").iterdir():
         path.write_text("{")
     assert bpe.by_name("bpe:280", lambda: docs, tmp_path).identity == first.identity
+
+
+def test_a_tokenizer_does_not_see_what_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(f"document number {i} " * 30)
+    seen: list[str] = []
+    original = bpe._train
+    monkeypatch.setattr(bpe, "_train", lambda docs, n: (seen.extend(d.text for d in docs), original(docs, n))[1])
+    data = {"texts": (str(tmp_path / "*.txt"),), "tokenizer": "bpe:270", "seq_len": 16, "held_out": 0.4}
+    made = prepare(build(TrainConfig, {"data": data}, "train"), tmp_path / "cache")
+    assert made.held_out is not None
+    assert len(seen) == len(made.train[0].corpus) == 8 - len(made.held_out.corpus)
 
 
 def test_tokenizers_from_files(tmp_path: Path) -> None:
