@@ -36,7 +36,7 @@ GRID = {
     "sgd_sai": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "sqrt_numel": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
 }
-BEST = {"adamw": 3e-3, "sgd": 1.0, "sgd_sai": 1e-2, "sqrt_numel": 1e-2}
+BEST = {"adamw": 1e-2, "sgd": 1.0, "sgd_sai": 1e-2, "sqrt_numel": 1e-2}
 
 PLUGS: dict[str, dict[str, Any]] = {
     "adamw": {"train.optimizer.name": "adamw", "train.optimizer.weight_decay": 0.1},
