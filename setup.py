@@ -68,6 +68,11 @@ EXTRAS = {
         # Tokenizers of SentencePiece models, for checkpoints that have no tokenizer.json.
         "sentencepiece>=0.2,<0.3",
     ],
+    # `experiments.evaluate`: tasks of the lm-evaluation-harness.
+    "eval": [
+        # 0.4.13 is the release tested; the adapter subclasses its `TemplateLM`.
+        "lm-eval>=0.4.13,<0.5",
+    ],
     # TensorBoard files of training runs (`train.tensorboard = True`); `metrics.jsonl` is written without it.
     "tensorboard": [
         # Writes event files without TensorFlow. 2.6 is the release tested.
@@ -84,6 +89,10 @@ EXTRAS = {
         "pytest>=8,<10",
         # Property tests. 6.100 and 6.170 were tested.
         "hypothesis>=6.100,<7",
+        # The harness itself and, on Python 3.11, its own Hugging Face model as the oracle of our adapter.
+        "lm-eval>=0.4.13,<0.5",
+        # What that oracle imports beside PyTorch. Any 1.x.
+        'accelerate>=1.0,<2; python_version < "3.12"',
         # What the extra of the same name installs: its files are written and read back.
         "tensorboardX>=2.6,<3",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.

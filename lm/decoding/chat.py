@@ -25,7 +25,7 @@ def render(template: str | None, messages: Sequence[Mapping[str, str]], source: 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     try:
-        made = environment.from_string(template).render(messages=messages, add_generation_prompt=True, **words)
+        made = environment.from_string(template).render(messages=messages, **{"add_generation_prompt": True, **words})
     except TemplateError as e:
         raise UserError(f"--chat: the template of {source} cannot be rendered ({e})") from None
     return made

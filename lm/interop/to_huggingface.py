@@ -325,8 +325,9 @@ def _bytes_as_bpe(tokenizer: Any) -> Any:
     inner = tokenizers.Tokenizer(models.BPE(vocab={c: b for b, c in letters.items()}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    special = sorted((i, n) for i, n in ((tokenizer.bos_id, "<s>"), (tokenizer.eos_id, "</s>")) if i is not None)
-    inner.add_special_tokens([n for _, n in special])
+    named = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    last = max((i for i in named if i is not None), default=255)
+    inner.add_special_tokens([named.get(i, f"<unused{i}>") for i in range(256, last + 1)])  # ids follow the order
     return inner
 
 

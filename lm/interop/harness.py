@@ -1,0 +1,187 @@
+"""Our models in the lm-evaluation-harness: any of its tasks on any checkpoint, attention pattern and cache.
+
+The harness is optional (extra ``eval``). Contexts, truncation and windows are those of its own Hugging Face model, so
+that the two agree on equal weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from lm_eval import utils
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from lm.config import ModelConfig
+from lm.decoder import Decoder, readout
+from lm.decoding import Generator, Sampling
+from lm.decoding.chat import render
+from lm.decoding.sampler import padded
+from lm.errors import UserError
+from lm.params import unstack
+
+SCORED = 512  # positions whose logits exist at one time
+
+
+class DecoderLM(TemplateLM):
+    """One checkpoint (`lm.interop.Checkpoint`) read with `config`.
+
+    `max_length`: tokens of context, None = the trained length; `batch_size`: rows scored at a time.
+    """
+
+    backend = "causal"
+
+    def __init__(
+        self,
+        checkpoint: Any,
+        config: ModelConfig | None = None,
+        *,
+        max_length: int | None = None,
+        batch_size: int = 8,
+        max_gen_toks: int = 256,
+    ) -> None:
+        super().__init__()
+        if checkpoint.tokenizer is None:
+            raise UserError(f"{checkpoint.source}: has no tokenizer, which tasks of text need")
+        self.checkpoint, self.config = checkpoint, config or checkpoint.config
+        self.tokenizer, self.params = checkpoint.tokenizer, checkpoint.params
+        self.max_length = max_length or self.config.max_positions
+        self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
+        self._generator = Generator(self.config, unstack(self.params))
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of a text; for a tokenizer without one, its beginning, else id 0."""
+        for found in (self.checkpoint.eos_id, self.tokenizer.eos_id, self.checkpoint.bos_id, self.tokenizer.bos_id):
+            if found is not None:
+                return int(found)
+        return 0
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without context: the beginning token if there is one, else the end."""
+        bos = self.checkpoint.bos_id
+        return int(bos) if bos is not None else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.checkpoint.source).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return list(self.tokenizer.encode(string))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        words = {
+            name: self.tokenizer.decode([i]) if i is not None else ""
+            for name, i in (("bos_token", self.checkpoint.bos_id), ("eos_token", self.checkpoint.eos_id))
+        }
+        template = self.checkpoint.chat_template
+        return render(
+            template, chat_history, self.checkpoint.source, add_generation_prompt=add_generation_prompt, **words
+        )
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.checkpoint.chat_template or ""
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-probability of the continuation, whether greedy decoding gives it) of each request."""
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
+        out: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for first in range(0, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            rows = [(requests[i][1] + requests[i][2])[-(self.max_length + 1) :] for i in chosen]
+            scores, greedy = self._score(rows)
+            for b, i in enumerate(chosen):
+                n, end = min(len(requests[i][2]), len(rows[b]) - 1), len(rows[b]) - 1
+                out[i] = (float(scores[b, end - n : end].sum()), bool(greedy[b, end - n : end].all()))
+                if requests[i][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], out[i])
+        return out
+
+    def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Log-probability of token t + 1 given those up to t, and whether it is the first choice: ``[B, T]``."""
+        width = padded(max(len(r) for r in rows) - 1)
+        tokens = np.zeros((self.batch_size, width + 1), np.int32)
+        index = np.full((self.batch_size, width), -1, np.int32)
+        for b, row in enumerate(rows):
+            tokens[b, : len(row)] = row
+            index[b, : len(row) - 1] = np.arange(len(row) - 1)
+        made = _scores(self.config, min(SCORED, width))(self.params, tokens[:, :-1], index, tokens[:, 1:])
+        return np.asarray(made[0], np.float64), np.asarray(made[1])
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        windows, owner = [], []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            made = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for window in map(utils.make_disjoint_window, made):
+                windows.append((None, *window))
+                owner.append(i)
+        out = [0.0] * len(requests)
+        for i, (score, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+            out[i] += score
+        for request, score in zip(requests, out, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
+        return out
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        out = []
+        for seed, request in enumerate(requests):
+            context, given = request.args
+            wanted = dict(normalize_gen_kwargs(given, self.max_gen_toks))
+            until, room = [s for s in wanted.pop("until", []) if s], int(wanted.pop("max_gen_toks"))
+            prompt = self.tok_encode(context)[-max(self.max_length - room, 1) :] or [self.prefix_token_id]
+            sampling = Sampling(
+                temperature=float(wanted.get("temperature") or 0.0),
+                top_k=int(wanted.get("top_k") or 0),
+                top_p=float(wanted.get("top_p") or 1.0),
+            )
+            ids: list[int] = []
+            text = ""
+            for _, _, new, _, _ in self._generator.stream(
+                [prompt], sampling, max_new_tokens=room, stop=[self.eot_token_id], seeds=[seed]
+            ):
+                ids += [t for t in new if t != self.eot_token_id]
+                text = self.tokenizer.decode(ids)
+                if any(s in text for s in until):
+                    break
+            for s in until:
+                text = text.split(s)[0]
+            out.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return out
+
+
+@functools.lru_cache(maxsize=4)
+def _scores(cfg: ModelConfig, piece: int) -> Any:
+    def run(
+        params: Any, tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        out = Decoder(cfg).apply({"params": params}, tokens_BT, index_BT=index_BT, logits=False)
+        B, T, D = out.hidden_BTD.shape
+        n = -(-T // piece)
+
+        def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            logits = readout(cfg, params, args[0])
+            own = jnp.take_along_axis(logits, args[1][..., None], -1)[..., 0]
+            return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, -1) == args[1]
+
+        pad = n * piece - T
+        hidden = jnp.pad(out.hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, piece, D).swapaxes(0, 1)
+        targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(B, n, piece).swapaxes(0, 1)
+        scores, greedy = jax.lax.map(one, (hidden, targets))
+        return tuple(x.swapaxes(0, 1).reshape(B, n * piece)[:, :T] for x in (scores, greedy))  # type: ignore[return-value]
+
+    return jax.jit(run)

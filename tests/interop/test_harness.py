@@ -1,0 +1,147 @@
+"""The harness adapter against the harness's own Hugging Face model, on the same weights and tasks from data at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import jax
+import pytest
+
+from experiments import evaluate
+from lm import interop
+from lm import params as params_lib
+from lm.config import merge, model_config
+from lm.data.tokenizers import ByteTokenizer
+from lm.interop import to_huggingface
+
+lm_eval = pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
+MODEL = {
+    "vocab_size": 258,
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 48,
+    "max_positions": 96,
+    "norm": {"name": "rmsnorm", "eps": 1e-5},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cfg = model_config(MODEL)
+    weights = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params_lib.init(cfg, jax.random.key(0)))
+    path = tmp_path_factory.mktemp("model") / "hf"
+    to_huggingface.write(path, cfg, weights, ByteTokenizer(None, 257), chat_template="{{ messages[-1].content }}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tasks over Python's documentation: which word comes next, the whole text, and going on from a prompt."""
+    root = tmp_path_factory.mktemp("tasks")
+    texts = [topics[k] for k in sorted(topics)[:6]]
+    rows = []
+    for text in texts:
+        words = text.split()[:14]
+        rows.append({"context": " ".join(words[:10]), "choices": [words[10], "banana", words[12]], "label": 0})
+    (root / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (root / "texts.jsonl").write_text("".join(json.dumps({"text": t[:400]}) + "\n" for t in texts))
+    common = "dataset_path: json\ntest_split: test\nmetadata:\n  version: 1.0\n"
+
+    def data(file: str) -> str:
+        return f"dataset_kwargs:\n  data_files:\n    test: {root}/{file}\n"
+
+    (root / "next_word.yaml").write_text(
+        f"task: next_word\n{common}{data('rows.jsonl')}output_type: multiple_choice\n"
+        'doc_to_text: "{{context}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: label\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    (root / "whole_text.yaml").write_text(
+        f"task: whole_text\n{common}{data('texts.jsonl')}output_type: loglikelihood_rolling\n"
+        'doc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: bits_per_byte\n  - metric: word_perplexity\n"
+    )
+    (root / "goes_on.yaml").write_text(
+        f"task: goes_on\n{common}{data('rows.jsonl')}output_type: generate_until\n"
+        'doc_to_text: "{{context}}"\ndoc_to_target: "{{choices[0]}}"\n'
+        'generation_kwargs:\n  until: ["\\n"]\n  max_gen_toks: 8\n  do_sample: false\n'
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    return root
+
+
+def answers(model: Any, tasks: Path) -> dict[str, Any]:
+    """Every task's responses, request by request."""
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(tasks))
+    made = lm_eval.simple_evaluate(
+        model=model, tasks=["next_word", "whole_text", "goes_on"], task_manager=manager, bootstrap_iters=0
+    )
+    return {task: [s["resps"] for s in samples] for task, samples in made["samples"].items()}
+
+
+def test_it_answers_as_the_harnesss_own_model(folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    from lm_eval.models.huggingface import HFLM
+
+    from lm.interop.harness import DecoderLM
+
+    theirs = answers(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4), tasks)
+    ours = answers(DecoderLM(interop.load(str(folder)), batch_size=4), tasks)
+    for task in ("next_word", "whole_text"):
+        for a, b in zip(ours[task], theirs[task], strict=True):
+            for (x,), (y,) in zip(a, b, strict=True):
+                x, y = (x, y) if isinstance(x, tuple) else ((x, True), (y, True))
+                assert x[0] == pytest.approx(y[0], rel=1e-4, abs=1e-3) and x[1] == y[1]
+    assert ours["goes_on"] == theirs["goes_on"]
+
+
+def test_patterns_change_what_is_read(folder: Path, tasks: Path) -> None:
+    from lm.interop.harness import DecoderLM
+
+    loaded = interop.load(str(folder))
+    full = answers(DecoderLM(loaded), tasks)
+    narrow = merge(loaded.config, {"pattern": {"name": "sliding_window", "window": 4}}, "model")
+    assert answers(DecoderLM(loaded, narrow), tasks)["whole_text"] != full["whole_text"]
+    wide = merge(loaded.config, {"pattern": {"name": "lm_infinite", "window": 96, "ceiling": 96.0}}, "model")
+    beyond = answers(DecoderLM(loaded, wide, max_length=512), tasks)["whole_text"]
+    assert beyond != full["whole_text"]  # whole texts in one window, past the trained length
+
+
+def test_the_command_prints_the_harnesss_table(
+    folder: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [
+        f"--checkpoint={folder}",
+        "--tasks=next_word,whole_text",
+        f"--include={tasks}",
+        f"--out={tmp_path}/out.json",
+    ]
+    assert evaluate.main([*args, "--pattern=lm_infinite", "--max-length=256"]) == 0
+    assert "|next_word" in capsys.readouterr().out
+    made = json.loads((tmp_path / "out.json").read_text())
+    assert (
+        set(made["results"]) == {"next_word", "whole_text"} and made["results"]["whole_text"]["bits_per_byte,none"] > 0
+    )
+    assert evaluate.main(args) == 2
+    assert "out.json exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--tasks=next_wrd"], "--tasks: unknown name 'next_wrd' (did you mean 'next_word'?)"),
+        (["--tasks=next_word", "--limit=0"], "--limit: must be at least 1"),
+        (["--tasks=next_word", "--pattern=lm_inf"], "--pattern: unknown name 'lm_inf'"),
+        ([], "--tasks"),
+    ],
+)
+def test_mistakes(folder: Path, tasks: Path, args: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([f"--checkpoint={folder}", f"--include={tasks}", *args]) == 2
+    assert words in capsys.readouterr().err
