@@ -17,6 +17,7 @@ from lm.attention.causal import Bidirectional, Causal
 from lm.attention.lm_infinite import LMInfinite
 from lm.attention.sliding_window import SlidingWindow
 from lm.attention.streaming import Streaming
+from lm.attention.tiles import block
 from lm.errors import unknown
 
 
@@ -42,16 +43,20 @@ def attend(
     *,
     softcap: float | None = None,
     backend: str = "auto",
-    block_q: int = 256,
-    block_k: int = 512,
+    block_q: int | None = None,
+    block_k: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """One softmax over the union of `branches`: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``.
 
-    ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys), else `dense`.
+    ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys), else `dense`. Tile sizes
+    that are None are chosen by `lm.attention.tiles.block`.
     """
     if backend not in BACKENDS:
         raise unknown("model.attention.backend", backend, BACKENDS)
-    T, S = ctx.q_BTHd.shape[1], ctx.k_BSKd.shape[1]
+    B, T, H, _ = ctx.q_BTHd.shape
+    S = ctx.k_BSKd.shape[1]
+    chosen = block(B * H, jax.default_backend())
+    block_q, block_k = block_q or chosen[0], block_k or chosen[1]
     if backend == "blocked" or (backend == "auto" and T == S and T > block_q):
         return blocked.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
     return dense.attend(ctx, v_BSKd, branches, softcap)

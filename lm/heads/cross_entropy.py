@@ -54,26 +54,25 @@ def linear_loss(
     return loss, jax.tree.map(jax.lax.stop_gradient, sums)
 
 
-def _piece(settings: Any, table: Any, bias: Any, hidden: Any, targets: Any, weights: Any) -> tuple[Any, ...]:
-    """Per-vocabulary arrays ``[V, B, t]`` and the sums of one piece. The vocabulary leads, so that the reductions over
-    it run along contiguous tokens."""
+def _piece(settings: Any, table_DV: Any, bias: Any, hidden: Any, targets: Any, weights: Any) -> tuple[Any, ...]:
+    """Logits ``[B t, V]``, log Z and the target's place in them, and the sums of one piece."""
     softcap, _, _, biased = settings
-    logits = jnp.einsum("vd,btd->vbt", table, hidden, preferred_element_type=jnp.float32)
+    hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
+    logits = jnp.dot(hidden, table_DV, preferred_element_type=jnp.float32)
     if biased:
-        logits = logits + bias.astype(jnp.float32)[:, None, None]
+        logits = logits + bias.astype(jnp.float32)
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    top = logits.max(0)
-    log_z = top + jnp.log(jnp.exp(logits - top).sum(0))
-    hit = jnp.arange(logits.shape[0], dtype=targets.dtype)[:, None, None] == targets
-    own = jnp.where(hit, logits, 0.0).sum(0)
+    top = logits.max(-1)
+    log_z = top + jnp.log(jnp.exp(logits - top[:, None]).sum(-1))
+    own = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
     sums = {
         "nll": (weights * (log_z - own)).sum(),
         "weight": weights.sum(),
         "z": (weights * log_z**2).sum(),
         "correct": (weights * (own >= top)).sum(),
     }
-    return logits, log_z, hit, sums
+    return logits, log_z, hidden, targets, weights, sums
 
 
 def _total(settings: Any, sums: Sums) -> tuple[jax.Array, Sums]:
@@ -85,11 +84,10 @@ _ZERO = ("nll", "weight", "z", "correct")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> tuple[jax.Array, Sums]:
-    matrix = table.astype(hidden.dtype)
+    table_DV = table.astype(hidden.dtype).T
 
     def step(total: Sums, xs: Any) -> tuple[Sums, None]:
-        *_, sums = _piece(settings, matrix, bias, *xs)
-        return jax.tree.map(jnp.add, total, sums), None
+        return jax.tree.map(jnp.add, total, _piece(settings, table_DV, bias, *xs)[-1]), None
 
     zero = {name: jnp.zeros(()) for name in _ZERO}
     return _total(settings, jax.lax.scan(step, zero, pieces(settings[2], hidden, targets, weights))[0])
@@ -99,26 +97,28 @@ def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, we
     softcap, z_loss, chunk, biased = settings
     B, T, D = hidden.shape
     matrix = table.astype(hidden.dtype)
+    table_DV = matrix.T  # once: every product of the loop then reads its large factor as it lies in memory
 
     def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
-        total, d_table, d_bias = carry
-        h, targets, weights = xs
-        logits, log_z, hit, sums = _piece(settings, matrix, bias, h, targets, weights)
+        total, d_table_DV, d_bias = carry
+        logits, log_z, h, targets, weights, sums = _piece(settings, table_DV, bias, *xs)
         grow = weights * (1.0 + 2.0 * z_loss * log_z) if z_loss else weights
-        d = jnp.exp(logits - log_z) * grow - jnp.where(hit, weights, 0.0)
+        hit = jnp.arange(logits.shape[1], dtype=targets.dtype) == targets[:, None]
+        d = jnp.exp(logits - log_z[:, None]) * grow[:, None] - jnp.where(hit, weights[:, None], 0.0)
         if softcap is not None:
             d = d * (1.0 - (logits / softcap) ** 2)
         if biased:
-            d_bias = d_bias + d.sum((1, 2))
+            d_bias = d_bias + d.sum(0)
         d = d.astype(hidden.dtype)
-        d_table = d_table + jnp.einsum("vbt,btd->vd", d, h, preferred_element_type=jnp.float32)
-        d_h = jnp.einsum("vbt,vd->btd", d, matrix, preferred_element_type=jnp.float32).astype(hidden.dtype)
-        return (jax.tree.map(jnp.add, total, sums), d_table, d_bias), d_h
+        d_table_DV = d_table_DV + jnp.dot(h.T, d, preferred_element_type=jnp.float32)
+        d_h = jnp.dot(d, matrix, preferred_element_type=jnp.float32).astype(hidden.dtype)
+        return (jax.tree.map(jnp.add, total, sums), d_table_DV, d_bias), d_h.reshape(xs[0].shape)
 
-    zero = ({n: jnp.zeros(()) for n in _ZERO}, jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
-    (sums, d_table, d_bias), d_h = jax.lax.scan(step, zero, pieces(chunk, hidden, targets, weights))
+    zero = {name: jnp.zeros(()) for name in _ZERO}
+    carry = (zero, jnp.zeros(table_DV.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
+    (sums, d_table_DV, d_bias), d_h = jax.lax.scan(step, carry, pieces(chunk, hidden, targets, weights))
     d_h = jnp.moveaxis(d_h, 0, 1).reshape(B, -1, D)[:, :T]
-    return _total(settings, sums), (d_h, d_table.astype(table.dtype), d_bias.astype(bias.dtype))
+    return _total(settings, sums), (d_h, d_table_DV.T.astype(table.dtype), d_bias.astype(bias.dtype))
 
 
 def _backward(settings: Any, saved: Any, cotangents: Any) -> Any:

@@ -34,14 +34,14 @@ AXES = {
 class SoftmaxAttention:
     """Settings that do not change with the pattern.
 
-    `backend`: ``auto | dense | blocked``; `block_q`, `block_k`: tile of the blocked backend, tokens; `softcap`: logits
-    become ``c tanh(logits / c)``; `qk_norm`: normalise queries and keys per head before positions; `scale`: logit
-    scale, None = ``head_dim ** -0.5``.
+    `backend`: ``auto | dense | blocked``; `block_q`, `block_k`: tile of the blocked backend, tokens, None = by the
+    number of rows and heads (`lm.attention.tiles.block`); `softcap`: logits become ``c tanh(logits / c)``; `qk_norm`:
+    normalise queries and keys per head before positions; `scale`: logit scale, None = ``head_dim ** -0.5``.
     """
 
     backend: str = "auto"
-    block_q: int = 256
-    block_k: int = 512
+    block_q: int | None = None
+    block_k: int | None = None
     softcap: float | None = None
     qk_norm: bool = False
     qkv_bias: bool = False
@@ -52,8 +52,9 @@ class SoftmaxAttention:
         if self.backend not in BACKENDS:
             raise unknown("model.attention.backend", self.backend, BACKENDS)
         for name in ("block_q", "block_k"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.attention.{name}: must be at least 1, found {getattr(self, name)}")
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise UserError(f"model.attention.{name}: must be at least 1 or None, found {size}")
         if self.softcap is not None and not self.softcap > 0:
             raise UserError(f"model.attention.softcap: must be positive or None, found {self.softcap}")
 
