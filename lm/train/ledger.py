@@ -75,6 +75,14 @@ class Log:
             self.board.close()
 
 
+class NoLog:
+    """What the other processes of a run write: nothing."""
+
+    def write(self, step: int, **values: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; a last line that was cut off is left out."""
     if not path.is_file():

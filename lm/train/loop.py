@@ -28,7 +28,7 @@ from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
 from lm.train.data import Data
 from lm.train.errors import Terminated, TrainingStopped
-from lm.train.ledger import KINDS, Ledger, Log, read
+from lm.train.ledger import KINDS, Ledger, Log, NoLog, read
 from lm.train.step import Placement, evaluator, initial, transformation
 
 __all__ = ["KINDS", "Trained", "run", "steps_done"]
@@ -71,7 +71,8 @@ def run(
         "start": start_identity,
     }
     about = json.loads(json.dumps(about))
-    with _alone(folder):
+    # One process writes the log; checkpoints are written by all.
+    with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         this = _Run(cfg, train, data, folder, about, seed, report, tell)
         try:
             return this.all(start)
@@ -116,8 +117,10 @@ class _Run:
             if done == train.steps and (self.data.held_out is None or self._evaluated()):
                 return Trained(state["params"], int(state["skipped"]), self.folder)
             self.peak, source = flops.peak(self.cfg.dtype)
-            self.log = Log(self.folder, done - 1 if done else None, train.tensorboard)
-            self._describe(state, source)
+            writes = jax.process_index() == 0
+            self.log = Log(self.folder, done - 1 if done else None, train.tensorboard) if writes else NoLog()
+            if writes:
+                self._describe(state, source)
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
@@ -294,6 +297,8 @@ class _Run:
         with self.ledger.during("save"):
             self.checkpoints.wait()
         self.log.close()
+        if jax.process_index() != 0:
+            return
         path = self.folder / "goodput.json"
         sessions = json.loads(path.read_text()) if path.is_file() else []
         _write(path, json.dumps([*sessions, self.ledger.summary()], indent=1) + "\n")
