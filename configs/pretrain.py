@@ -1,7 +1,8 @@
 """Pretraining from scratch: a small Llama on the default corpus, the base that other experiments compare with.
 
 Hypothesis: none of a paper; this is the control. A decoder trained from random parameters on the King James Bible (66
-books, 5 % of them held out whole) must come below 2 bits per byte on the held-out ones, with no step lost.
+books, 5 % of them held out whole) must come below 2 bits per byte on the held-out ones, with no step lost. Measured at
+``:laptop`` (5.8 M parameters, 300 steps, 1.2 M tokens): 1.720 bits per byte.
 Cost on 2 CPU cores: ``:smoke`` seconds, ``:laptop`` about 5 minutes. ``:gpu`` (Wikipedia articles and the Python
 library, 124 M parameters) under 25 minutes on one 80 GB GPU; ``:paper`` is Llama-2-7B at 4M tokens per step.
 """
