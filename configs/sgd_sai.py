@@ -13,7 +13,8 @@ minutes, the sweep ``tune`` about 15. ``:gpu`` is 124 M parameters for 4,000 ste
 OpenWebText; neither has been run.
 
 Tuning: ``python -m experiments.sweep --config=configs/sgd_sai.py --sweep=tune`` tries five learning rates per arm, half
-a decade apart, on a seed of its own and with other books held out; the rates below are its best. All arms share the
+a decade apart, on a seed of its own and with other books held out; the rates below are its best, none of them at an
+end of its grid (``results/sgd_sai/tuning.csv``). All arms share the
 cosine schedule with 10 % warm-up, clipping at 1 and the decay that the arm's paper uses.
 """
 
