@@ -8,8 +8,8 @@ Control: the ratio is sqrt(n - 1) for a gradient of mean 0, so `sqrt_numel` sets
 gradient. If it does as well, the effect is the size of tensors, not their gradients.
 
 Expected, in held-out nats per token: SGD-SaI within 0.05 of AdamW; SGD at least 0.1 behind SGD-SaI; `sqrt_numel` close
-to SGD-SaI. Cost on 2 CPU cores: ``:smoke`` seconds, ``:laptop`` (0.5 M parameters, 600 steps, 3 seeds) about 10
-minutes, the sweep ``tune`` about 15. ``:gpu`` is 124 M parameters for 4,000 steps, ``:paper`` GPT-2's size on
+to SGD-SaI. Cost on 2 CPU cores: ``:smoke`` seconds, ``:laptop`` (0.5 M parameters, 600 steps, 3 seeds) about 15
+minutes, the sweep ``tune`` about 25. ``:gpu`` is 124 M parameters for 4,000 steps, ``:paper`` GPT-2's size on
 OpenWebText; neither has been run.
 
 Tuning: ``python -m experiments.sweep --config=configs/sgd_sai.py --sweep=tune`` tries five learning rates per arm, half
