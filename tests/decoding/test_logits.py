@@ -17,8 +17,15 @@ LOGITS = jnp.asarray(np.random.default_rng(0).normal(0, 2.5, (6, V)), jnp.float3
 NONE = (jnp.zeros((6, 1), bool), jnp.zeros((6, 1), jnp.int32))
 
 
+def transformers() -> Any:
+    """Its logits processors, which are PyTorch code."""
+    pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
+    return pytest.importorskip("transformers")
+
+
 def theirs(processor: Any, logits: Any = LOGITS, ids: Any = None) -> np.ndarray:
-    torch = pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
+    import torch
+
     ids = torch.zeros((len(logits), 0), dtype=torch.long) if ids is None else torch.tensor(ids)
     return np.asarray(processor(ids, torch.tensor(np.asarray(logits))).numpy())
 
@@ -42,13 +49,12 @@ def same(ours: Any, want: np.ndarray) -> None:
     ],
 )
 def test_truncations_are_those_of_transformers(settings: dict[str, Any], name: str, args: tuple[Any, ...]) -> None:
-    transformers = pytest.importorskip("transformers")
-    want = theirs(getattr(transformers, name)(*args))
+    want = theirs(getattr(transformers(), name)(*args))
     same(shape(LOGITS, Sampling(**settings), *NONE), want)
 
 
 def test_they_work_one_after_the_other_as_in_transformers() -> None:
-    t = pytest.importorskip("transformers")
+    t = transformers()
     want = LOGITS
     for p in (
         t.TemperatureLogitsWarper(1.3),
@@ -61,7 +67,7 @@ def test_they_work_one_after_the_other_as_in_transformers() -> None:
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
-    t = pytest.importorskip("transformers")
+    t = transformers()
     ids = np.random.default_rng(1).integers(0, V, (6, 9))
     prompt, made = ids[:, :5], ids[:, 5:]
     in_prompt = np.zeros((6, V), bool)
