@@ -24,7 +24,8 @@ class Project(nn.Module):
         init = nn.initializers.normal(cfg.init_std)
         kernel = self.param("kernel", init, self.shape, cfg.param_dtype).astype(x.dtype)
         rows, lead = x.shape[: x.ndim - split], self.shape[split:]
-        flat = x.reshape(*rows, -1) @ kernel.reshape(-1, math.prod(lead))
+        # One axis of rows: the weights' gradient then sums over one axis, which the CPU does without a transposed copy.
+        flat = x.reshape(-1, math.prod(self.shape[:split])) @ kernel.reshape(-1, math.prod(lead))
         y = flat.reshape(*rows, *lead)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)
