@@ -93,6 +93,8 @@ EXTRAS = {
         "lm-eval>=0.4.13,<0.5",
         # What that oracle imports beside PyTorch. Any 1.x.
         'accelerate>=1.0,<2; python_version < "3.12"',
+        # Loads the adapters that `experiments.convert --as=peft` writes; an oracle. It needs PyTorch too.
+        'peft>=0.18,<0.22; python_version < "3.12"',
         # What the extra of the same name installs: its files are written and read back.
         "tensorboardX>=2.6,<3",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.

@@ -46,6 +46,7 @@ class Trainer:
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
         data.loader(arm.train, 0)
+        arm.train.surgery.check(arm.trained)
         if getattr(arm.trained.positions, "table_size", 0) and arm.trained.positions.table_size < settings.seq_len:
             raise UserError(
                 f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "
@@ -95,6 +96,7 @@ class Trainer:
                 seed=seed,
                 start=start,
                 start_identity=self.base.identity,
+                start_source=self.base.place,
                 report=report,
                 tell=tell,
             )

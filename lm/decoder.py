@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm import weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 
@@ -85,16 +86,19 @@ class Decoder(nn.Module):
         if cache is not None and (index_BT is None or segments_BT is not None):
             raise ValueError("with a cache, index_BT is needed and segments_BT is not supported")
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        table = self.param("embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
-        x = table[tokens_BT].astype(dtype) if embeddings_BTD is None else embeddings_BTD.astype(dtype)
+        table = weights.param(self, "embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        if embeddings_BTD is None:
+            assert tokens_BT is not None
+            embeddings_BTD = weights.rows(table, tokens_BT)
+        x = embeddings_BTD.astype(dtype)
         x = x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, dtype)
         seq = _tokens(x.shape[:2], index_BT, positions_BT, segments_BT)
         length = jnp.max(jnp.where(seq.index_BT >= 0, seq.positions_BT, 0.0)) + 1.0
         if cfg.positions.table_size:
             shape = (cfg.positions.table_size, cfg.d_model)
-            learned = self.param("pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
+            learned = weights.param(self, "pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
             rows = jnp.clip(jnp.floor(seq.positions_BT), 0, shape[0] - 1).astype(jnp.int32)
-            x = x + learned[rows].astype(dtype)
+            x = x + weights.rows(learned, rows).astype(dtype)
         x, cache, streams = self._blocks(x, seq, length, cache, taps, on_layer)
         x = cfg.norm.module(cfg.param_dtype, name="final_norm")(x)
         head = cfg.head.module(cfg, name="head")
@@ -147,8 +151,8 @@ class Decoder(nn.Module):
         if all(s == shapes[0] for s in shapes) and not self.has_variable("params", "blocks_0"):
             first = layers[0]
             many = lambda rng: jax.vmap(lambda r: init(first, r))(jax.random.split(rng, len(layers)))  # noqa: E731
-            return self.param("blocks", many), True
-        return [self.param(f"blocks_{i}", lambda r, c=c: init(c, r)) for i, c in enumerate(layers)], False
+            return weights.param(self, "blocks", many), True
+        return [weights.param(self, f"blocks_{i}", lambda r, c=c: init(c, r)) for i, c in enumerate(layers)], False
 
 
 def readout(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

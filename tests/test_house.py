@@ -31,6 +31,7 @@ PLUG_SOCKETS = (
     "lm.optimizers.schedules",
     "lm.positions",
     "lm.positions.scaling",
+    "lm.surgery",
 )
 # Plug names that are also plain words a description of any decoder may use.
 GENERIC = {

@@ -50,11 +50,11 @@ class DataConfig:
 class TrainConfig:
     """`batch`: rows per step over all devices and accumulation steps; `accumulate`: parts it is computed in.
 
-    `clip`: largest global gradient norm, None = any. Evaluations of `eval_rows` held-out rows come before the first
-    step, every `eval_every` steps (0 = never), and over all held-out rows (at most `final_rows`) at the end.
-    Checkpoints come every `save_every` steps and at the end; the newest `keep_last` stay, and every multiple of
-    `keep_every` (0 = none). `max_skipped`: as many non-finite steps in a row end the run. `profile`: (first, last) step
-    of a profiler window.
+    `surgery`: what is trained, all parameters (``none``) or adapters to them. `clip`: largest global gradient norm,
+    None = any. Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 =
+    never), and over all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and
+    at the end; the newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many
+    non-finite steps in a row end the run. `profile`: (first, last) step of a profiler window.
     """
 
     steps: int = 1000
@@ -63,6 +63,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: Any = socket("lm.objectives", "causal")
     optimizer: Any = socket("lm.optimizers", "adamw")
+    surgery: Any = socket("lm.surgery", "none")
     schedule: Any = socket("lm.optimizers.schedules", "cosine")
     clip: float | None = 1.0
     eval_every: int = 100
@@ -105,6 +106,9 @@ class TrainConfig:
         out: dict[str, Any] = to_dict(self)
         for name in _BESIDE:
             del out[name]
+        for name, default in _ABSENT.items():  # runs from before there was such a setting keep their identity
+            if out[name] == default:
+                del out[name]
         return out
 
 
@@ -119,4 +123,5 @@ _BESIDE = (
     "tensorboard",
     "profile",
 )
+_ABSENT = {"surgery": {"name": "none"}}
 assert set(_BESIDE) <= {f.name for f in dataclasses.fields(TrainConfig)}
