@@ -1,9 +1,7 @@
-"""SOCKET surgery: other parameters made of given ones, and which of them are trained.
+"""SOCKET surgery: other parameters made of given ones, for use at once or for training.
 
-A plug is a frozen dataclass. ``check(cfg)`` raises `UserError` for a model it does not fit; ``init(cfg, params, rng)``
-gives the tree that training changes and saves; ``attach(cfg, params, trained, rng=None)`` the parameters to compute
-with; ``merge(cfg, params, trained)`` the same as plain arrays. `adds` says that `params` stay as they are and must be
-at hand to attach to; `stochastic` that `attach` draws from `rng` while training.
+A plug is a frozen dataclass. With `trains` False it has ``apply(cfg, params) -> (cfg, params)``. With `trains` True
+(`Trainable`) training changes and saves the tree that ``init`` gives, and computes with what ``attach`` makes of it.
 """
 
 from __future__ import annotations
@@ -13,13 +11,20 @@ from typing import Any, Protocol
 import jax
 
 from lm.config import ModelConfig
+from lm.surgery.int8 import Int8
 from lm.surgery.lora import LoRA
 from lm.surgery.nothing import Nothing
 
-TABLE = {"none": Nothing, "lora": LoRA}
+TABLE = {"none": Nothing, "lora": LoRA, "int8": Int8}
 
 
-class Surgery(Protocol):
+class Trainable(Protocol):
+    """`adds`: the given parameters stay as they are and must be at hand to attach to. `stochastic`: `attach` draws from
+    `rng` while training. ``check`` raises `UserError` for a model it does not fit; ``merge`` gives plain arrays."""
+
+    @property
+    def trains(self) -> bool: ...
+
     @property
     def adds(self) -> bool: ...
 

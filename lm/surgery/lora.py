@@ -50,6 +50,10 @@ class LoRA:
             )
 
     @property
+    def trains(self) -> bool:
+        return True
+
+    @property
     def adds(self) -> bool:
         return True
 

@@ -15,12 +15,19 @@ class Nothing:
     """The trained tree is the parameter tree."""
 
     @property
+    def trains(self) -> bool:
+        return True
+
+    @property
     def adds(self) -> bool:
         return False
 
     @property
     def stochastic(self) -> bool:
         return False
+
+    def apply(self, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+        return cfg, params
 
     def check(self, cfg: ModelConfig) -> None:
         pass

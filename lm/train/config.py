@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.config import socket, to_dict
+from lm.config import socket, table, to_dict
 from lm.errors import UserError, unknown
 
 PACKINGS = ("concat", "best_fit")
@@ -92,6 +92,10 @@ class TrainConfig:
             raise UserError(
                 f"train.accumulate: {self.accumulate} does not divide train.batch = {self.batch}; valid: {valid}"
             )
+        if not self.surgery.trains:
+            trainable = [name for name, plug in table("lm.surgery").items() if plug().trains]
+            name = to_dict(self)["surgery"]["name"]
+            raise UserError(f"train.surgery: {name} makes weights to read, not to train; valid: {', '.join(trainable)}")
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"train.clip: must be positive or None, found {self.clip}")
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
