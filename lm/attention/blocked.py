@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.attention import block_gather
+from lm.attention.block_gather import by_block
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.dense import gathered
 from lm.attention.masks import Mask
@@ -56,7 +56,7 @@ def attend(
     outs, lses = [], []
     for branch in branches:
         if isinstance(branch, BlockBranch):
-            out, lse = block_gather.by_block(branch, ctx, v_BSKd, softcap)
+            out, lse = by_block(branch, ctx, v_BSKd, softcap)
         elif branch.gather_BHTn is not None:
             s, v = gathered(branch, ctx, v_BSKd, softcap)
             out, lse = _softmax_of(s, v)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.attention import block_gather
+from lm.attention.block_gather import direct
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context
 
 
@@ -74,7 +74,7 @@ def attend(
         S, shared = 0, shared[..., :0]  # keys are reached through their blocks alone
     for branch in branches:
         if isinstance(branch, BlockBranch):
-            s, v = block_gather.direct(branch, ctx, v_BSKd, softcap)
+            s, v = direct(branch, ctx, v_BSKd, softcap)
             extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
         elif branch.gather_BHTn is None:
             # Branches are disjoint, so each pair takes its logit from the one branch that sees it.

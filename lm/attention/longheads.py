@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lm.attention import blocks
+from lm.attention.blocks import BlockTable, pick, rank_positions, table
 from lm.attention.branches import AnyBranch, BlockBranch, Branch, Context
 from lm.attention.masks import Causal, EarlyQueries, Mask, NearChunks, Sinks, Window
 from lm.errors import UserError
@@ -57,11 +57,12 @@ class LongHeads:
     of its chunk and so at the end of a chunk the chunk before is not kept, only n - 1 chunks are seen, and selection
     begins one token earlier.
 
+    The paper's values are chunks of 256 and the 4,096 tokens of Llama 2; the defaults keep its 16 chunks.
     Renumbered positions count tokens: `positions` other than the index are heeded before `begin_selective_length` only.
     """
 
-    chunk: int = 256
-    attention_length: int = 4096
+    chunk: int = 128
+    attention_length: int = 2048
     begin_selective_length: int | None = None
     include_self: bool = True
     decode_rule: Literal["prefill", "reference"] = "prefill"
@@ -140,13 +141,13 @@ class LongHeads:
         )
         if n == 3:
             return out
-        table = ctx.blocks or blocks.table(ctx, self.summary)
-        ids = self._pick(ctx, table)
+        known = ctx.blocks or table(ctx, self.summary)
+        ids = self._pick(ctx, known)
         query = query[:, None, :, None] - w * jnp.arange(1.0, n - 2)
         local = None if ctx.rotated else self.summary.places(ctx.keys.index_BT)
-        return (*out, BlockBranch(Causal() & ~early, w, table.starts_BN, ids, query, local))
+        return (*out, BlockBranch(Causal() & ~early, w, known.starts_BN, ids, query, local))
 
-    def _pick(self, ctx: Context, table: blocks.BlockTable) -> jax.Array:
+    def _pick(self, ctx: Context, known: BlockTable) -> jax.Array:
         """The n - 3 chunks of every query and head after the first and before the one before its own."""
         w, reference = self.chunk, self._reference(ctx)
         begin = self.begin - reference
@@ -155,12 +156,12 @@ class LongHeads:
             ends = (index % w == w - 1) & reference  # the chunk before is not kept, so it may be chosen
             return (index >= begin) & (numbers >= 1) & (numbers <= index // w - 2 + ends)
 
-        return blocks.pick(ctx.q_BTHd, ctx.queries, table, self.summary, self.n_chunks - 3, candidates)
+        return pick(ctx.q_BTHd, ctx.queries, known, self.summary, self.n_chunks - 3, candidates)
 
     def _from_cache(self, ctx: Context) -> BlockBranch:
         """Everything through listed chunks: what is not seen is not read."""
         listed, place = self._listed(ctx)
-        starts, end = blocks.rank_positions(listed, self.chunk, place)
+        starts, end = rank_positions(listed, self.chunk, place)
         places = (end[..., None] - starts)[:, :1]  # every head lists as many chunks
         mask: Mask = Causal()
         if not self.include_self and not self._reference(ctx):

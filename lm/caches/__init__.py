@@ -24,7 +24,7 @@ from lm.errors import UserError
 
 __all__ = ["TABLE", "Tokens", "default", "init", "n_bytes", "needs_raw_keys"]
 
-TABLE = {"full": Full, "sink_window": SinkWindow, "blocks": Blocks}
+TABLE = {"full": Full, "sink_window": SinkWindow, "block_memory": Blocks}
 
 
 def needs_raw_keys(cfg: ModelConfig) -> bool:

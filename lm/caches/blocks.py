@@ -127,7 +127,9 @@ class Blocks:
 
     def init(self, batch: int, n_kv_heads: int, head_dim: int, dtype: Any, rotated: bool = True) -> BlocksState:
         if self.summary is None or not rotated:
-            raise UserError("cache: blocks needs a pattern with block summaries and positions of fixed frequencies")
+            raise UserError(
+                "cache: block_memory needs a pattern with block summaries and positions of fixed frequencies"
+            )
         n, kept = -(-self.capacity // self.summary.size), codec(self.quantize)
         slots = n * self.summary.size
         kv = kept.encode(jnp.zeros((batch, slots, n_kv_heads, head_dim), dtype))

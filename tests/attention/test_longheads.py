@@ -122,7 +122,7 @@ def cached(pattern: Any) -> Any:
 
 
 def through(pattern: Any, pieces: list[int], quantize: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    state = caches.TABLE["blocks"](T, H, pattern.summary, quantize).init(1, K, D, jnp.float32)
+    state = caches.TABLE["block_memory"](T, H, pattern.summary, quantize).init(1, K, D, jnp.float32)
     outs, ids, at = [], [], 0
     for n in pieces:
         side = dataclasses.replace(tokens(at, n), contiguous=False)
@@ -239,7 +239,7 @@ def test_what_is_not_chosen_does_not_matter() -> None:
     """Other keys and values in the chunks that no head of the last query chose, their vectors kept, change nothing."""
     pattern = LongHeads(W, A)
     q, k, v = draw()
-    state = caches.TABLE["blocks"](T, H, pattern.summary).init(1, K, D, jnp.float32)
+    state = caches.TABLE["block_memory"](T, H, pattern.summary).init(1, K, D, jnp.float32)
     state, *_ = cached(pattern)(state, q[:, :-1], k[:, :-1], v[:, :-1], dataclasses.replace(tokens(0, T - 1)))
     last = [x[:, -1:] for x in (q, k, v)]
     _, want, ids = cached(pattern)(state, *last, tokens(T - 1, 1))
@@ -261,7 +261,7 @@ def test_what_is_not_chosen_does_not_matter() -> None:
 def test_no_distance_reaches_the_attention_length(rule: str) -> None:
     pattern = LongHeads(W, A, None, True, rule)  # type: ignore[arg-type]
     q, k, v = (jnp.asarray(x) for x in draw())
-    state = caches.TABLE["blocks"](T, H, pattern.summary).init(1, K, D, jnp.float32)
+    state = caches.TABLE["block_memory"](T, H, pattern.summary).init(1, K, D, jnp.float32)
     seen = []
     for t in range(T):
         side = tokens(t, 1)
@@ -421,4 +421,4 @@ def test_a_cache_without_summaries_is_refused() -> None:
     with pytest.raises(UserError, match="Full keeps no ChunkFeature"):
         caches.init(cfg, 1, 64, caches.TABLE["full"](64))
     with pytest.raises(UserError, match="needs a pattern with block summaries"):
-        caches.TABLE["blocks"](64).init(1, 1, 8, jnp.float32)
+        caches.TABLE["block_memory"](64).init(1, 1, 8, jnp.float32)
