@@ -74,6 +74,16 @@ def by_block(
     )
 
 
+def _sorted(group: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """The order that sorts groups 0 … `groups`, and the sorted groups."""
+    P = group.shape[0]
+    if (groups + 1) * P >= 2**32:
+        order = jnp.argsort(group).astype(jnp.int32)
+        return order, group[order]
+    packed = jnp.sort(group.astype(jnp.uint32) * P + jnp.arange(P, dtype=jnp.uint32))  # one array sorts much faster
+    return (packed % P).astype(jnp.int32), (packed // P).astype(jnp.int32)
+
+
 def _turned(ctx: Context, q_BTHd: jax.Array, places: jax.Array, n: int) -> jax.Array:
     """Queries ``[B, H, T, n, d]``, one for every block, rotated to `places` ``[B, 1 or H, T, n]``."""
     B, T, H, d = q_BTHd.shape
@@ -106,8 +116,8 @@ def _tiles(
     qi, qs = (jnp.broadcast_to(x[:, None, :, None], ids.shape).reshape(P) for x in queries)
     rows, heads = jnp.arange(B)[:, None, None, None], (jnp.arange(H) // (H // K))[None, :, None, None]
     group = jnp.where(ids >= 0, (rows * K + heads) * N + ids, groups).reshape(P)
-    order = jnp.argsort(group).astype(jnp.int32)
-    edges = jnp.searchsorted(group[order], jnp.arange(groups + 1)).astype(jnp.int32)  # first pair of every group
+    order, ordered = _sorted(group, groups)
+    edges = jnp.searchsorted(ordered, jnp.arange(groups + 1)).astype(jnp.int32)  # first pair of every group
     n_tiles = -(-jnp.diff(edges) // R)
     last = jnp.cumsum(n_tiles)  # tiles up to and with the group's
     total = last[-1]

@@ -261,17 +261,22 @@ def test_what_is_not_chosen_does_not_matter() -> None:
 def test_no_distance_reaches_the_attention_length(rule: str) -> None:
     pattern = LongHeads(W, A, None, True, rule)  # type: ignore[arg-type]
     q, k, v = (jnp.asarray(x) for x in draw())
-    state = caches.TABLE["block_memory"](T, H, pattern.summary).init(1, K, D, jnp.float32)
-    seen = []
-    for t in range(T):
-        side = tokens(t, 1)
-        state, keys, values, known = state.extend(k[:, t : t + 1], v[:, t : t + 1], side)
-        ctx = Context(q[:, t : t + 1], keys, side, known, Rope(trained=A), jnp.asarray(1.0), 1.0, True, values)
+
+    @jax.jit
+    def step(state: Any, q: Any, k: Any, v: Any, side: Tokens) -> Any:
+        state, keys, values, known = state.extend(k, v, side)
+        ctx = Context(q, keys, side, known, Rope(trained=A), jnp.asarray(1.0), 1.0, True, values)
         state, ctx = state.summarise(ctx)
         (branch,) = pattern.branches(ctx)
         assert isinstance(branch, BlockBranch)
-        places = np.broadcast_to(branch.q_positions, branch.ids_BHTn.shape)[np.asarray(branch.ids_BHTn) >= 0]
-        seen.append((places.min(), places.max()))
+        return state, jnp.where(branch.ids_BHTn >= 0, branch.q_positions, jnp.nan)
+
+    state = caches.TABLE["block_memory"](T, H, pattern.summary).init(1, K, D, jnp.float32)
+    seen = []
+    for t in range(T):
+        side = dataclasses.replace(tokens(t, 1), contiguous=False)
+        state, places = step(state, *(x[:, t : t + 1] for x in (q, k, v)), side)
+        seen.append((np.nanmin(places), np.nanmax(places)))
     # The reference rule's query shares its newest key's position, and never has a whole chunk of n behind it.
     assert min(low for low, _ in seen) >= 0 and max(high for _, high in seen) == A - (2 if rule == "reference" else 1)
     whole_ctx = Context(q, k, tokens(0, T), tokens(0, T), Rope(trained=A), jnp.asarray(1.0), 1.0, v_BSKd=v)
@@ -333,22 +338,33 @@ def test_sorted_equals_direct(tile: int) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.abs(a).max()))
 
 
+def test_groups_sort_the_same_in_both_ways() -> None:
+    group = jnp.asarray(np.random.default_rng(0).integers(0, 8, 500), jnp.int32)
+    for groups in (7, 2**31 // 250):  # small enough to pack, and not
+        order, ordered = jax.jit(block_gather._sorted, static_argnums=1)(group, groups)
+        np.testing.assert_array_equal(order, np.argsort(group, stable=True))
+        np.testing.assert_array_equal(ordered, np.sort(group))
+
+
 def test_records_of_the_decoder() -> None:
     """Ids per layer, cut to the last tokens; layers stacked or not, cached or not."""
     cfg = merge(BASE, {"pattern": {"name": "longheads", "chunk": 4, "attention_length": 16}}, "model")
     text = jnp.asarray(TOKENS)
-    got = Decoder(cfg).apply({"params": parameters(BASE)}, text, records=5)
-    plain = Decoder(cfg).apply({"params": parameters(BASE)}, text)
+    params = parameters(BASE)
+
+    @functools.cache
+    def run(cfg: Any) -> Any:
+        return jax.jit(lambda **inputs: Decoder(cfg).apply({"params": params}, records=5, **inputs))
+
+    got, plain = run(cfg)(tokens_BT=text), forward(cfg)(params, tokens_BT=text)
     np.testing.assert_array_equal(got.logits_BTV, plain.logits_BTV)
     assert plain.records is None and len(got.records) == 2
     unrolled = merge(cfg, {"scan_layers": False}, "model")
-    other = Decoder(unrolled).apply({"params": parameters(BASE)}, text, records=5)
+    other = run(unrolled)(tokens_BT=text)
     index = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
     cache, seen = caches.init(cfg, 2, 64), []
     for a, b in ((0, 39), (39, 44)):
-        out = Decoder(cfg).apply(
-            {"params": parameters(BASE)}, text[:, a:b], index_BT=index[:, a:b], cache=cache, records=5
-        )
+        out = run(cfg)(tokens_BT=text[:, a:b], index_BT=index[:, a:b], cache=cache)
         cache = out.cache
         seen.append(out.records)
     for layer, same, last in zip(got.records, other.records, seen[1], strict=True):
@@ -357,7 +373,7 @@ def test_records_of_the_decoder() -> None:
         np.testing.assert_array_equal(ids, same["attn"]["blocks"])
         np.testing.assert_array_equal(ids, last["attn"]["blocks"])
         assert bool((ids[..., 0] == 0).all() and (ids[:, 1:, :, -2:] == jnp.asarray([9, 10])).all())
-    causal = Decoder(BASE).apply({"params": parameters(BASE)}, text, records=5)
+    causal = run(BASE)(tokens_BT=text)
     assert causal.records == ({}, {})
 
 
