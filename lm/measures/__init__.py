@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from lm.measures.base import Measured, Subject
+from lm.measures.chunk_choice import ChunkChoice
 from lm.measures.decode_cost import DecodeCost
 from lm.measures.nll import NllByPosition
 from lm.measures.passkey import Passkey
+from lm.measures.prefill_cost import PrefillCost
 from lm.measures.train_log import TrainLog
 
 Progress = Callable[[float, str], None]
@@ -28,6 +30,13 @@ class Measure(Protocol):
     def identity(self) -> str: ...
 
 
-TABLE = {"nll_by_position": NllByPosition, "passkey": Passkey, "decode_cost": DecodeCost, "train_log": TrainLog}
+TABLE = {
+    "nll_by_position": NllByPosition,
+    "passkey": Passkey,
+    "chunk_choice": ChunkChoice,
+    "decode_cost": DecodeCost,
+    "prefill_cost": PrefillCost,
+    "train_log": TrainLog,
+}
 
 __all__ = ["TABLE", "Measure", "Measured", "Progress", "Subject"]

@@ -81,7 +81,7 @@ def test_kept_names_stay_and_generation_reads_it() -> None:
 
 
 def test_mistakes() -> None:
-    with pytest.raises(UserError, match="train.surgery: int8 makes weights to read, not to train; valid: none, lora"):
+    with pytest.raises(UserError, match=r"train.surgery: int8 makes weights to read, not to train; valid: none, lora"):
         build(TrainConfig, {"surgery": "int8"}, "train")
     with pytest.raises(UserError, match="--surgery: unknown name 'lora'; valid: int8, none"):
         surgery_of("lora")
