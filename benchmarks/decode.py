@@ -121,6 +121,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                         got = everyone[kind].ask(decode=length, pattern=pattern, steps=options.steps)
                         row = {"weights": kind, "tokens": length, "pattern": pattern, "cache_mib": got["cache_mib"]}
                         lengths.append({**row, "ms": statistics.median(got["ms"]), "ms_all": got["ms"]})
+                everyone[kind].stop()  # its memory is the next one's
         finally:
             for c in everyone.values():
                 if c.process.poll() is None:

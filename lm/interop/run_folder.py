@@ -51,12 +51,12 @@ class Run:
     def start(self) -> Any:
         """Reader of the checkpoint that training started from; None for random parameters. Raises `UserError` when it
         is not where it was, or not what it was."""
-        if self.about.get("start", "random") == "random":
-            return None
         source = self.about.get("start_source", "")
+        if not source:
+            return None
         try:
             found = self.reader(source)
-            same = found.identity() == self.about["start"]
+            same = self.about.get("start_content") in ("", found.identity())
         except UserError as e:
             raise UserError(f"{self.path}: holds adapters to {source!r}, which cannot be read: {e}") from None
         if not same:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.config import socket, table, to_dict
+from lm.config import ModelConfig, socket, table, to_dict
 from lm.errors import UserError, unknown
 
 PACKINGS = ("concat", "best_fit")
@@ -50,7 +50,8 @@ class DataConfig:
 class TrainConfig:
     """`batch`: rows per step over all devices and accumulation steps; `accumulate`: parts it is computed in.
 
-    `surgery`: what is trained, all parameters (``none``) or adapters to them. `clip`: largest global gradient norm,
+    `surgery`: what is trained, all parameters (``none``) or adapters to them. `augmentation`: positions of rows while
+    training. `clip`: largest global gradient norm,
     None = any. Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 =
     never), and over all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and
     at the end; the newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many
@@ -64,6 +65,7 @@ class TrainConfig:
     objective: Any = socket("lm.objectives", "causal")
     optimizer: Any = socket("lm.optimizers", "adamw")
     surgery: Any = socket("lm.surgery", "none")
+    augmentation: Any = socket("lm.positions.augmentation", "own")
     schedule: Any = socket("lm.optimizers.schedules", "cosine")
     clip: float | None = 1.0
     eval_every: int = 100
@@ -102,6 +104,16 @@ class TrainConfig:
             raise UserError(f"train.profile: found {self.profile}; valid: (first step, last step), or ()")
 
     @property
+    def stochastic(self) -> bool:
+        """Whether steps draw numbers."""
+        return bool(self.surgery.stochastic or self.augmentation.stochastic)
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Raises `UserError` for a model that cannot be trained so."""
+        self.surgery.check(cfg)
+        self.augmentation.check(cfg, self.data.seq_len)
+
+    @property
     def tokens_per_step(self) -> int:
         return self.batch * self.data.seq_len
 
@@ -127,5 +139,5 @@ _BESIDE = (
     "tensorboard",
     "profile",
 )
-_ABSENT = {"surgery": {"name": "none"}}
+_ABSENT = {"surgery": {"name": "none"}, "augmentation": {"name": "own"}}
 assert set(_BESIDE) <= {f.name for f in dataclasses.fields(TrainConfig)}

@@ -22,7 +22,7 @@ from lm import optimizers, params
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
-from lm.interop import run_folder, to_huggingface
+from lm.interop import reader, run_folder, to_huggingface
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
@@ -73,7 +73,7 @@ def run(
         "start": start_identity,
     }
     about = json.loads(json.dumps(about))
-    train.surgery.check(cfg)
+    train.check(cfg)
     # One process writes the log; checkpoints are written by all.
     with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         this = _Run(cfg, train, data, folder, about, seed, start_source, report, tell)
@@ -195,6 +195,7 @@ class _Run:
         about = {
             **self.about,
             "start_source": self.source,
+            "start_content": reader(self.source).identity() if self.source and self.train.surgery.adds else "",
             "tokenizer": run_folder.describe_tokenizer(self.data.tokenizer),
             "peak": source,
             "flops_per_token": self.per_token,

@@ -27,7 +27,7 @@ def initial(params: Any, train: TrainConfig, seed: int = 0) -> State:
     """State before step 0: what is trained as `params`, optimizer state `opt`, and int32 scalars `step`, `skipped`
     (non-finite steps so far) and `run` (those in a row up to now); `seed` where steps draw numbers."""
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "run")}
-    drawn = {"seed": jnp.asarray(seed, jnp.int32)} if train.surgery.stochastic else {}
+    drawn = {"seed": jnp.asarray(seed, jnp.int32)} if train.stochastic else {}
     return {"params": params, "opt": transformation(train).init(params), **counters, **drawn}
 
 
@@ -40,6 +40,10 @@ def gradients(
     trained; `base` what it is attached to, where the surgery adds to parameters that stay (None elsewhere).
     """
     total = jnp.maximum(batch["weights"].sum(), 1.0)
+    if rng is not None:
+        rng, for_positions = jax.random.split(rng)
+        positions = train.augmentation.positions(cfg, train.data.seq_len, for_positions, _index(batch))
+        batch = batch if positions is None else {**batch, "positions": positions}
 
     def loss(params: Any, part: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         whole = train.surgery.attach(cfg, base, params, rng)
@@ -64,6 +68,12 @@ def gradients(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[1], shapes[0][1]))
     (grads, aux), _ = jax.lax.scan(body, zeros, (parts, rngs))
     return grads, aux
+
+
+def _index(batch: Batch) -> jax.Array:
+    """Every token's place in its document, int32 ``[B, T]``."""
+    shape = batch["inputs"].shape
+    return batch["index"] if "index" in batch else jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
 
 
 def step(
