@@ -41,7 +41,8 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         },
     }
     c.checkpoint, c.baseline, c.seeds = "random", "base", (0, 1, 2)
-    L, times, texts = short.LENGTH, TIMES, short.books(short.READ)
+    times: tuple[int, ...] = TIMES
+    L, texts = short.LENGTH, short.books(short.READ)
     c.model, c.train = short.model(), short.train()
     tune: dict[str, Any] = {"steps": 300, "batch": 16, "rate": 3e-4}
     if scale == "smoke":

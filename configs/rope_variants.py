@@ -38,11 +38,12 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         "numbers": {"Llama-2-7B, 8k tokens, untrained": "perplexity: as it is > 100, dynamic YaRN 3.5 (fig. 4)"},
     }
     c.checkpoint, c.baseline, c.seeds = "random", "full", (0, 1, 2)
-    L, times, texts = short.LENGTH, TIMES, short.books(short.READ)
+    times: tuple[int, ...] = TIMES
+    L, texts = short.LENGTH, short.books(short.READ)
     c.model, c.train = short.model(), short.train()
     passkey: dict[str, Any] | None = None
     if scale == "smoke":
-        L, texts = 64, ("kjv:Genesis",)
+        L, texts, times = 64, ("kjv:Genesis",), (2,)
         c.seeds, c.model, c.train = (0,), small.model("smoke"), small.train("smoke")
     elif scale == "smollm2":
         L, times, texts = 8192, (2,), ("kjv:Genesis", "python-docs")

@@ -30,6 +30,7 @@ PLUG_SOCKETS = (
     "lm.optimizers",
     "lm.optimizers.schedules",
     "lm.positions",
+    "lm.positions.augmentation",
     "lm.positions.scaling",
     "lm.surgery",
 )

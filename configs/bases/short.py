@@ -1,4 +1,4 @@
-"""A small Llama trained on short rows, for what happens past its length, and books to read there that it has not seen."""
+"""A small Llama trained on short rows, for what happens past its length, and books to read that it has not seen."""
 
 from __future__ import annotations
 

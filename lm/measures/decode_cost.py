@@ -39,7 +39,8 @@ class DecodeCost:
             )
 
     def identity(self) -> str:
-        return "noise; one tree of weights per layer; keys [B, K, C, d], values [B, K, d, C]"  # another layout, another time
+        # Another layout is another time.
+        return "noise; one tree of weights per layer; keys [B, K, C, d], values [B, K, d, C]"
 
     def cost(self, cfg: Any) -> float:
         return 400.0 * len(self.lengths) * (self.steps + 20)
@@ -86,9 +87,10 @@ def _filled(cfg: Any, length: int, room: int, seed: int) -> Any:
     shape = (1, length, cfg.n_kv_heads, cfg.head_dim)
     noise = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(cfg.dtype))
     tokens = caches.Tokens(index, index.astype(jnp.float32))
-    cache, full = list(cache), []
-    while cache:  # one layer at a time exists twice
-        full.append(cache.pop(0).extend(noise, noise, tokens)[0])
+    empty, full = list(cache), []
+    del cache
+    while empty:  # one layer at a time exists twice
+        full.append(empty.pop(0).extend(noise, noise, tokens)[0])
     for i, layer in enumerate(full):
         if hasattr(layer, "summaries"):  # equal summaries would send all heads to the same blocks
             noise = jax.random.normal(jax.random.key(i), layer.summaries.shape, layer.summaries.dtype)
