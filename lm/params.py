@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.decoder import Decoder
 from lm.ffn import glu
-from lm.heads import linear
+from lm.heads import fourier, linear, mixture
 from lm.mixers import attention
 
 # Longest matching suffix wins; plugs with new parameters add their own table here.
@@ -23,6 +23,8 @@ AXES: dict[str, tuple[str, ...]] = {
     **attention.AXES,
     **glu.AXES,
     **linear.AXES,
+    **fourier.AXES,
+    **mixture.AXES,
 }
 
 
