@@ -42,6 +42,7 @@ AUTHORS = {  # mean of 4 seeds, from the metric files the authors published; 12 
     "gmm2": "linear 0.238 / 0.068; Fourier 0.146 / 0.038 (gamma 0), 0.171 / 0.035 (1e-6); two Gaussians KL 0.030",
     "beta": "linear 0.234 / 0.127; Fourier 0.191 / 0.076 (gamma 0), 0.193 / 0.076 (1e-6); two Gaussians KL 0.407",
 }
+PAPER = "KL / smoothness: " + "; ".join(f"{task}: {numbers}" for task, numbers in AUTHORS.items())
 LINEAR: dict[str, Any] = {"name": "linear", "tie": False, "bias": True}
 TIME_SERIES = {"model.head.gamma": 1e-6, "model.head.kernel_scale": 1e-3, "model.head.bias_scale": 1e-1}
 
@@ -218,11 +219,15 @@ def claims(r: Results) -> list[Claim]:
         m = {f"{t}, N = {n}": r.mean("fourier", f"{t}/kl@{n}") for t in TASKS for n in FREQUENCIES}
         return all(m[f"{t}, N = {many}"] < m[f"{t}, N = {few}"] for t in TASKS), m
 
+    def fouriers() -> list[str]:
+        """The Fourier heads on the series, fewest frequencies first."""
+        names = [a for a in r.arms if a.startswith("fourier_")]
+        return sorted(names, key=lambda a: int(a.split("_")[1])) or ["fourier_64"]
+
     def series(metric: str, *more: str) -> tuple[dict[str, float], str]:
         """Means by series and arm, and the Fourier arm with the most frequencies."""
-        names = sorted((a for a in r.arms if a.startswith("fourier_")), key=lambda a: int(a.split("_")[1]))
-        names = names or ["fourier_64"]
-        return {f"{s}, {a}": r.mean(a, f"{s}/{metric}") for s in SERIES for a in ("linear", *names, *more)}, names[-1]
+        arms = ("linear", *fouriers(), *more)
+        return {f"{s}, {a}": r.mean(a, f"{s}/{metric}") for s in SERIES for a in arms}, fouriers()[-1]
 
     def point() -> Verdict:
         m, best = series("mase", "seasonal_naive", "ets")
@@ -233,13 +238,12 @@ def claims(r: Results) -> list[Claim]:
         return all(m[f"{s}, {best}"] <= 1.01 * m[f"{s}, linear"] for s in SERIES), m
 
     def calm() -> Verdict:
-        arms = [a for a in r.arms if a == "linear" or a.startswith("fourier_")]
-        m = {a: r.mean(a, "smoothness/smoothness") for a in arms}
-        return all(m[a] < m["linear"] for a in arms if a != "linear") and len(m) > 1, m
+        m = {a: r.mean(a, "smoothness/smoothness") for a in ("linear", *fouriers())}
+        return all(m[a] < m["linear"] for a in fouriers()), m
 
     return [
-        claim("(a) KL from the truth: the Fourier head is below the linear head on all three tasks", fits, AUTHORS),
-        claim("(a) smoothness: the Fourier head is below the linear head on all three tasks", smoother, AUTHORS),
+        claim("(a) KL from the truth: the Fourier head is below the linear head on all three tasks", fits, PAPER),
+        claim("(a) smoothness: the Fourier head is below the linear head on all three tasks", smoother, PAPER),
         claim(
             "(a) two Gaussians beat the Fourier head in KL on the two Gaussian tasks and lose on beta", mixture, AUTHORS
         ),

@@ -22,6 +22,7 @@ import numpy as np
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.bins import Bins
+from lm.layers import uniform
 
 AXES = {"head/coefficients": ("embed", "freq"), "head/coefficients_bias": ("freq",)}
 _EXACT = jax.lax.Precision.HIGHEST  # accelerators would otherwise multiply float32 in bfloat16 or TF32
@@ -86,15 +87,6 @@ class _Fourier(nn.Module):
         head = self.cfg.head
         y = probabilities(*self.coefficients(h), head.positions(self.cfg.vocab_size))
         return jnp.log(y + head.epsilon)
-
-
-def uniform(bound: float) -> nn.initializers.Initializer:
-    """Uniform in ``[-bound, bound]``."""
-
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def probabilities(re: jax.Array, im: jax.Array, centres: np.ndarray) -> jax.Array:

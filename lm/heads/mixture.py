@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.bins import Bins
-from lm.heads.fourier import uniform
+from lm.layers import uniform
 
 AXES = {
     "head/mixture": ("embed", "components"),

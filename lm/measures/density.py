@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import lm.measures.density_tasks as tasks
 from lm.config import ModelConfig
 from lm.decoder import readout
 from lm.errors import UserError
-from lm.heads.fourier import uniform
-from lm.measures import density_tasks as tasks
+from lm.layers import uniform
 from lm.measures.base import Measured, Progress, Subject
 from lm.measures.smoothness import in_order, smoothness
-from lm.objectives.causal import head_loss
+from lm.objectives.likelihood import head_loss
 
 
 @dataclass(frozen=True)

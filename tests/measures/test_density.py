@@ -96,7 +96,7 @@ def test_shuffled_bins_are_read_in_their_order() -> None:
     xy, z = tasks.sample("gaussian", 400, np.random.default_rng(0))
     q = plug._learn(head, 0, xy, z, 320)
     got = measure({"name": "fourier", "frequencies": 3, "shuffle": 1}, epochs=40).samples["smoothness"][0]
-    assert got < 0.6 * smoothness(q).mean()
+    assert got < 0.8 * smoothness(q).mean()
 
 
 def test_scaling_law_recovers_its_constants() -> None:
