@@ -17,7 +17,7 @@ Atari games, the paper's largest effect, are not measured: ``:atari`` holds that
 trains on action sequences that the user supplies; it needs the DQN replay data and an emulator for its returns, and has
 not been run.
 
-Cost on 2 CPU cores: ``:smoke`` under a minute, ``:synthetic`` (a and c) about 6 minutes, ``:laptop`` (all) about 20.
+Cost on 2 CPU cores: ``:smoke`` under a minute, ``:synthetic`` (a and c) about 5 minutes, ``:laptop`` (all) about 16.
 ``:gpu`` and ``:paper`` (4,096 bins, 550 frequencies, a decoder of Chronos-T5-mini's size) have not been run. (b) needs
 ``pip install 'decoder-lab[series]'``.
 """
