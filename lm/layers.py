@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm import weights
 from lm.config import ModelConfig
 
 
@@ -24,9 +25,10 @@ class Project(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, split = self.cfg, self.n_in
         init = nn.initializers.normal(cfg.init_std)
-        kernel = self.param("kernel", init, self.shape, cfg.param_dtype).astype(x.dtype)
+        kernel = weights.param(self, "kernel", init, self.shape, cfg.param_dtype)
         rows, lead = x.shape[: x.ndim - split], self.shape[split:]
-        flat = x.reshape(*rows, -1) @ kernel.reshape(-1, math.prod(lead))
+        # One axis of rows: the weights' gradient then sums over one axis, which the CPU does without a transposed copy.
+        flat = weights.product(x.reshape(-1, math.prod(self.shape[:split])), kernel, split)
         y = flat.reshape(*rows, *lead)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from lm.measures.base import Measured, Subject
+from lm.measures.chunk_choice import ChunkChoice
 from lm.measures.decode_cost import DecodeCost
 from lm.measures.density import ConditionalDensity
 from lm.measures.forecast import Forecast
 from lm.measures.nll import NllByPosition
 from lm.measures.passkey import Passkey
+from lm.measures.prefill_cost import PrefillCost
 from lm.measures.smoothness import Smoothness
 from lm.measures.train_log import TrainLog
 
@@ -35,7 +37,9 @@ class Measure(Protocol):
 TABLE = {
     "nll_by_position": NllByPosition,
     "passkey": Passkey,
+    "chunk_choice": ChunkChoice,
     "decode_cost": DecodeCost,
+    "prefill_cost": PrefillCost,
     "train_log": TrainLog,
     "smoothness": Smoothness,
     "conditional_density": ConditionalDensity,

@@ -37,6 +37,6 @@ class Causal:
     def loss(self, cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
         """The loss and the sums ``nll``, ``weight``, ``z`` (of log^2 Z) and ``correct`` (the target had the largest
         logit, ties included), each weighted; float32 scalars. See `lm.objectives` for `batch`."""
-        where = {f"{name}_BT": batch[name] for name in ("segments", "index") if name in batch}
+        where = {f"{name}_BT": batch[name] for name in ("segments", "index", "positions") if name in batch}
         out = Decoder(cfg).apply({"params": params}, batch["inputs"], logits=False, **where)
         return head_loss(cfg, params, out.hidden_BTD, batch["targets"], batch["weights"], self.z_loss, self.chunk)

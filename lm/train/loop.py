@@ -22,7 +22,7 @@ from lm import optimizers, params
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
-from lm.interop import run_folder, to_huggingface
+from lm.interop import reader, run_folder, to_huggingface
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
@@ -54,12 +54,14 @@ def run(
     seed: int = 0,
     start: Any = None,
     start_identity: str = "random",
+    start_source: str = "",
     report: Report = lambda fraction, text: None,
     tell: Callable[[str], None] = print,
 ) -> Trained:
     """Trains `cfg` in `folder`, going on from its newest sound checkpoint.
 
-    `start`: initial parameters (a pretrained checkpoint's), None = random ones of `seed`. `report(fraction, text)` is
+    `start`: initial parameters (a pretrained checkpoint's), None = random ones of `seed`; `start_source` is where they
+    came from (a path or a name), for the folder of a run that adds to them. `report(fraction, text)` is
     called every step, `tell` for what a user should know. Raises `UserError` when the folder belongs to another run, is
     in use or cannot be written; `TrainingStopped` when training cannot go on; `Terminated` after SIGTERM.
     """
@@ -71,9 +73,10 @@ def run(
         "start": start_identity,
     }
     about = json.loads(json.dumps(about))
+    train.check(cfg)
     # One process writes the log; checkpoints are written by all.
     with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
-        this = _Run(cfg, train, data, folder, about, seed, report, tell)
+        this = _Run(cfg, train, data, folder, about, seed, start_source, report, tell)
         try:
             return this.all(start)
         finally:
@@ -95,17 +98,19 @@ class _Run:
         folder: Path,
         about: dict[str, Any],
         seed: int,
+        source: str,
         report: Report,
         tell: Callable[[str], None],
     ) -> None:
         self.cfg, self.train, self.data, self.folder = cfg, train, data, folder
-        self.about, self.seed, self.report, self.tell = about, seed, report, tell
+        self.about, self.seed, self.source, self.report, self.tell = about, seed, source, report, tell
+        self.base: Any = None  # what trained parameters are added to, where they are
         self.ledger = Ledger()
         self.placement = Placement(train.batch, train.accumulate)
         self.loader = data.loader(train, seed)
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
         self.schedule = train.schedule.factor(train.steps)
-        self.per_token = flops.per_token(cfg, train.data.seq_len)
+        self.per_token = flops.per_token(cfg, train.data.seq_len, frozen=train.surgery.adds)
         self.evaluate_fn = evaluator(cfg, train)
         self.clock = 0.0
         self.newest: tuple[int, Any] = (0, None)  # steps done, and the state after them
@@ -115,7 +120,7 @@ class _Run:
         with ledger.during("init"):
             state, done = self._state(start)
             if done == train.steps and (self.data.held_out is None or self._evaluated()):
-                return Trained(state["params"], int(state["skipped"]), self.folder)
+                return self._trained(state)
             self.peak, source = flops.peak(self.cfg.dtype)
             writes = jax.process_index() == 0
             self.log = Log(self.folder, done - 1 if done else None, train.tensorboard) if writes else NoLog()
@@ -124,13 +129,18 @@ class _Run:
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
-                step = self.placement.compile(self.cfg, train, state, first)
+                step = self.placement.compile(self.cfg, train, state, first, self.base)
             state = self._steps(step, state, done)
         if self.data.held_out is not None:
             with ledger.during("eval"):
                 self._evaluate(state["params"], train.steps, train.final_rows, "final")
         self._finish()
-        return Trained(state["params"], int(state["skipped"]), self.folder)
+        return self._trained(state)
+
+    def _trained(self, state: Any) -> Trained:
+        whole = jax.jit(lambda base, trained: self.train.surgery.merge(self.cfg, base, trained))
+        params = whole(self.base, state["params"]) if self.train.surgery.adds else state["params"]
+        return Trained(params, int(state["skipped"]), self.folder)
 
     def _evaluated(self) -> bool:
         return any("final_nll" in line for line in read(self.folder / "metrics.jsonl"))
@@ -138,8 +148,14 @@ class _Run:
     def _state(self, start: Any) -> tuple[Any, int]:
         """The newest checkpoint's state and step, or the initial ones."""
 
+        surgery, rng = self.train.surgery, jax.random.key(self.seed)
+        if surgery.adds:
+            start = params.init(self.cfg, rng) if start is None else start
+            self.base = start = jax.device_put(start, self.placement.everywhere)
+
         def fresh(start: Any) -> Any:
-            return initial(params.init(self.cfg, jax.random.key(self.seed)) if start is None else start, self.train)
+            whole = params.init(self.cfg, rng) if start is None else start
+            return initial(surgery.init(self.cfg, whole, rng), self.train, self.seed)
 
         where = jax.tree.map(lambda _: self.placement.everywhere, jax.eval_shape(fresh, start))
         like = jax.tree.map(
@@ -169,12 +185,17 @@ class _Run:
         width = max(len(n) for n in named)
         rows = [f"{n:{width}}  {leaf.shape!s:22} {leaf.dtype!s:9} {axes[n]}" for n, leaf in named.items()]
         n = params.count(tree)
+        beside = f" trained, beside {params.count(self.base):,} that stay" if self.base is not None else ""
         size = optimizers.n_bytes(transformation(self.train), tree)
-        rows.append(f"{n:,} parameters; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter")
+        rows.append(
+            f"{n:,} parameters{beside}; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter"
+        )
         _write(self.folder / "parameters.txt", "\n".join(rows) + "\n")
         to_huggingface.save_tokenizer(self.folder, self.data.tokenizer)
         about = {
             **self.about,
+            "start_source": self.source,
+            "start_content": reader(self.source).identity() if self.source and self.train.surgery.adds else "",
             "tokenizer": run_folder.describe_tokenizer(self.data.tokenizer),
             "peak": source,
             "flops_per_token": self.per_token,
@@ -196,7 +217,7 @@ class _Run:
                 with ledger.during("data"):
                     batch = self.placement.batch(next(batches))
                 with ledger.during("step"):
-                    state, metrics = step(state, batch)
+                    state, metrics = step(state, batch, self.base)
                     self.newest = (i + 1, state)  # the one before has been donated
                     if waiting is not None:
                         self._read(*waiting)  # of the step before, while this one runs
@@ -275,7 +296,7 @@ class _Run:
         assert self.data.held_out is not None
         sums: dict[str, float] = {}
         for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
-            for k, v in jax.device_get(self.evaluate_fn(weights, batch)).items():
+            for k, v in jax.device_get(self.evaluate_fn(weights, batch, self.base)).items():
                 sums[k] = sums.get(k, 0.0) + float(np.float64(v))
         nll = sums["nll"] / max(sums["weight"], 1.0)
         bpb = nll / math.log(2) / self.data.bytes_per_token
