@@ -1,11 +1,13 @@
-"""The linear layer every socket shares."""
+"""The linear layer every socket shares, and an initialiser."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lm import weights
 from lm.config import ModelConfig
@@ -31,3 +33,12 @@ class Project(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)
         return y
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """Uniform in ``[-bound, bound]``, PyTorch's start of a linear layer where bound is 1 / sqrt(inputs)."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

@@ -14,7 +14,7 @@ from lm import weights
 from lm.config import ModelConfig
 from lm.decoder import Decoder
 from lm.ffn import glu
-from lm.heads import linear
+from lm.heads import fourier, linear, mixture
 from lm.layers import Project
 from lm.mixers import attention
 
@@ -29,6 +29,8 @@ AXES: dict[str, tuple[str, ...]] = {
     **attention.AXES,
     **glu.AXES,
     **linear.AXES,
+    **fourier.AXES,
+    **mixture.AXES,
 }
 
 

@@ -12,6 +12,7 @@ import jax
 import lm.interop.tensors as tensors
 import lm.params as params_lib
 from lm.config import ModelConfig, plug
+from lm.data import values
 from lm.data.tokenizers import ByteTokenizer, Tokenizer, from_directory
 from lm.errors import UserError
 from lm.interop.files import new_folder
@@ -96,6 +97,8 @@ class Run:
 
     def tokenizer(self) -> Tokenizer | None:
         known = self.about.get("tokenizer") or {}
+        if known.get("kind") == "values":
+            return values.from_description(known)
         if known.get("kind") == "bytes":
             return ByteTokenizer(known.get("bos_id"), known.get("eos_id"))
         return from_directory(self.path, known.get("bos_id"), known.get("eos_id"))
@@ -125,6 +128,8 @@ class Run:
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """What `Run.tokenizer` needs beside the tokenizer's own file."""
+    if isinstance(tokenizer, values.ValueTokenizer):
+        return tokenizer.describe()
     kind = "bytes" if isinstance(tokenizer, ByteTokenizer) else "file"
     return {"kind": kind, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
 

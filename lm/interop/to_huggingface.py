@@ -281,7 +281,10 @@ def write(
 def save_tokenizer(folder: Path, tokenizer: Any, chat_template: str | None = None) -> None:
     """``tokenizer.json`` (or the SentencePiece ``tokenizer.model``) and ``tokenizer_config.json``."""
     from lm.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+    from lm.data.values import ValueTokenizer
 
+    if isinstance(tokenizer, ValueTokenizer):
+        return  # no format of theirs: run.json describes it
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.inner.serialized_model_proto())
         about: Hf = {"tokenizer_class": "LlamaTokenizer"}

@@ -1,7 +1,8 @@
 """SOCKET measure: what an experiment reads off a model.
 
 A plug is a frozen dataclass with ``run(subject, progress) -> Measured``; ``cost(model_config) -> float`` (relative, for
-time-left estimates); ``identity() -> str`` (hash of the data it reads); ``stochastic``: whether the seed matters.
+time-left estimates); ``identity() -> str`` (hash of the data it reads); ``stochastic``: whether the seed matters;
+``untrained`` (False where absent): nothing of the subject's parameters is read, so that none are trained for it.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from typing import Any, ClassVar, Protocol
 from lm.measures.base import Measured, Subject
 from lm.measures.chunk_choice import ChunkChoice
 from lm.measures.decode_cost import DecodeCost
+from lm.measures.density import ConditionalDensity
+from lm.measures.forecast import Forecast
 from lm.measures.nll import NllByPosition
 from lm.measures.passkey import Passkey
 from lm.measures.prefill_cost import PrefillCost
+from lm.measures.smoothness import Smoothness
 from lm.measures.train_log import TrainLog
 
 Progress = Callable[[float, str], None]
@@ -37,6 +41,9 @@ TABLE = {
     "decode_cost": DecodeCost,
     "prefill_cost": PrefillCost,
     "train_log": TrainLog,
+    "smoothness": Smoothness,
+    "conditional_density": ConditionalDensity,
+    "forecast": Forecast,
 }
 
 __all__ = ["TABLE", "Measure", "Measured", "Progress", "Subject"]

@@ -257,6 +257,7 @@ class _Run:
             "nll": nll,
             "bits_per_byte": nll / math.log(2) / self.data.bytes_per_token,
             "accuracy": m["correct"] / weight if "correct" in m else None,
+            **{k: v / weight for k, v in m.items() if k.startswith("aux_")},
             "grad_norm": m["grad_norm"],
             "learning_rate": self.train.optimizer.learning_rate * float(self.schedule(i)),
             "tokens": weight,
