@@ -7,6 +7,7 @@ and a result. Letters: B batch, T tokens, D model width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
+from lm.ffn.context import Call
 
 Params = dict[str, Any]
 
@@ -24,13 +26,15 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Output:
-    """`logits_BTV` float32 (None when not asked for), `hidden_BTD` after the final norm, the new `cache`, and
-    `taps_LBTD`, the residual stream after every layer (None when not asked for)."""
+    """`logits_BTV` float32 (None when not asked for), `hidden_BTD` after the final norm, the new `cache`,
+    `taps_LBTD`, the residual stream after every layer (None when not asked for), and `reports`, what each layer says
+    beside its output (`lm.auxiliary`)."""
 
     logits_BTV: jax.Array | None
     hidden_BTD: jax.Array
     cache: Any = None
     taps_LBTD: jax.Array | None = None
+    reports: tuple[dict[str, Any], ...] = ()
 
 
 class Block(nn.Module):
@@ -39,14 +43,20 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any = None) -> Any:
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any, call: Call) -> Any:
+        """The new stream, the layer's cache, and its report."""
         cfg = self.cfg
         normed = cfg.norm.module(cfg.param_dtype, name="attn_norm")(x_BTD)
         mixed, cache = cfg.attention.module(cfg, name="attn")(normed, tokens, length, cache)
         after = x_BTD if cfg.parallel_residual else x_BTD + mixed
         normed = cfg.norm.module(cfg.param_dtype, name="ffn_norm")(after)
-        y_BTD = after + cfg.ffn.module(cfg, name="ffn")(normed)
-        return (y_BTD + mixed if cfg.parallel_residual else y_BTD), cache
+        ffn, report = cfg.ffn.module(cfg, name="ffn"), {}
+        if getattr(cfg.ffn, "reports", False):
+            out, report = ffn(normed, call)
+        else:
+            out = ffn(normed)
+        y_BTD = after + out
+        return (y_BTD + mixed if cfg.parallel_residual else y_BTD), cache, report
 
 
 class Decoder(nn.Module):
@@ -72,13 +82,15 @@ class Decoder(nn.Module):
         logits: bool = True,
         taps: bool = False,
         on_layer: Callable[[], None] | None = None,
+        key: jax.Array | None = None,
     ) -> Output:
         """Runs the model on int32 `tokens_BT` or on `embeddings_BTD`.
 
         `index_BT` int32 counts tokens within their document (default 0, 1, …; negative = padding); `positions_BT`
         float32 are the rotary positions (default: the index); `segments_BT` int32 keeps packed documents apart.
         `cache` (from `lm.caches.init`) extends earlier calls; give `index_BT` then. `on_layer` is called on the host
-        after every layer (progress bars).
+        after every layer (progress bars). `key` is given in training: layers that are random, or follow another rule
+        there, go by it.
         """
         if (tokens_BT is None) == (embeddings_BTD is None):
             raise ValueError("give either tokens_BT or embeddings_BTD")
@@ -95,52 +107,61 @@ class Decoder(nn.Module):
             learned = self.param("pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
             rows = jnp.clip(jnp.floor(seq.positions_BT), 0, shape[0] - 1).astype(jnp.int32)
             x = x + learned[rows].astype(dtype)
-        x, cache, streams = self._blocks(x, seq, length, cache, taps, on_layer)
+        call = Call(seq.index_BT, tokens_BT, key, taps)
+        x, cache, streams, reports = self._blocks(x, seq, length, cache, call, on_layer)
         x = cfg.norm.module(cfg.param_dtype, name="final_norm")(x)
         head = cfg.head.module(cfg, name="head")
         out = head(x, table) if logits or self.is_initializing() else None
-        return Output(out if logits else None, x, cache, streams)
+        return Output(out if logits else None, x, cache, streams, reports)
 
-    def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, taps: bool, on_layer: Any) -> Any:
-        layers = self.cfg.layers()
+    def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, call: Call, on_layer: Any) -> Any:
+        layers, taps = self.cfg.layers(), call.taps
         streams: list[Any] = []
         caches: list[Any] = []
+        reports: list[dict[str, Any]] = []
+        keys = None if call.key is None else jax.random.split(call.key, len(layers))
         params, stacked = self._block_params(x.shape, layers)
         start = 0
         for n in _runs(layers, self.cfg.scan_layers and stacked and cache is None):
             cfg = layers[start]
 
-            def layer(x: Any, p: Params, c: Any = None, cfg: ModelConfig = cfg) -> Any:
-                x, c = Block(cfg).apply({"params": p}, x, seq, length, c)
+            def layer(x: Any, p: Params, key: Any, c: Any = None, cfg: ModelConfig = cfg) -> Any:
+                x, c, report = Block(cfg).apply({"params": p}, x, seq, length, c, dataclasses.replace(call, key=key))
                 if on_layer is not None:
                     jax.debug.callback(lambda _: on_layer(), x[0, -1, 0])
-                return x, c
+                return x, c, report
 
             step = jax.checkpoint(layer, prevent_cse=n == 1) if cfg.remat else layer
             if n > 1:
                 run = jax.tree.map(lambda p, a=start, b=start + n: p[a:b], params)
 
-                def body(x: Any, p: Params, step: Any = step) -> Any:
-                    y, _ = step(x, p)
-                    return y, y if taps else None
+                def body(x: Any, of_layer: Any, step: Any = step) -> Any:
+                    y, _, report = step(x, *of_layer)
+                    return y, (y if taps else None, report)
 
-                x, ys = jax.lax.scan(body, x, run)
+                x, (ys, many) = jax.lax.scan(body, x, (run, None if keys is None else keys[start : start + n]))
                 streams.append(ys)
+                reports += [jax.tree.map(lambda a, i=i: a[i], many) for i in range(n)]
             else:
                 p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
-                x, c = step(x, p, None if cache is None else cache[start])
+                x, c, report = step(
+                    x, p, None if keys is None else keys[start], None if cache is None else cache[start]
+                )
                 streams.append(x[None])
                 caches.append(c)
+                reports.append(report)
             start += n
-        return x, tuple(caches) if cache is not None else None, jnp.concatenate(streams) if taps else None
+        streams_LBTD = jnp.concatenate(streams) if taps else None
+        return x, tuple(caches) if cache is not None else None, streams_LBTD, tuple(reports)
 
     def _block_params(self, shape: tuple[int, ...], layers: tuple[ModelConfig, ...]) -> tuple[Any, bool]:
         """All layers' parameters, declared here: one stacked tree, or one tree per layer where shapes differ."""
         x = jnp.zeros((1, 1, shape[-1]), self.cfg.dtype)
         seq = _tokens((1, 1), None, None, None)
+        call = Call(seq.index_BT, seq.index_BT)
 
         def init(cfg: ModelConfig, rng: jax.Array) -> Params:
-            return dict(Block(cfg).init(rng, x, seq, jnp.ones(())))["params"]
+            return dict(Block(cfg).init(rng, x, seq, jnp.ones(()), None, call))["params"]
 
         probe = jax.random.key(0)
         shapes = [jax.eval_shape(lambda r, c=c: init(c, r), probe) for c in dict.fromkeys(layers)]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lm.config import ModelConfig
 from lm.decoder import Decoder
-from lm.ffn import glu
+from lm.ffn import glu, moe
 from lm.heads import linear
 from lm.mixers import attention
 
@@ -22,6 +22,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "bias": ("embed",),
     **attention.AXES,
     **glu.AXES,
+    **moe.AXES,
     **linear.AXES,
 }
 

@@ -17,8 +17,9 @@ from lm.attention.branches import Tokens
 from lm.caches.full import Full
 from lm.caches.sink_window import SinkWindow
 from lm.config import ModelConfig
+from lm.errors import UserError
 
-__all__ = ["TABLE", "Tokens", "default", "init", "n_bytes", "needs_raw_keys"]
+__all__ = ["TABLE", "Tokens", "check", "default", "init", "n_bytes", "needs_raw_keys"]
 
 TABLE = {"full": Full, "sink_window": SinkWindow}
 
@@ -36,9 +37,18 @@ def default(cfg: ModelConfig, capacity: int, quantize: str | None = None) -> Any
     return SinkWindow(keeps[0], min(keeps[1], capacity - keeps[0]), quantize)
 
 
+def check(cfg: ModelConfig) -> None:
+    """Raises `UserError` with the reason when a layer of the model cannot continue a text token by token."""
+    for i, layer in enumerate(cfg.layers()):
+        why = getattr(layer.ffn, "uncached", "")
+        if why:
+            raise UserError(f"model.ffn: layer {i} cannot generate or decode with a cache: {why}")
+
+
 def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None, quantize: str | None = None) -> tuple[Any, ...]:
     """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer: of `plug`, or the smallest that
-    lose nothing under each layer's pattern."""
+    lose nothing under each layer's pattern. Raises `UserError` for models that cannot be decoded (`check`)."""
+    check(cfg)
     return tuple(
         (plug or default(layer, capacity, quantize)).init(
             batch, layer.n_kv_heads, layer.head_dim, layer.dtype, not needs_raw_keys(layer)

@@ -33,18 +33,22 @@ class Run:
     def model(self) -> dict[str, Any]:
         return self._model
 
-    def step(self) -> int:
-        """The newest complete checkpoint's step; `UserError` when there is none."""
-        kept = [int(p.name) for p in (self.path / "checkpoints").glob("*") if p.name.isdigit()]
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, oldest first; `UserError` when there is none."""
+        kept = sorted(int(p.name) for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())
         if not kept:
             raise UserError(f"{self.path}: no complete checkpoint yet; valid: a run that has saved one")
-        return max(kept)
+        return kept
 
-    def params(self, cfg: ModelConfig) -> Any:
-        """The parameters alone; the optimizer's state is not read."""
+    def step(self) -> int:
+        """The newest complete checkpoint's step."""
+        return self.steps()[-1]
+
+    def params(self, cfg: ModelConfig, step: int | None = None) -> Any:
+        """The parameters alone, of the newest checkpoint or that of `step`; the optimizer's state is not read."""
         import orbax.checkpoint as ocp
 
-        step = self.step()
+        step = self.step() if step is None else step
         want = {"params": params_lib.abstract(cfg)}
         try:
             with ocp.PyTreeCheckpointer() as reader:

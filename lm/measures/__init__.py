@@ -13,6 +13,7 @@ from lm.measures.base import Measured, Subject
 from lm.measures.decode_cost import DecodeCost
 from lm.measures.nll import NllByPosition
 from lm.measures.passkey import Passkey
+from lm.measures.routing import Routing, RoutingHistory
 from lm.measures.train_log import TrainLog
 
 Progress = Callable[[float, str], None]
@@ -28,6 +29,13 @@ class Measure(Protocol):
     def identity(self) -> str: ...
 
 
-TABLE = {"nll_by_position": NllByPosition, "passkey": Passkey, "decode_cost": DecodeCost, "train_log": TrainLog}
+TABLE = {
+    "nll_by_position": NllByPosition,
+    "passkey": Passkey,
+    "decode_cost": DecodeCost,
+    "train_log": TrainLog,
+    "routing": Routing,
+    "routing_history": RoutingHistory,
+}
 
 __all__ = ["TABLE", "Measure", "Measured", "Progress", "Subject"]

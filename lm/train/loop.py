@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import optimizers, params
+from lm import auxiliary, optimizers, params
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
@@ -102,6 +102,7 @@ class _Run:
         self.about, self.seed, self.report, self.tell = about, seed, report, tell
         self.ledger = Ledger()
         self.placement = Placement(train.batch, train.accumulate)
+        self.placement.check(cfg)
         self.loader = data.loader(train, seed)
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
         self.schedule = train.schedule.factor(train.steps)
@@ -124,7 +125,7 @@ class _Run:
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
-                step = self.placement.compile(self.cfg, train, state, first)
+                step = self.placement.compile(self.cfg, train, state, first, self.seed)
             state = self._steps(step, state, done)
         if self.data.held_out is not None:
             with ledger.during("eval"):
@@ -225,7 +226,9 @@ class _Run:
 
     def _read(self, i: int, metrics: Any) -> None:
         """Waits for the metrics of step `i`, logs them, and stops a run that does not recover."""
-        m = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        own = auxiliary.report(self.cfg, found.pop("aux", ((),) * self.cfg.n_layers))
+        m = {k: float(v) for k, v in found.items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         weight = max(m["weight"], 1.0)
@@ -243,6 +246,7 @@ class _Run:
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.per_token / self.peak, 4),
             "skipped": int(m["skipped"]),
+            **own,
         }
         if i % self.train.log_every == 0 or i + 1 == self.train.steps or not m["ok"]:
             self.log.write(i, **{k: _plain(v) for k, v in line.items()})
@@ -272,15 +276,16 @@ class _Run:
     def _evaluate(self, weights: Any, step: int, rows: int, name: str) -> None:
         """The objective on held-out rows, logged as ``NAME_…``."""
         assert self.data.held_out is not None
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
-            for k, v in jax.device_get(self.evaluate_fn(weights, batch)).items():
-                sums[k] = sums.get(k, 0.0) + float(np.float64(v))
+            found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch)))
+            sums = jax.tree.map(np.add, sums, found) if sums else found
+        own = auxiliary.report(self.cfg, sums.pop("aux", ((),) * self.cfg.n_layers), whole=True)
         nll = sums["nll"] / max(sums["weight"], 1.0)
         bpb = nll / math.log(2) / self.data.bytes_per_token
-        values = {"nll": nll, "bits_per_byte": bpb, "tokens": sums["weight"]}
+        values = {"nll": float(nll), "bits_per_byte": float(bpb), "tokens": float(sums["weight"]), **own}
         if "correct" in sums:
-            values["accuracy"] = sums["correct"] / max(sums["weight"], 1.0)
+            values["accuracy"] = float(sums["correct"] / max(sums["weight"], 1.0))
         # The step whose parameters these are is the one before.
         self.log.write(step - 1, **{f"{name}_{k}": _plain(v) for k, v in values.items()})
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import compat, optimizers
+from lm import auxiliary, compat, optimizers
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.train.config import TrainConfig
@@ -30,10 +30,13 @@ def initial(params: Any, train: TrainConfig) -> State:
     return {"params": params, "opt": transformation(train).init(params), **counters}
 
 
-def gradients(cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch) -> tuple[Any, dict[str, jax.Array]]:
+def gradients(
+    cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch, key: jax.Array | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Gradients (float32) of the mean loss over the batch's weighted targets, and sums ``nll, weight, …``.
 
-    The mean is over the whole batch however it is cut: accumulation gives the big batch's gradient.
+    The mean is over the whole batch however it is cut: accumulation gives the big batch's gradient (losses that layers
+    add are per part). `key`: for layers that are random in training.
     """
     total = jnp.maximum(batch["weights"].sum(), 1.0)
 
@@ -43,11 +46,13 @@ def gradients(cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch) -
 
     grad = jax.value_and_grad(loss, has_aux=True)
     if train.accumulate == 1:
-        (_, aux), grads = grad(params, batch)
+        (_, aux), grads = grad(params, batch if key is None else {**batch, "key": key})
         return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
     n = train.accumulate
     # Rows of one part are spread over the batch, so that every device holds its share of each part.
     parts = {k: jnp.moveaxis(v.reshape(-1, n, *v.shape[1:]), 1, 0) for k, v in batch.items()}
+    if key is not None:
+        parts["key"] = jax.random.split(key, n)
 
     def body(carry: Any, part: Batch) -> tuple[Any, None]:
         (_, aux), grads = grad(params, part)
@@ -59,17 +64,22 @@ def gradients(cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch) -
     return grads, aux
 
 
-def step(cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+def step(
+    cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, seed: int = 0
+) -> tuple[State, dict[str, Any]]:
     """One optimizer step and its metrics (sums, `grad_norm`, `ok`). A non-finite loss or gradient changes nothing but
-    the counters."""
+    the counters. `seed` and the step's number give the random key, where a layer asks for one."""
     tx = transformation(train)
-    grads, metrics = gradients(cfg, train, state["params"], batch)
+    asks = any(getattr(layer.ffn, "reports", False) for layer in cfg.layers())
+    key = jax.random.fold_in(jax.random.key(seed), state["step"]) if asks else None
+    grads, metrics = gradients(cfg, train, state["params"], batch, key)
     norm = optax.global_norm(grads)
     ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
     def move(_: None) -> tuple[Any, Any]:
         updates, opt = tx.update(grads, state["opt"], state["params"])
-        return optax.apply_updates(state["params"], updates), opt
+        new = optax.apply_updates(state["params"], updates)
+        return auxiliary.moved(cfg, state["params"], new, metrics["aux"]) if "aux" in metrics else new, opt
 
     params, opt = jax.lax.cond(ok, move, lambda _: (state["params"], state["opt"]), None)
     bad = 1 - ok.astype(jnp.int32)
@@ -104,10 +114,21 @@ class Placement:
     def state(self, state: State) -> State:
         return jax.device_put(state, self.everywhere)
 
-    def compile(self, cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch) -> Any:
+    def check(self, cfg: ModelConfig) -> None:
+        """Raises `UserError` for a model that the mesh cannot hold: experts that do not spread over their axis."""
+        n = dict(self.mesh.shape).get("expert", 1)
+        for layer in cfg.layers():
+            experts = getattr(layer.ffn, "experts", n)
+            if experts % n:
+                raise UserError(
+                    f"model.ffn.experts: {experts} experts do not spread over the {n} devices of the mesh axis "
+                    f"'expert'; valid: a multiple of {n}"
+                )
+
+    def compile(self, cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, seed: int = 0) -> Any:
         """The step ahead of time; its state argument is donated."""
         fn = jax.jit(
-            lambda s, b: step(cfg, train, s, b),
+            lambda s, b: step(cfg, train, s, b, seed),
             in_shardings=(self.everywhere, self.rows),
             out_shardings=(self.everywhere, self.everywhere),
             donate_argnums=0,
