@@ -1,7 +1,7 @@
 """Mixture-of-experts layer: the dropless dispatch against a dense layer with the same active FLOPs, and against
 `transformers`' Mixtral block on PyTorch, in turns; memory of the dispatch by number of tokens and experts per token.
 
-``python -m benchmarks.moe [--rounds=8] [--out=FILE]``. Every contestant is a process of its own that uses the same cores,
+``python -m benchmarks.moe [--rounds=8] [--out=FILE]``. Every contestant is a process of its own on the same cores,
 holds the same random weights (experts on both sides, so outputs and losses must agree) and takes turns: forward passes,
 and forward with gradients of weights and input. The last line is one JSON object.
 """
@@ -182,13 +182,14 @@ def memory() -> list[dict[str, Any]]:
         cfg = model_config({"d_model": D, "n_heads": 1, "d_ff": F, "vocab_size": 1, "ffn": moe})
         module = cfg.ffn.module(cfg)
         x = jax.ShapeDtypeStruct((1, tokens, D), jnp.float32)
-        call = Call(jax.ShapeDtypeStruct((1, tokens), jnp.int32))
+        index: Any = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+        call = Call(index)
         p = jax.eval_shape(module.init, jax.random.key(0), x, call)
 
         def loss(p: Any, x: Any, call: Any, module: Any = module) -> Any:
             return jnp.square(module.apply(p, x, call)[0]).mean()
 
-        planned = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(p, x, call).compile().memory_analysis()
+        planned: Any = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(p, x, call).compile().memory_analysis()
         size = planned.temp_size_in_bytes
         row = {"tokens": tokens, "k": k, "temp_mib": size / 2**20, "bytes_per_assignment": size / (tokens * k)}
         out.append({**row, "tec_mib": 4 * tokens * E * (tokens * k * 1.25 / E) / 2**20})

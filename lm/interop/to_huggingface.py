@@ -27,8 +27,10 @@ Hf = dict[str, Any]
 # How a model is computed, not what it computes: not part of a checkpoint.
 _FREE = ("dtype", "param_dtype", "remat", "scan_layers", "init_std")
 # Of a mixture of experts, what matters in training alone.
-_TRAINING = ("capacity", "capacity_counts_k", "min_capacity", "priority", "group", "balance_over", "dispatch")
-_TRAINING += ("implementation", "load_balance_loss", "router_z_loss", "router.jitter")
+_TRAINING = (
+    "capacity capacity_counts_k min_capacity priority group balance_over dispatch implementation load_balance_loss "
+    "router_z_loss router.jitter"
+).split()
 
 
 def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, Hf]:
