@@ -230,7 +230,9 @@ def test_logits_that_are_not_numbers_are_not_hidden(name: str) -> None:
 
 def test_flops_count_what_a_token_passes() -> None:
     dense = merge(BASE, {"d_ff": 96}, "model")
-    mixture = merge(BASE, {"ffn": {"name": "moe", "experts": 8, "d_expert": 48, "router": {"k": 2}}}, "model")
+    mixture = merge(
+        BASE, {"ffn": {"name": "moe", "experts": 8, "d_expert": 48, "router": {"name": "topk", "k": 2}}}, "model"
+    )
     router = 6 * 2 * 32 * 8
     assert flops.per_token(mixture, 16) == pytest.approx(flops.per_token(dense, 16) + router)
 
@@ -328,7 +330,11 @@ def test_dispatch_holds_memory_in_proportion_to_tokens() -> None:
     little."""
 
     def temporary(tokens: int, experts: int, k: int = 2) -> float:
-        cfg = merge(BASE, {"ffn": {"name": "moe", "experts": experts, "d_expert": 16, "router": {"k": k}}}, "model")
+        cfg = merge(
+            BASE,
+            {"ffn": {"name": "moe", "experts": experts, "d_expert": 16, "router": {"name": "topk", "k": k}}},
+            "model",
+        )
         module = cfg.ffn.module(cfg)
         x = jax.ShapeDtypeStruct((1, tokens, 32), jnp.float32)
         from lm.ffn.context import Call
