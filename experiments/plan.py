@@ -92,7 +92,9 @@ def prepare(
     model = base_model(exp, own)
     found = resolve(exp, model)
     for arm in found.values():
-        if base is not None:
+        # A model trained from scratch is checked with the tokenizer of its training, one that nobody reads not at all.
+        read = any(not getattr(m, "untrained", False) for m in arm.measures.values())
+        if base is not None and not (base.random and (arm.train is not None or not read)):
             base.check(arm.model)
     if not isinstance(model, Draft) and exp.checkpoint != RANDOM:
         check_shapes(found, model)
@@ -105,8 +107,9 @@ def make(plan: Plan) -> list[Job]:
     out = []
     for arm in plan.arms.values():
         for label, plug in arm.measures.items():
-            trains = arm.train is not None
-            drawn = trains or plan.exp.checkpoint == RANDOM or getattr(plug, "stochastic", True)
+            alone = bool(getattr(plug, "untrained", False))
+            trains = arm.train is not None and not alone
+            drawn = trains or (plan.exp.checkpoint == RANDOM and not alone) or getattr(plug, "stochastic", True)
             cost = float(plug.cost(arm.model)) if hasattr(plug, "cost") else 1.0
             for seed in plan.exp.seeds if drawn else (None,):
                 out.append(Job(arm.name, label, seed, plug, arm.model, cost, trains))

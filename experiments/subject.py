@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +32,13 @@ class Base:
         if not self.random:
             header = interop.load(exp.checkpoint, load_params=False)
             self.config, self.tokenizer, self.identity = header.config, header.tokenizer, header.identity
+
+    @property
+    def place(self) -> str:
+        """Where the checkpoint is found from any working directory: a name, or an absolute path."""
+        if self.random:
+            return ""
+        return self.source if self.source in interop.PRETRAINED else str(Path(self.source).expanduser().absolute())
 
     def check(self, model: ModelConfig) -> None:
         """Raises `UserError` when the tokenizer has ids that `model` has no embedding for."""

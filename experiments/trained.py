@@ -46,6 +46,7 @@ class Trainer:
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
         data.loader(arm.train, 0)
+        arm.train.check(arm.trained)
         if getattr(arm.trained.positions, "table_size", 0) and arm.trained.positions.table_size < settings.seq_len:
             raise UserError(
                 f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "
@@ -58,7 +59,7 @@ class Trainer:
         """Everything that determines the trained parameters, JSON-ready."""
         assert arm.train is not None
         return {
-            "start": self.base.identity,
+            "start": self.base.identity if arm.start is None else key(self.what(arm.start, seed)),
             "model": to_dict(arm.trained),
             "train": arm.train.determines(),
             "data": self.data(arm).identity,
@@ -72,7 +73,8 @@ class Trainer:
         """Tokens to train on that have not been yet, three passes each; 0 for a finished training."""
         assert arm.train is not None
         left = arm.train.steps - loop.steps_done(self.folder(arm, seed))
-        return 3.0 * left * arm.train.tokens_per_step
+        before = 0.0 if arm.start is None or left < arm.train.steps else self.cost(arm.start, seed)
+        return before + 3.0 * left * arm.train.tokens_per_step
 
     def params(
         self, arm: Arm, seed: int, report: Callable[[float, str], None], tell: Callable[[str], None]
@@ -83,8 +85,11 @@ class Trainer:
         if self._last is None or self._last[0] != folder.name:
             self._last = None  # one set of parameters at a time
             compat.keep_compiled(shared_folder() / "compiled")
-            start = None
-            if not self.base.random:
+            start, identity, place = None, self.base.identity, self.base.place
+            if arm.start is not None:
+                start, begun = self.params(arm.start, seed, report, tell)
+                identity, place = key(self.what(arm.start, seed)), str(begun.absolute())
+            elif not self.base.random:
                 self.base.load()
                 start = self.base.params(dataclasses.replace(arm, model=arm.trained), arm.trained, seed)
             done = loop.run(
@@ -94,7 +99,8 @@ class Trainer:
                 folder,
                 seed=seed,
                 start=start,
-                start_identity=self.base.identity,
+                start_identity=identity,
+                start_source=place,
                 report=report,
                 tell=tell,
             )

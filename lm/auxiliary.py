@@ -25,6 +25,11 @@ Reports = tuple[dict[str, Any], ...]  # one per layer
 Sums = tuple[dict[str, Any], ...]
 
 
+def asks(cfg: ModelConfig) -> bool:
+    """Whether any layer reports, and so wants to know that it is trained."""
+    return any(getattr(layer.ffn, "reports", False) for layer in cfg.layers())
+
+
 def add(reports: Reports, loss: jax.Array, sums: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
     """An objective's `loss` (a sum over targets) and `sums`, with the layers' own losses and sums added.
 

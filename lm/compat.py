@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[:3])
 
@@ -19,3 +20,15 @@ def keep_compiled(folder: Path) -> None:
     """Compiled programs are kept in `folder` and found there by the next process."""
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def times_int8(x: jax.Array, q: jax.Array) -> jax.Array:
+    """``x[M, in] @ q[out, in].T`` float32, for int8 `q`.
+
+    Each XLA has one form of this product whose CPU code converts int8 in registers, and others that are 2 to 40 times
+    slower. Inside a loop, the barrier keeps the conversion there: it would be moved out, and floats be read instead.
+    """
+    x, q = jax.lax.optimization_barrier((x, q))
+    if JAX_VERSION < (0, 11):
+        return jnp.matmul(x, q.astype(x.dtype).T, preferred_element_type=jnp.float32)
+    return jnp.einsum("mi,oi->mo", x, q.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm import weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 from lm.ffn.context import Call
@@ -27,13 +28,15 @@ Params = dict[str, Any]
 @dataclass(frozen=True)
 class Output:
     """`logits_BTV` float32 (None when not asked for), `hidden_BTD` after the final norm, the new `cache`,
-    `taps_LBTD`, the residual stream after every layer (None when not asked for), and `reports`, what each layer says
-    beside its output (`lm.auxiliary`)."""
+    `taps_LBTD`, the residual stream after every layer (None when not asked for), `records`, for every layer what its
+    plugs recorded of the last tokens (None when not asked for), and `reports`, what each layer says beside its output
+    (`lm.auxiliary`)."""
 
     logits_BTV: jax.Array | None
     hidden_BTD: jax.Array
     cache: Any = None
     taps_LBTD: jax.Array | None = None
+    records: tuple[dict[str, Any], ...] | None = None
     reports: tuple[dict[str, Any], ...] = ()
 
 
@@ -81,6 +84,7 @@ class Decoder(nn.Module):
         cache: Any = None,
         logits: bool = True,
         taps: bool = False,
+        records: int = 0,
         on_layer: Callable[[], None] | None = None,
         key: jax.Array | None = None,
     ) -> Output:
@@ -88,35 +92,41 @@ class Decoder(nn.Module):
 
         `index_BT` int32 counts tokens within their document (default 0, 1, …; negative = padding); `positions_BT`
         float32 are the rotary positions (default: the index); `segments_BT` int32 keeps packed documents apart.
-        `cache` (from `lm.caches.init`) extends earlier calls; give `index_BT` then. `on_layer` is called on the host
-        after every layer (progress bars). `key` is given in training: layers that are random, or follow another rule
-        there, go by it.
+        `cache` (from `lm.caches.init`) extends earlier calls; give `index_BT` then. `records` asks for what
+        plugs record (collection ``records``, arrays ``[B, T, …]``) of the last so many tokens. `on_layer` is called on
+        the host after every layer (progress bars). `key` is given in training: layers that are random, or follow
+        another rule there, go by it.
         """
         if (tokens_BT is None) == (embeddings_BTD is None):
             raise ValueError("give either tokens_BT or embeddings_BTD")
         if cache is not None and (index_BT is None or segments_BT is not None):
             raise ValueError("with a cache, index_BT is needed and segments_BT is not supported")
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        table = self.param("embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
-        x = table[tokens_BT].astype(dtype) if embeddings_BTD is None else embeddings_BTD.astype(dtype)
+        table = weights.param(self, "embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+        if embeddings_BTD is None:
+            assert tokens_BT is not None
+            embeddings_BTD = weights.rows(table, tokens_BT)
+        x = embeddings_BTD.astype(dtype)
         x = x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, dtype)
         seq = _tokens(x.shape[:2], index_BT, positions_BT, segments_BT)
         length = jnp.max(jnp.where(seq.index_BT >= 0, seq.positions_BT, 0.0)) + 1.0
         if cfg.positions.table_size:
             shape = (cfg.positions.table_size, cfg.d_model)
-            learned = self.param("pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
+            learned = weights.param(self, "pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
             rows = jnp.clip(jnp.floor(seq.positions_BT), 0, shape[0] - 1).astype(jnp.int32)
-            x = x + learned[rows].astype(dtype)
+            x = x + weights.rows(learned, rows).astype(dtype)
         call = Call(seq.index_BT, tokens_BT, key, taps)
-        x, cache, streams, reports = self._blocks(x, seq, length, cache, call, on_layer)
+        x, cache, streams, seen, reports = self._blocks(x, seq, length, cache, call, records, on_layer)
         x = cfg.norm.module(cfg.param_dtype, name="final_norm")(x)
         head = cfg.head.module(cfg, name="head")
         out = head(x, table) if logits or self.is_initializing() else None
-        return Output(out if logits else None, x, cache, streams, reports)
+        return Output(out if logits else None, x, cache, streams, seen if records else None, reports)
 
-    def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, call: Call, on_layer: Any) -> Any:
+    def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, call: Call, records: int, on_layer: Any) -> Any:
+        """(x, cache, streams, records, reports)."""
         layers, taps = self.cfg.layers(), call.taps
         streams: list[Any] = []
+        seen: list[Any] = []
         caches: list[Any] = []
         reports: list[dict[str, Any]] = []
         keys = None if call.key is None else jax.random.split(call.key, len(layers))
@@ -126,33 +136,38 @@ class Decoder(nn.Module):
             cfg = layers[start]
 
             def layer(x: Any, p: Params, key: Any, c: Any = None, cfg: ModelConfig = cfg) -> Any:
-                x, c, report = Block(cfg).apply({"params": p}, x, seq, length, c, dataclasses.replace(call, key=key))
+                (x, c, report), made = Block(cfg).apply(
+                    {"params": p},
+                    *(x, seq, length, c, dataclasses.replace(call, key=key)),
+                    mutable=["records"] if records else [],
+                )
                 if on_layer is not None:
                     jax.debug.callback(lambda _: on_layer(), x[0, -1, 0])
-                return x, c, report
+                return x, c, jax.tree.map(lambda leaf: leaf[:, -records:], made.get("records", {})), report
 
             step = jax.checkpoint(layer, prevent_cse=n == 1) if cfg.remat else layer
             if n > 1:
                 run = jax.tree.map(lambda p, a=start, b=start + n: p[a:b], params)
 
                 def body(x: Any, of_layer: Any, step: Any = step) -> Any:
-                    y, _, report = step(x, *of_layer)
-                    return y, (y if taps else None, report)
+                    y, _, *said = step(x, *of_layer)
+                    return y, (y if taps else None, *said)
 
-                x, (ys, many) = jax.lax.scan(body, x, (run, None if keys is None else keys[start : start + n]))
+                x, (ys, *many) = jax.lax.scan(body, x, (run, None if keys is None else keys[start : start + n]))
                 streams.append(ys)
-                reports += [jax.tree.map(lambda a, i=i: a[i], many) for i in range(n)]
+                for said, all_of in zip((seen, reports), many, strict=True):
+                    said += [jax.tree.map(lambda a, i=i: a[i], all_of) for i in range(n)]
             else:
                 p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
-                x, c, report = step(
-                    x, p, None if keys is None else keys[start], None if cache is None else cache[start]
-                )
+                key = None if keys is None else keys[start]
+                x, c, made, report = step(x, p, key, None if cache is None else cache[start])
                 streams.append(x[None])
                 caches.append(c)
+                seen.append(made)
                 reports.append(report)
             start += n
         streams_LBTD = jnp.concatenate(streams) if taps else None
-        return x, tuple(caches) if cache is not None else None, streams_LBTD, tuple(reports)
+        return x, tuple(caches) if cache is not None else None, streams_LBTD, tuple(seen), tuple(reports)
 
     def _block_params(self, shape: tuple[int, ...], layers: tuple[ModelConfig, ...]) -> tuple[Any, bool]:
         """All layers' parameters, declared here: one stacked tree, or one tree per layer where shapes differ."""
@@ -168,8 +183,8 @@ class Decoder(nn.Module):
         if all(s == shapes[0] for s in shapes) and not self.has_variable("params", "blocks_0"):
             first = layers[0]
             many = lambda rng: jax.vmap(lambda r: init(first, r))(jax.random.split(rng, len(layers)))  # noqa: E731
-            return self.param("blocks", many), True
-        return [self.param(f"blocks_{i}", lambda r, c=c: init(c, r)) for i, c in enumerate(layers)], False
+            return weights.param(self, "blocks", many), True
+        return [weights.param(self, f"blocks_{i}", lambda r, c=c: init(c, r)) for i, c in enumerate(layers)], False
 
 
 def readout(cfg: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -1,12 +1,15 @@
-"""The linear layer every socket shares."""
+"""The linear layer every socket shares, and an initialiser."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from lm import weights
 from lm.config import ModelConfig
 
 
@@ -22,10 +25,20 @@ class Project(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, split = self.cfg, self.n_in
         init = nn.initializers.normal(cfg.init_std)
-        kernel = self.param("kernel", init, self.shape, cfg.param_dtype).astype(x.dtype)
+        kernel = weights.param(self, "kernel", init, self.shape, cfg.param_dtype)
         rows, lead = x.shape[: x.ndim - split], self.shape[split:]
-        flat = x.reshape(*rows, -1) @ kernel.reshape(-1, math.prod(lead))
+        # One axis of rows: the weights' gradient then sums over one axis, which the CPU does without a transposed copy.
+        flat = weights.product(x.reshape(-1, math.prod(self.shape[:split])), kernel, split)
         y = flat.reshape(*rows, *lead)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)
         return y
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+    """Uniform in ``[-bound, bound]``, PyTorch's start of a linear layer where bound is 1 / sqrt(inputs)."""
+
+    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init

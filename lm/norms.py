@@ -41,15 +41,20 @@ class _Norm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x[..., D]``; same shape and dtype."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        y = x.astype(jnp.float32)
-        if self.centre:
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
-        y = y * scale.astype(jnp.float32)
-        if self.centre:
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
-            y = y + bias.astype(jnp.float32)
-        return y.astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype) if self.centre else None
+
+        @jax.checkpoint  # the gradient keeps x alone: computing this again is cheaper than storing its steps
+        def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:
+            y = x.astype(jnp.float32)
+            if self.centre:
+                y = y - y.mean(-1, keepdims=True)
+            y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+            y = y * scale.astype(jnp.float32)
+            if bias is not None:
+                y = y + bias.astype(jnp.float32)
+            return y.astype(x.dtype)
+
+        return normalise(x, scale, bias)
 
 
 TABLE = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}

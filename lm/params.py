@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm import weights
 from lm.config import ModelConfig
 from lm.decoder import Decoder
 from lm.ffn import glu, moe
-from lm.heads import linear
+from lm.heads import fourier, linear, mixture
+from lm.layers import Project
 from lm.mixers import attention
+
+STACKING = ("layers", "experts")  # axes that number tensors rather than belong to one
 
 # Longest matching suffix wins; plugs with new parameters add their own table here.
 AXES: dict[str, tuple[str, ...]] = {
@@ -24,6 +30,8 @@ AXES: dict[str, tuple[str, ...]] = {
     **glu.AXES,
     **moe.AXES,
     **linear.AXES,
+    **fourier.AXES,
+    **mixture.AXES,
 }
 
 
@@ -46,8 +54,12 @@ def abstract(cfg: ModelConfig) -> dict[str, Any]:
 
 def names(params: Any) -> dict[str, Any]:
     """``{"blocks/attn/q/kernel": leaf, …}``."""
-    flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {"/".join(str(k.key) for k in path): leaf for path, leaf in flat}
+    flat = jax.tree_util.tree_flatten_with_path(params, is_leaf=weights.special)[0]
+    return {"/".join(_parts(path)): leaf for path, leaf in flat}
+
+
+def _parts(path: Any) -> list[str]:
+    return [str(getattr(k, "key", k)) for k in path]
 
 
 def axes(params: Any) -> Any:
@@ -56,8 +68,7 @@ def axes(params: Any) -> Any:
     def one(path: Any, leaf: Any) -> tuple[str, ...]:
         found = logical(path)
         if not found:
-            parts = [str(getattr(k, "key", k)) for k in path]
-            raise KeyError(f"no logical axes for parameter {'/'.join(parts)}; add them to lm.params.AXES")
+            raise KeyError(f"no logical axes for parameter {'/'.join(_parts(path))}; add them to lm.params.AXES")
         return found
 
     return jax.tree_util.tree_map_with_path(one, params)
@@ -65,7 +76,9 @@ def axes(params: Any) -> Any:
 
 def logical(path: Any) -> tuple[str, ...]:
     """The logical axis names of the leaf at a tree path; empty for a name that no table knows."""
-    parts = [str(getattr(k, "key", k)) for k in path]
+    parts = _parts(path)
+    if parts and parts[-1] in weights.BELOW:
+        return (*(n for n in logical(path[:-1]) if n in STACKING), *weights.BELOW[parts[-1]])
     suffixes = ("/".join(parts[start:]) for start in range(len(parts)))
     found = next((AXES[s] for s in suffixes if s in AXES), ())
     return ("layers", *found) if found and parts[0] == "blocks" else found
@@ -74,7 +87,7 @@ def logical(path: Any) -> tuple[str, ...]:
 def names_of_axes(params: Any) -> dict[str, str]:
     """``{"blocks/attn/q/kernel": "layers, embed, heads, head_dim", …}``."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    return {"/".join(str(k.key) for k in path): ", ".join(logical(path)) for path, _ in flat}
+    return {"/".join(_parts(path)): ", ".join(logical(path)) for path, _ in flat}
 
 
 def stacks(params: Any) -> Any:
@@ -82,7 +95,7 @@ def stacks(params: Any) -> Any:
     names, so that any tree is accepted."""
 
     def one(path: Any, leaf: Any) -> int:
-        return sum(name in ("layers", "experts") for name in logical(path))
+        return sum(name in STACKING for name in logical(path))
 
     return jax.tree_util.tree_map_with_path(one, params)
 
@@ -98,6 +111,22 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in params.items() if k != "blocks"}
     n = jax.tree.leaves(params["blocks"])[0].shape[0]
     return rest | {f"blocks_{i}": jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(n)}
+
+
+def inputs(cfg: ModelConfig) -> dict[str, int]:
+    """``{"blocks/attn/o/kernel": 2, …}``: how many axes of a linear layer's weight are summed over. Weights that other
+    code reads (tables, a head's own matrix, experts) are not listed. Allocates nothing."""
+    found: dict[str, int] = {}
+
+    def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if isinstance(context.module, Project) and context.method_name == "__call__":
+            found["/".join((*context.module.path, "kernel"))] = context.module.n_in
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        tree = abstract(cfg)
+    inner = {name: re.sub(r"^blocks(_\d+)?/", "", name) for name in names(tree)}
+    return {name: found[short] for name, short in inner.items() if short in found}
 
 
 def count(params: Any) -> int:

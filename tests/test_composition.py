@@ -13,6 +13,7 @@ import pytest
 from lm import params as params_lib
 from lm.config import merge, model_config, table
 from lm.decoder import Decoder
+from lm.errors import UserError
 
 FOUR = [1.0, 1.5, 2.0, 4.0]
 PATTERNS: list[dict[str, Any]] = [
@@ -23,6 +24,7 @@ PATTERNS: list[dict[str, Any]] = [
     {"name": "streaming", "window": 5, "sinks": 2},
     {"name": "lm_infinite", "window": 6, "sinks": 2, "ceiling": 6.0},
     {"name": "lm_infinite", "window": 6, "sinks": 2, "ceiling": 6.0, "top_k": 3, "top_k_from_layer": 0},
+    {"name": "longheads", "chunk": 2, "attention_length": 10},
 ]
 POSITIONS: list[dict[str, Any]] = [
     {"name": "nope"},
@@ -64,6 +66,14 @@ def name(plug: dict[str, Any]) -> str:
     return "-".join([values["name"], *short])
 
 
+def kind(positions: dict[str, Any]) -> str:
+    return str(positions.get("scaling", positions)["name"])
+
+
+# Pairs that cannot work: renumbering needs rotary positions whose frequencies stay the same.
+REFUSED = {("longheads", positions) for positions in ("nope", "alibi", "learned", "dynamic", "longrope")}
+
+
 ROWS = [row(p, s) for p in range(len(PATTERNS)) for s in range(len(POSITIONS))]
 
 
@@ -81,18 +91,19 @@ def test_the_rows_name_every_plug_and_meet_every_pair() -> None:
 @pytest.mark.parametrize("s", range(len(POSITIONS)), ids=lambda s: name(POSITIONS[s]))
 def test_a_pair_runs(p: int, s: int) -> None:
     _, _, ffn, head, attention, rest = row(p, s)
-    cfg = merge(
-        BASE,
-        {
-            "pattern": PATTERNS[p],
-            "positions": POSITIONS[s],
-            "ffn": FFN[ffn],
-            "head": HEADS[head],
-            "attention": {**ATTENTION[attention], "block_q": 8, "block_k": 8},
-            **REST[rest],
-        },
-        "model",
-    )
+    changes = {
+        "pattern": PATTERNS[p],
+        "positions": POSITIONS[s],
+        "ffn": FFN[ffn],
+        "head": HEADS[head],
+        "attention": {**ATTENTION[attention], "block_q": 8, "block_k": 8},
+        **REST[rest],
+    }
+    if (PATTERNS[p]["name"], kind(POSITIONS[s])) in REFUSED:
+        with pytest.raises(UserError, match=r"^model\.pattern: \w+ (renumbers|does not go with)"):
+            merge(BASE, changes, "model")
+        return
+    cfg = merge(BASE, changes, "model")
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.0, 0.3, x.shape), jnp.float32), params_lib.abstract(cfg))
 

@@ -31,7 +31,9 @@ PLUG_SOCKETS = (
     "lm.optimizers",
     "lm.optimizers.schedules",
     "lm.positions",
+    "lm.positions.augmentation",
     "lm.positions.scaling",
+    "lm.surgery",
 )
 # Plug names that are also plain words a description of any decoder may use.
 GENERIC = {

@@ -1,7 +1,9 @@
 """SOCKET pattern: which keys a query sees, and at which positions.
 
 A plug is a frozen dataclass with ``branches(ctx: Context) -> tuple[Branch, ...]`` (disjoint branches of one softmax)
-and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold.
+and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold;
+``summary`` (`lm.attention.blocks.Summary`), what a cache must keep of every block of keys; ``check(model_config)``;
+``records(ctx, branches) -> {name: array[B, T, ...]}``, what the decoder's `records` collects of the layer.
 `attend` runs the branches on the chosen backend.
 """
 
@@ -12,9 +14,10 @@ from typing import Protocol
 import jax
 
 from lm.attention import blocked, dense
-from lm.attention.branches import Branch, Context
+from lm.attention.branches import AnyBranch, BlockBranch, Context
 from lm.attention.causal import Bidirectional, Causal
 from lm.attention.lm_infinite import LMInfinite
+from lm.attention.longheads import LongHeads
 from lm.attention.sliding_window import SlidingWindow
 from lm.attention.streaming import Streaming
 from lm.attention.tiles import block
@@ -22,7 +25,7 @@ from lm.errors import unknown
 
 
 class Pattern(Protocol):
-    def branches(self, ctx: Context) -> tuple[Branch, ...]: ...
+    def branches(self, ctx: Context) -> tuple[AnyBranch, ...]: ...
 
 
 TABLE = {
@@ -31,6 +34,7 @@ TABLE = {
     "sliding_window": SlidingWindow,
     "streaming": Streaming,
     "lm_infinite": LMInfinite,
+    "longheads": LongHeads,
 }
 
 BACKENDS = ("auto", "dense", "blocked")
@@ -39,7 +43,7 @@ BACKENDS = ("auto", "dense", "blocked")
 def attend(
     ctx: Context,
     v_BSKd: jax.Array,
-    branches: tuple[Branch, ...],
+    branches: tuple[AnyBranch, ...],
     *,
     softcap: float | None = None,
     backend: str = "auto",
@@ -48,8 +52,8 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """One softmax over the union of `branches`: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``.
 
-    ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys), else `dense`. Tile sizes
-    that are None are chosen by `lm.attention.tiles.block`.
+    ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys, or several queries that
+    list blocks), else `dense`. Tile sizes that are None are chosen by `lm.attention.tiles.block`.
     """
     if backend not in BACKENDS:
         raise unknown("model.attention.backend", backend, BACKENDS)
@@ -57,6 +61,7 @@ def attend(
     S = ctx.k_BSKd.shape[1]
     chosen = block(B * H, jax.default_backend())
     block_q, block_k = block_q or chosen[0], block_k or chosen[1]
-    if backend == "blocked" or (backend == "auto" and T == S and T > block_q):
+    listed = T > 1 and all(isinstance(branch, BlockBranch) for branch in branches)
+    if backend == "blocked" or (backend == "auto" and (listed or (T == S and T > block_q))):
         return blocked.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
     return dense.attend(ctx, v_BSKd, branches, softcap)

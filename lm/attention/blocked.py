@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.attention.branches import NEG, Branch, Context, merge
+from lm.attention.block_gather import by_block
+from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.dense import gathered
 from lm.attention.masks import Mask
 from lm.attention.tiles import Grid, visit
@@ -45,7 +46,7 @@ class _Side:
 def attend(
     ctx: Context,
     v_BSKd: jax.Array,
-    branches: tuple[Branch, ...],
+    branches: tuple[AnyBranch, ...],
     softcap: float | None,
     block_q: int,
     block_k: int,
@@ -54,7 +55,9 @@ def attend(
     T, H = ctx.q_BTHd.shape[1:3]
     outs, lses = [], []
     for branch in branches:
-        if branch.gather_BHTn is not None:
+        if isinstance(branch, BlockBranch):
+            out, lse = by_block(branch, ctx, v_BSKd, softcap)
+        elif branch.gather_BHTn is not None:
             s, v = gathered(branch, ctx, v_BSKd, softcap)
             out, lse = _softmax_of(s, v)
         else:

@@ -54,10 +54,33 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Context:
-    """What a pattern may look at to form its branches: queries, keys, and both sides' tokens.
+class BlockBranch:
+    """Keys of whole blocks of `size` tokens, listed per head and query; each listed block takes a place of its own.
 
-    Queries and keys are raw (unrotated); with `rotated` the keys already carry their own positions' rotation.
+    Key i of a block sits at position i (`k_positions`: None = the keys already are so rotated, or float32 ``[B, S]``,
+    their places within their blocks) and the query, for list entry n, at ``q_positions[B, 1 or H, T, n]``: moving the
+    query by as much as a block was moved costs one rotation per block instead of one per key. `ids_BHTn` int32 names
+    rows of `starts_BN`, the slot of each block's first key; -1 = none. `mask` (and padding, and segments) apply to
+    every pair, whatever is listed.
+    """
+
+    mask: Mask
+    size: int
+    starts_BN: jax.Array
+    ids_BHTn: jax.Array
+    q_positions: jax.Array
+    k_positions: jax.Array | None = None
+
+
+AnyBranch = Branch | BlockBranch
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pattern may look at to form its branches: queries, keys, values, and both sides' tokens.
+
+    Queries and keys are raw (unrotated); with `rotated` the keys already carry the rotation to ``keys.positions_BT``.
+    `blocks`: what a cache knows about its blocks (`lm.attention.blocks.BlockTable`), None without one.
     """
 
     q_BTHd: jax.Array
@@ -68,6 +91,8 @@ class Context:
     length: jax.Array
     scale: float
     rotated: bool = False
+    v_BSKd: jax.Array | None = None
+    blocks: Any = None
 
     def queries_at(self, where: Where, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
         """The last `rows` queries rotated to `where` ``[B, rows, H, d]``, and those positions ``[B, rows]``."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from lm.attention.branches import NEG, Branch, Context
+from lm.attention.block_gather import direct
+from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context
 
 
 def reach(branch: Branch, ctx: Context) -> int:
@@ -61,7 +62,7 @@ def gathered(branch: Branch, ctx: Context, v_BSKd: jax.Array, softcap: float | N
 
 
 def attend(
-    ctx: Context, v_BSKd: jax.Array, branches: tuple[Branch, ...], softcap: float | None
+    ctx: Context, v_BSKd: jax.Array, branches: tuple[AnyBranch, ...], softcap: float | None
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``; rows without any key give 0 and `NEG`."""
     B, T, H, d = ctx.q_BTHd.shape
@@ -69,8 +70,13 @@ def attend(
     S = ctx.k_BSKd.shape[1]
     shared = jnp.full((B, K, H // K, T, S), NEG, jnp.float32)
     extra = []
+    if all(isinstance(branch, BlockBranch) for branch in branches):
+        S, shared = 0, shared[..., :0]  # keys are reached through their blocks alone
     for branch in branches:
-        if branch.gather_BHTn is None:
+        if isinstance(branch, BlockBranch):
+            s, v = direct(branch, ctx, v_BSKd, softcap)
+            extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
+        elif branch.gather_BHTn is None:
             # Branches are disjoint, so each pair takes its logit from the one branch that sees it.
             n = reach(branch, ctx)
             seen = visible(branch, ctx, n)[:, None, None]
@@ -88,7 +94,7 @@ def attend(
     total = p.sum(-1, keepdims=True)
     empty = total == 0
     p = (p / jnp.where(empty, 1.0, total)).astype(v_BSKd.dtype)
-    out = jnp.einsum("bkgts,bskd->btkgd", p[..., :S], v_BSKd)
+    out = jnp.einsum("bkgts,bskd->btkgd", p[..., :S], v_BSKd[:, :S])
     at = S
     for _, v in extra:
         out += jnp.einsum("bkgtn,bkgtnd->btkgd", p[..., at : at + v.shape[-2]], v)

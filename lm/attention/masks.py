@@ -130,6 +130,36 @@ class Chunked(Mask):
 
 
 @dataclass(frozen=True)
+class NearChunks(Mask):
+    """The key's chunk of `size` tokens lies less than `n` chunks before the query's; says nothing about the future."""
+
+    size: int
+    n: int
+
+    def __call__(self, q: Any, k: Any) -> Any:
+        return q // self.size - k // self.size < self.n
+
+    def bounds(self, q0: int, q1: int, k0: int, k1: int, contiguous: bool = True) -> tuple[bool, bool]:
+        if not contiguous:  # distances of up to (n - 1) * size always qualify, those of n * size and more never
+            return q1 - k0 <= (self.n - 1) * self.size, q0 - k1 < self.n * self.size
+        a, b, c, d = (i // self.size for i in (q0, q1, k0, k1))
+        return b - c < self.n, a - d < self.n
+
+
+@dataclass(frozen=True)
+class EarlyQueries(Mask):
+    """``q < n``: only the first n queries of a document see anything."""
+
+    n: int
+
+    def __call__(self, q: Any, k: Any) -> Any:
+        return (q < self.n) & (k == k)
+
+    def bounds(self, q0: int, q1: int, k0: int, k1: int, contiguous: bool = True) -> tuple[bool, bool]:
+        return (q1 < self.n, q0 < self.n) if contiguous else (False, self.n > 0)
+
+
+@dataclass(frozen=True)
 class And(Mask):
     a: Mask
     b: Mask

@@ -4,7 +4,9 @@ A plug is a frozen dataclass with ``init(batch, n_kv_heads, head_dim, dtype, rot
 ``extend(k_BTKd, v_BTKd, tokens) -> (state, k_BSKd, v_BSKd, keys)`` (everything the T new queries may see, and what is
 known about it), and ``rotated``: whether keys are stored after their rotation. Rotated is the rule: each key is
 rotated once, and a pattern that wants a key elsewhere turns it by the difference. Raw keys are needed only where
-frequencies depend on the length of the text.
+frequencies depend on the length of the text. Optional: ``places(tokens) -> float32[B, T]``, where keys are rotated to
+before they are stored (default: their own positions); ``summarise(ctx) -> (state, ctx)``, called after `extend` with
+the queries in sight, for caches that keep more than keys and values.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 import jax
 
 from lm.attention.branches import Tokens
+from lm.caches.blocks import Blocks
 from lm.caches.full import Full
 from lm.caches.sink_window import SinkWindow
 from lm.config import ModelConfig
@@ -21,7 +24,7 @@ from lm.errors import UserError
 
 __all__ = ["TABLE", "Tokens", "check", "default", "init", "n_bytes", "needs_raw_keys"]
 
-TABLE = {"full": Full, "sink_window": SinkWindow}
+TABLE = {"full": Full, "sink_window": SinkWindow, "block_memory": Blocks}
 
 
 def needs_raw_keys(cfg: ModelConfig) -> bool:
@@ -31,6 +34,9 @@ def needs_raw_keys(cfg: ModelConfig) -> bool:
 
 def default(cfg: ModelConfig, capacity: int, quantize: str | None = None) -> Any:
     """The smallest cache that loses nothing under the layer's pattern; `quantize`: ``int8`` or None."""
+    summary = getattr(cfg.pattern, "summary", None)
+    if summary is not None:
+        return Blocks(capacity, cfg.n_heads, summary, quantize)
     keeps = getattr(cfg.pattern, "keeps", None)
     if keeps is None or keeps[0] >= capacity:
         return Full(capacity, quantize)
@@ -47,8 +53,16 @@ def check(cfg: ModelConfig) -> None:
 
 def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None, quantize: str | None = None) -> tuple[Any, ...]:
     """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer: of `plug`, or the smallest that
-    lose nothing under each layer's pattern. Raises `UserError` for models that cannot be decoded (`check`)."""
+    lose nothing under each layer's pattern. Raises `UserError` for models that cannot be decoded (`check`), and where
+    `plug` lacks summaries that a pattern needs."""
     check(cfg)
+    for layer in cfg.layers() if plug is not None else ():
+        wanted = getattr(layer.pattern, "summary", None)
+        if wanted is not None and getattr(plug, "summary", None) != wanted:
+            raise UserError(
+                f"cache: {type(plug).__name__} keeps no {wanted} for pattern {type(layer.pattern).__name__}; "
+                "valid: the pattern's own cache (none named)"
+            )
     return tuple(
         (plug or default(layer, capacity, quantize)).init(
             batch, layer.n_kv_heads, layer.head_dim, layer.dtype, not needs_raw_keys(layer)

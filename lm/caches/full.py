@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lm.attention.branches import Tokens
 from lm.caches.codec import Plain, codec
+from lm.caches.layout import keys_in, keys_out, values_in, values_out, write
 from lm.errors import UserError
 
 
@@ -20,8 +21,8 @@ class FullState:
     """Slots are filled left to right; `used` counts them. An index of -1 marks an empty or padded slot. `fresh`:
     nothing has been put in yet, so the first tokens need to look at nobody but each other."""
 
-    k_BCKd: Any
-    v_BCKd: Any
+    k_BKCd: Any
+    v_BKdC: Any
     index_BC: jax.Array
     positions_BC: jax.Array
     used: jax.Array
@@ -32,24 +33,35 @@ class FullState:
     def extend(self, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, jax.Array, jax.Array, Tokens]:
         """Appends T tokens (the caller sees to it that they fit) and returns all slots."""
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            at = (0, self.used) + (0,) * (old.ndim - 2)
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
+        def put(old: Any, new: Any) -> Any:
+            axes = (2, 3, 1, 1)
+            return tuple(
+                jax.tree.map(lambda o, n, axis=axis: _update(o, n, self.used, axis), o, n)
+                for o, n, axis in zip(old, new, axes, strict=True)
+            )
 
         new_k, new_v = self.codec.encode(k), self.codec.encode(v)
+        old = (self.k_BKCd, self.v_BKdC, self.index_BC, self.positions_BC)
+        new = (keys_in(new_k), values_in(new_v), tokens.index_BT, tokens.positions_BT)
+        keys, values, index, positions = write(put, old, new, self.used)
         state = dataclasses.replace(
             self,
-            k_BCKd=jax.tree.map(put, self.k_BCKd, new_k),
-            v_BCKd=jax.tree.map(put, self.v_BCKd, new_v),
-            index_BC=put(self.index_BC, tokens.index_BT),
-            positions_BC=put(self.positions_BC, tokens.positions_BT),
+            k_BKCd=keys,
+            v_BKdC=values,
+            index_BC=index,
+            positions_BC=positions,
             used=self.used + k.shape[1],
             fresh=False,
         )
         if self.fresh and k.shape[1] > 1:
             return state, self.codec.decode(new_k, k.dtype), self.codec.decode(new_v, v.dtype), tokens
-        k, v = self.codec.decode(state.k_BCKd, k.dtype), self.codec.decode(state.v_BCKd, v.dtype)
+        k = keys_out(self.codec.decode(state.k_BKCd, k.dtype))
+        v = values_out(self.codec.decode(state.v_BKdC, v.dtype))
         return state, k, v, Tokens(state.index_BC, state.positions_BC)
+
+
+def _update(old: jax.Array, new: jax.Array, at: jax.Array, axis: int) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, axis)
 
 
 @dataclass(frozen=True)
@@ -68,5 +80,5 @@ class Full:
         kept = codec(self.quantize)
         kv = kept.encode(jnp.zeros((batch, self.capacity, n_kv_heads, head_dim), dtype))
         empty = jnp.full((batch, self.capacity), -1, jnp.int32)
-        copy = jax.tree.map(jnp.copy, kv)  # two buffers, so that both may be donated
-        return FullState(kv, copy, empty, jnp.zeros(empty.shape), jnp.zeros((), jnp.int32), rotated, kept)
+        k, v = keys_in(kv), values_in(kv)
+        return FullState(k, v, empty, jnp.zeros(empty.shape), jnp.zeros((), jnp.int32), rotated, kept)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lm.data import values
 from lm.data.document import Document, identity
 from lm.data.tokenizers import (
     ByteTokenizer,
@@ -82,10 +83,11 @@ def _keep(path: Path, text: str) -> None:
 
 
 def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path) -> Tokenizer:
-    """``bytes``; ``bpe:SIZE``, trained on ``documents()`` and kept under `cache`; or the path of a ``tokenizer.json``,
+    """``bytes``; ``bpe:SIZE``, trained on ``documents()`` and kept under `cache`; ``values:BINS:CONTEXT`` for series of
+    numbers, its range taken from ``documents()``; or the path of a ``tokenizer.json``,
     of a folder that holds one, or of a SentencePiece ``.model``. Raises `UserError` for anything else."""
     key = "train.data.tokenizer"
-    valid = "valid: bytes, bpe:SIZE, a tokenizer.json or its folder, a SentencePiece .model"
+    valid = "valid: bytes, bpe:SIZE, values:BINS:CONTEXT, a tokenizer.json or its folder, a SentencePiece .model"
     kind, colon, size = spec.partition(":")
     if spec == "bytes":
         return ByteTokenizer()
@@ -93,6 +95,8 @@ def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path)
         if not size.isdecimal():
             raise UserError(f"{key}: bpe:{size}: the size is not a number; valid: bpe:4096, for example")
         return trained(documents(), int(size), cache)
+    if kind == "values" and colon:
+        return values.trained(spec, documents)
     path = Path(spec).expanduser()
     if spec and path.is_dir():
         found = from_directory(path)

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.data import hf_datasets, tfds, wikitext
+from lm.data import hf_datasets, series, tfds, wikitext
 from lm.data.document import Document
 from lm.errors import UserError, nearest
 
@@ -194,6 +194,14 @@ _ROWS = (
         "a dataset of the Hugging Face Hub or a folder of one, one document an example",
         hf_datasets.read,
         "hf:Salesforce/wikitext/wikitext-2-raw-v1:test",
+    ),
+    Source(
+        "series",
+        "each table's own",
+        series.HOW_TO_GET,
+        "a column of a table of R's packages or of a CSV file, a line a value",
+        series.read,
+        "series:fpp2/elecdemand#Demand",
     ),
 )
 SOURCES: dict[str, Source] = {row.name: row for row in _ROWS}

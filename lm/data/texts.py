@@ -6,7 +6,8 @@ A spec is one of the following, or several separated by commas (a comma inside a
 * a file of UTF-8 text, a folder (its text files, recursively), a glob;
 * JSON lines: ``path.jsonl`` (field ``text``) or ``path.jsonl#meta.body``; one document a line;
 * ``tfds:name[/config][:version][:split][#field]``: a prepared array_record dataset; one document an example;
-* ``hf:[owner/]name[:split][#field]``, ``hf:owner/name/config…`` or ``hf:./folder…``: a Hugging Face dataset, likewise.
+* ``hf:[owner/]name[:split][#field]``, ``hf:owner/name/config…`` or ``hf:./folder…``: a Hugging Face dataset, likewise;
+* ``series:PACKAGE/TABLE#COLUMN?…``: a time series as numbers in text (`lm.data.series`).
 
 A name in the table wins over a file of the same name; write ``./kjv`` for the file. ``python -m lm.data.texts`` prints
 the table, ``python -m lm.data.texts SPEC`` the documents of a spec.
@@ -19,14 +20,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.data import files, hf_datasets, tfds
+from lm.data import files, hf_datasets, series, tfds
 from lm.data.document import Document, identity
 from lm.data.sources import SOURCES, Source
 from lm.errors import UserError, nearest
 
 __all__ = ["SOURCES", "Document", "Source", "documents", "identity"]
 
-_LIBRARIES = {"tfds": tfds, "hf": hf_datasets}  # sources of any number of datasets
+_LIBRARIES = {"tfds": tfds, "hf": hf_datasets, "series": series}  # sources of any number of datasets
 
 
 def documents(spec: str, *, min_chars: int = 0) -> list[Document]:

@@ -60,4 +60,15 @@ class _GLU(nn.Module):
         D, F = self.cfg.d_model, self.cfg.d_ff
         gate = Project((D, F), 1, self.bias, self.cfg, name="gate")(x_BTD)
         up = Project((D, F), 1, self.bias, self.cfg, name="up")(x_BTD)
-        return Project((F, D), 1, self.bias, self.cfg, name="down")(self.activation(gate) * up)
+        return nn.checkpoint(_Down)((F, D), 1, self.bias, self.cfg, self.activation, name="down")(gate, up)
+
+
+class _Down(Project):
+    """``(act(gate) * up) @ kernel``. The gradient keeps `gate` and `up` and computes the elementwise part again, which
+    is cheaper than to store its steps (a third of a layer's activations)."""
+
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:  # type: ignore[override]
+        return Project.__call__(self, self.activation(gate) * up)

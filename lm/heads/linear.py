@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm import weights
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.cross_entropy import Sums, linear_loss
@@ -43,11 +44,11 @@ class Linear:
     ) -> tuple[jax.Array, Sums]:
         """Cross-entropy and its gradient in one pass; see `lm.heads.cross_entropy.linear_loss`."""
         own = params.get("head", {})
-        table = params["embed"] if self.tie else own["kernel"].T
+        table = weights.dense(params["embed"]) if self.tie else weights.dense(own["kernel"]).T
         bias = own["bias"] if self.bias else None
-        weights = weights_BT.astype(jnp.float32)
+        counts = weights_BT.astype(jnp.float32)
         return linear_loss(
-            hidden_BTD, table, bias, targets_BT, weights, softcap=self.softcap, z_loss=z_loss, chunk=chunk
+            hidden_BTD, table, bias, targets_BT, counts, softcap=self.softcap, z_loss=z_loss, chunk=chunk
         )
 
 
@@ -58,11 +59,12 @@ class _Linear(nn.Module):
     def __call__(self, h: jax.Array, table_VD: jax.Array) -> jax.Array:
         cfg, head = self.cfg, self.cfg.head
         if head.tie:
-            logits = jnp.einsum("...d,vd->...v", h, table_VD.astype(h.dtype), preferred_element_type=jnp.float32)
+            logits = weights.transposed(h, table_VD)
         else:
             init = nn.initializers.normal(cfg.init_std)
-            kernel = self.param("kernel", init, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
-            logits = jnp.einsum("...d,dv->...v", h, kernel.astype(h.dtype), preferred_element_type=jnp.float32)
+            kernel = weights.param(self, "kernel", init, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
+            flat = weights.product(h.reshape(-1, cfg.d_model), kernel, 1, jnp.float32)
+            logits = flat.reshape(*h.shape[:-1], -1)
         if head.bias:
             bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), cfg.param_dtype)
             logits = logits + bias.astype(jnp.float32)

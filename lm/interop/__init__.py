@@ -67,30 +67,29 @@ def _magic(path: Path) -> bytes:
         return f.read(4)
 
 
-def _reader(source: str) -> Any:
+def reader(source: str) -> Any:
+    """Who reads the checkpoint `source`, a name or a path; raises `UserError` when there is none."""
     from lm.interop import gguf_file, huggingface, run_folder  # the readers' libraries load on first use
 
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
     if path.is_dir() and (path / run_folder.FILE).is_file():
-        reader: Any = run_folder.Run(path)
-    elif path.is_dir():
-        reader = huggingface.Directory(path)
-    elif path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
-        reader = gguf_file.File(path)
-    elif path.exists():
+        return run_folder.Run(path, reader)
+    if path.is_dir():
+        return huggingface.Directory(path)
+    if path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
+        return gguf_file.File(path)
+    if path.exists():
         raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
-    else:
-        known = ", ".join(sorted(PRETRAINED))
-        raise UserError(
-            f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {known}, a Hugging Face directory, "
-            "or a .gguf file that exists"
-        )
-    return reader
+    known = ", ".join(sorted(PRETRAINED))
+    raise UserError(
+        f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {known}, a Hugging Face directory, "
+        "a training's folder, or a .gguf file that exists"
+    )
 
 
 def config(source: str) -> ModelConfig:
     """The ``ModelConfig`` of a checkpoint; no weights are read. Raises `UserError` as `load` does."""
-    native: ModelConfig = build(ModelConfig, _reader(source).model(), "model")
+    native: ModelConfig = build(ModelConfig, reader(source).model(), "model")
     return native
 
 
@@ -101,21 +100,21 @@ def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params
     for overrides that ask for other parameters, and for anything missing, truncated, foreign or of the wrong shape,
     naming file and tensor.
     """
-    reader = _reader(source)
-    native = build(ModelConfig, reader.model(), "model")
-    params = reader.params(native) if load_params else None
+    found = reader(source)
+    native = build(ModelConfig, found.model(), "model")
+    params = found.params(native) if load_params else None
     merged = merge(native, overrides, "model") if overrides else native
     if overrides and params is not None:
         from lm.interop import tensors
 
         tensors.check(merged, params, str(source))
-    tokenizer = reader.tokenizer()
+    tokenizer = found.tokenizer()
     if tokenizer is not None:
         check_vocab(tokenizer, merged)
-    eos_id, bos_id = reader.special()
+    eos_id, bos_id = found.special()
     return Checkpoint(
-        merged, params, tokenizer, reader.identity(), str(source), eos_id, bos_id, chat_template=reader.chat_template()
+        merged, params, tokenizer, found.identity(), str(source), eos_id, bos_id, chat_template=found.chat_template()
     )
 
 
-__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load"]
+__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import lm.interop.families as families
 import lm.params as params_lib
 from lm.config import ModelConfig, build, table, to_dict
 from lm.errors import UserError, unknown
+from lm.interop.files import new_folder
 from lm.interop.tensors import Table, flip
 
 Hf = dict[str, Any]
@@ -322,38 +320,28 @@ def write(
     """
     from safetensors.numpy import save_file
 
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; valid: a new folder")
     kind, hf = family_of(cfg, family)
     end = eos_id if eos_id is not None else getattr(tokenizer, "eos_id", None)
     begin = bos_id if bos_id is not None else getattr(tokenizer, "bos_id", None)
     ids = {k: v for k, v in (("bos_token_id", begin), ("eos_token_id", end)) if v is not None}
     dtypes = {str(leaf.dtype) for leaf in params_lib.names(params).values()}
     hf |= {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32", "bos_token_id": begin, "eos_token_id": end}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        swap = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror or e})") from None
-    try:
+    with new_folder(folder) as swap:
         _json(swap / "config.json", hf)
         _json(swap / "generation_config.json", ids)
         save_file(tensors(cfg, params, kind), str(swap / "model.safetensors"), {"format": "pt"})
         if tokenizer is not None:
             save_tokenizer(swap, tokenizer, chat_template)
-        os.chmod(swap, 0o755)  # mkdtemp makes folders that only their owner can enter
-        os.replace(swap, folder)
-    except OSError as e:
-        raise UserError(f"{folder}: cannot be written ({e.strerror or e})") from None
-    finally:
-        shutil.rmtree(swap, ignore_errors=True)
     return kind
 
 
 def save_tokenizer(folder: Path, tokenizer: Any, chat_template: str | None = None) -> None:
     """``tokenizer.json`` (or the SentencePiece ``tokenizer.model``) and ``tokenizer_config.json``."""
     from lm.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
+    from lm.data.values import ValueTokenizer
 
+    if isinstance(tokenizer, ValueTokenizer):
+        return  # no format of theirs: run.json describes it
     if isinstance(tokenizer, SentencePieceTokenizer):
         (folder / "tokenizer.model").write_bytes(tokenizer.inner.serialized_model_proto())
         about: Hf = {"tokenizer_class": "LlamaTokenizer"}

@@ -87,6 +87,32 @@ def _scores(cfg: ModelConfig, piece: int) -> Any:
     return jax.jit(run)
 
 
+@functools.lru_cache(maxsize=8)
+def _records(cfg: ModelConfig, last: int) -> Any:
+    def run(params: Any, tokens_BT: jax.Array) -> Any:
+        out = Decoder(cfg).apply({"params": params}, tokens_BT, logits=False, records=last, on_layer=_TICK)
+        return out.records
+
+    return jax.jit(run)
+
+
+def records(
+    subject: Subject, tokens: Any, last: int, on_layer: Callable[[], None] | None = None
+) -> list[dict[str, np.ndarray]]:
+    """What each layer's mixer records (`lm.decoder.Decoder`) of the `last` tokens: name -> array ``[last, …]``."""
+    _TICK.listener = on_layer
+    try:
+        made = _records(subject.config, last)(subject.params, jnp.asarray(tokens, jnp.int32)[None])
+        return [{name: np.asarray(x[0]) for name, x in layer.get("attn", {}).items()} for layer in made]
+    finally:
+        _TICK.listener = None
+
+
+def exponent(lengths: Any, times: Any) -> float:
+    """The slope p of a straight line through (log length, log time): time ~ length ** p."""
+    return float(np.polyfit(np.log(np.asarray(lengths, float)), np.log(np.asarray(times, float)), 1)[0])
+
+
 def score(
     subject: Subject, tokens: Any, last: int, on_layer: Callable[[], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ import numpy as np
 from lm import caches
 from lm.decoder import Decoder
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject
+from lm.measures.base import Measured, Progress, Subject, exponent
 from lm.params import unstack
 
 
@@ -23,7 +24,8 @@ class DecodeCost:
 
     The cache is the smallest that loses nothing under the arm's pattern. Its keys and values are noise: time and bytes
     do not depend on them, and filling it by reading so much text would cost far more than the measurement. Samples
-    ``ms@LENGTH`` (one per timed step, milliseconds) and ``cache_mib@LENGTH``.
+    ``ms@LENGTH`` (one per timed step, milliseconds), ``cache_mib@LENGTH``, and from two lengths on ``exponent``: the
+    median time of a token grows as length to that power (least squares over logarithms).
     """
 
     lengths: tuple[int, ...] = (1024, 8192)
@@ -37,7 +39,8 @@ class DecodeCost:
             )
 
     def identity(self) -> str:
-        return "noise; one tree of weights per layer"  # as read: another layout is another time
+        # Another layout is another time.
+        return "noise; one tree of weights per layer; keys [B, K, C, d], values [B, K, d, C]"
 
     def cost(self, cfg: Any) -> float:
         return 400.0 * len(self.lengths) * (self.steps + 20)
@@ -67,6 +70,8 @@ class DecodeCost:
             samples[f"cache_mib@{length}"] = [mib[-1]]
             ms.append(float(np.median(times[2:])))
             progress((done + 1) / len(self.lengths), f"{length} tokens cached")
+        if len(set(self.lengths)) > 1:
+            samples["exponent"] = [exponent(self.lengths, ms)]
         shared = {"x": list(self.lengths), "xlabel": "tokens in the text so far"}
         curves = {
             "decode_ms": {**shared, "y": ms, "ylabel": "milliseconds per token"},
@@ -82,4 +87,12 @@ def _filled(cfg: Any, length: int, room: int, seed: int) -> Any:
     shape = (1, length, cfg.n_kv_heads, cfg.head_dim)
     noise = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(cfg.dtype))
     tokens = caches.Tokens(index, index.astype(jnp.float32))
-    return tuple(layer.extend(noise, noise, tokens)[0] for layer in cache)
+    empty, full = list(cache), []
+    del cache
+    while empty:  # one layer at a time exists twice
+        full.append(empty.pop(0).extend(noise, noise, tokens)[0])
+    for i, layer in enumerate(full):
+        if hasattr(layer, "summaries"):  # equal summaries would send all heads to the same blocks
+            noise = jax.random.normal(jax.random.key(i), layer.summaries.shape, layer.summaries.dtype)
+            full[i] = dataclasses.replace(layer, summaries=noise)
+    return tuple(full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,8 +54,10 @@ class Passkey:
         kept = [min(n, self.context or n) for n in self.lengths]
         return sum(n * (1.0 + n / 8192) for n in kept) * len(self.depths) * self.trials
 
-    def prompt(self, tokenizer: Any, filler: list[int], length: int, depth: float, rng: random.Random) -> Any:
-        """Token ids of prompt and answer; the prompt is exactly `length` tokens."""
+    def prompt(
+        self, tokenizer: Any, filler: list[int], length: int, depth: float, rng: random.Random
+    ) -> tuple[list[int], list[int], range]:
+        """Token ids of prompt and answer, and where in the prompt the key is told; it is exactly `length` tokens."""
         key = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
         task, needle, question, answer = (
             encode(tokenizer, t, "measures.passkey") for t in (TASK, NEEDLE.format(key=key), QUESTION, f" {key}")
@@ -67,35 +70,42 @@ class Passkey:
             )
         start = rng.randrange(len(filler) - room + 1)
         cut = start + round(depth * room)
-        return task + filler[start:cut] + needle + filler[cut : start + room] + question, answer
+        head = task + filler[start:cut]
+        told = range(len(head), len(head) + len(needle))
+        return head + needle + filler[cut : start + room] + question, answer, told
 
-    def run(self, subject: Subject, progress: Progress) -> Measured:
+    def prompts(self, subject: Subject) -> Iterator[tuple[int, int, list[int], list[int], range]]:
+        """(number of the length, number of the depth, prompt, answer, needle). A prompt depends on seed, length, depth
+        and trial alone: every arm reads the same ones."""
         text = "\n\n".join(d.text for d in texts.documents(self.filler))
         filler = encode(subject.tokenizer, text, "measures.passkey")
+        for j, length in enumerate(self.lengths):
+            for i, depth in enumerate(self.depths):
+                for trial in range(self.trials):
+                    rng = random.Random(f"{subject.seed}/{length}/{depth}/{trial}")
+                    yield j, i, *self.prompt(subject.tokenizer, filler, length, depth, rng)
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
         trained = subject.config.max_positions
         samples: dict[str, list[float]] = {"accuracy": [], "answer_nll": []}
         grid = np.zeros((len(self.depths), len(self.lengths)))
         steps = len(self.lengths) * len(self.depths) * self.trials * subject.config.n_layers
-        done = 0
+        done, length, depth = 0, self.lengths[0], self.depths[0]
 
         def tick() -> None:
             nonlocal done
             done += 1
             progress(done / steps, f"{length} tokens, depth {depth:g}")
 
-        for j, length in enumerate(self.lengths):
+        for j, i, prompt, answer, _ in self.prompts(subject):
+            length, depth = self.lengths[j], self.depths[i]
             side = "accuracy_inside" if length <= trained else "accuracy_beyond"
-            for i, depth in enumerate(self.depths):
-                for trial in range(self.trials):
-                    # The prompt depends on seed, length, depth and trial alone: every arm reads the same ones.
-                    rng = random.Random(f"{subject.seed}/{length}/{depth}/{trial}")
-                    prompt, answer = self.prompt(subject.tokenizer, filler, length, depth, rng)
-                    prompt = prompt if self.context is None else prompt[-self.context :]
-                    nll, best = score(subject, prompt + answer, len(answer), tick)
-                    right = float(best.all())
-                    grid[i, j] += right / self.trials
-                    for name, value in (("accuracy", right), (side, right), ("answer_nll", float(nll.mean()))):
-                        samples.setdefault(name, []).append(value)
+            prompt = prompt if self.context is None else prompt[-self.context :]
+            nll, best = score(subject, prompt + answer, len(answer), tick)
+            right = float(best.all())
+            grid[i, j] += right / self.trials
+            for name, value in (("accuracy", right), (side, right), ("answer_nll", float(nll.mean()))):
+                samples.setdefault(name, []).append(value)
         curve = {
             "kind": "grid",
             "x": list(self.lengths),

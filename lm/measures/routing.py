@@ -14,7 +14,7 @@ import numpy as np
 from lm.data import texts
 from lm.decoder import Decoder
 from lm.errors import UserError
-from lm.interop.run_folder import Run
+from lm.interop import reader
 from lm.measures.base import Measured, Progress, Subject, encode
 
 
@@ -199,7 +199,7 @@ class RoutingHistory:
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:
             raise UserError("measures.routing_history: the parameters were not trained here; valid: set train")
-        kept = Run(subject.run)
+        kept = reader(str(subject.run))
         steps = kept.steps()
         if len(steps) < 3:
             raise UserError(

@@ -62,6 +62,10 @@ class SoftmaxAttention:
         return _Attention(cfg, name=name)
 
 
+def _own(tokens: Tokens) -> jax.Array:
+    return tokens.positions_BT
+
+
 class _Attention(nn.Module):
     cfg: ModelConfig
 
@@ -80,14 +84,21 @@ class _Attention(nn.Module):
         positions = cfg.positions.bind(cfg)
         if cache is not None:
             rotated = cache.rotated
-            k = positions.rotate(k, tokens.positions_BT[:, :, None], length) if rotated else k
+            places = getattr(cache, "places", _own)(tokens)
+            k = positions.rotate(k, places[:, :, None], length) if rotated else k
             cache, k, v, keys = cache.extend(k, v, tokens)
         scale = a.scale if a.scale is not None else d**-0.5
-        ctx = Context(q, k, tokens, keys, positions, length, scale, rotated)
+        ctx = Context(q, k, tokens, keys, positions, length, scale, rotated, v)
+        if hasattr(cache, "summarise"):
+            cache, ctx = cache.summarise(ctx)
+        branches = cfg.pattern.branches(ctx)
+        if self.is_mutable_collection("records") and hasattr(cfg.pattern, "records"):
+            for name, value in cfg.pattern.records(ctx, branches).items():
+                self.sow("records", name, value, reduce_fn=lambda _, x: x, init_fn=lambda: None)
         out, _ = attend(
             ctx,
             v,
-            cfg.pattern.branches(ctx),
+            branches,
             softcap=a.softcap,
             backend=a.backend,
             block_q=a.block_q,

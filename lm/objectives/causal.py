@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lm import auxiliary
 from lm.config import ModelConfig
-from lm.decoder import Decoder, readout
+from lm.decoder import Decoder
 from lm.errors import UserError
-from lm.heads.cross_entropy import Sums, pieces
+from lm.heads.cross_entropy import Sums
+from lm.objectives.likelihood import head_loss
+
+__all__ = ["Causal", "head_loss"]
 
 
 @dataclass(frozen=True)
@@ -37,48 +39,7 @@ class Causal:
         """The loss and the sums ``nll``, ``weight``, ``z`` (of log^2 Z) and ``correct`` (the target had the largest
         logit, ties included), each weighted; float32 scalars; with what layers add (`lm.auxiliary.add`). See
         `lm.objectives` for `batch`."""
-        where = {f"{name}_BT": batch[name] for name in ("segments", "index") if name in batch}
+        where = {f"{name}_BT": batch[name] for name in ("segments", "index", "positions") if name in batch}
         out = Decoder(cfg).apply({"params": params}, batch["inputs"], logits=False, key=batch.get("key"), **where)
         found = head_loss(cfg, params, out.hidden_BTD, batch["targets"], batch["weights"], self.z_loss, self.chunk)
         return auxiliary.add(out.reports, *found)
-
-
-def head_loss(
-    cfg: ModelConfig,
-    params: dict[str, Any],
-    hidden_BTD: jax.Array,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    z_loss: float = 0.0,
-    chunk: int = 1024,
-) -> tuple[jax.Array, Sums]:
-    """Loss and sums of `Causal` from final hidden states, for any head; for objectives that add terms of their own.
-
-    A head with a method ``loss(cfg, params, hidden, targets, weights, z_loss, chunk)`` computes both itself.
-    """
-    fused = getattr(cfg.head, "loss", None)
-    if fused is not None:
-        return fused(cfg, params, hidden_BTD, targets_BT, weights_BT, z_loss, chunk)
-    kept = {name: params[name] for name in ("embed", "head") if name in params}
-
-    @jax.checkpoint
-    def piece(kept: dict[str, Any], hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> Sums:
-        logits = readout(cfg, kept, hidden).astype(jnp.float32)
-        own = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        correct = jax.lax.stop_gradient(own >= logits.max(-1))
-        return {
-            "nll": (weights * (log_z - own)).sum(),
-            "weight": weights.sum(),
-            "z": (weights * log_z**2).sum(),
-            "correct": (weights * correct).sum(),
-        }
-
-    def step(total: Sums, xs: Any) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, piece(kept, *xs)), None
-
-    zero = {name: jnp.zeros(()) for name in ("nll", "weight", "z", "correct")}
-    weights = weights_BT.astype(jnp.float32)
-    sums, _ = jax.lax.scan(step, zero, pieces(chunk, hidden_BTD, targets_BT, weights))
-    loss = sums["nll"] + z_loss * sums["z"]
-    return loss, jax.tree.map(jax.lax.stop_gradient, sums)

@@ -61,7 +61,7 @@ class Rope:
         """``cos, sin`` of shape ``positions.shape + (width // 2,)``, both multiplied by the attention factor."""
         freqs, m = self.scaling.frequencies(self.theta, width, length, self.trained or 2048)
         angles = jnp.asarray(positions, jnp.float32)[..., None] * freqs
-        return jnp.cos(angles) * m, jnp.sin(angles) * m
+        return _kept(jnp.cos(angles) * m), _kept(jnp.sin(angles) * m)
 
     def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | float) -> jax.Array:
         """Rotates ``x[..., d]`` to real-valued `positions`, which broadcast against ``x.shape[:-1]``."""
@@ -77,8 +77,22 @@ class Rope:
     def _turn(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         width = self.width(x.shape[-1])
         cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
-        a, b = x[..., : width // 2], x[..., width // 2 : width]
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., width:]], axis=-1)
+        # Halves swap by a reversal of an axis of two, not by concatenation: one loop without branches, and so is its
+        # gradient.
+        pair = x[..., :width].reshape(*x.shape[:-1], 2, width // 2)
+        sign = jnp.asarray([[-1.0], [1.0]], x.dtype)
+        turned = pair * cos[..., None, :] + pair[..., ::-1, :] * (sign * sin[..., None, :])
+        turned = turned.reshape(*x.shape[:-1], width)
+        return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
 
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None:
         return None
+
+
+def _kept(x: jax.Array) -> jax.Array:
+    """`x`, written to memory: the product with the identity is exact, and XLA fuses nothing through a product.
+
+    Fused into a rotation, sines would be computed anew for every head of every token, forward and backward; on the CPU
+    that took as long as attention. (An optimization barrier does not help: it is removed before operations are fused.)
+    """
+    return jnp.matmul(x, jnp.eye(x.shape[-1], dtype=x.dtype), precision="highest")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.config import socket, to_dict
+from lm.config import ModelConfig, socket, table, to_dict
 from lm.errors import UserError, unknown
 
 PACKINGS = ("concat", "best_fit")
@@ -50,11 +50,12 @@ class DataConfig:
 class TrainConfig:
     """`batch`: rows per step over all devices and accumulation steps; `accumulate`: parts it is computed in.
 
-    `clip`: largest global gradient norm, None = any. Evaluations of `eval_rows` held-out rows come before the first
-    step, every `eval_every` steps (0 = never), and over all held-out rows (at most `final_rows`) at the end.
-    Checkpoints come every `save_every` steps and at the end; the newest `keep_last` stay, and every multiple of
-    `keep_every` (0 = none). `max_skipped`: as many non-finite steps in a row end the run. `profile`: (first, last) step
-    of a profiler window.
+    `surgery`: what is trained, all parameters (``none``) or adapters to them. `augmentation`: positions of rows while
+    training. `clip`: largest global gradient norm,
+    None = any. Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 =
+    never), and over all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and
+    at the end; the newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many
+    non-finite steps in a row end the run. `profile`: (first, last) step of a profiler window.
     """
 
     steps: int = 1000
@@ -63,6 +64,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     objective: Any = socket("lm.objectives", "causal")
     optimizer: Any = socket("lm.optimizers", "adamw")
+    surgery: Any = socket("lm.surgery", "none")
+    augmentation: Any = socket("lm.positions.augmentation", "own")
     schedule: Any = socket("lm.optimizers.schedules", "cosine")
     clip: float | None = 1.0
     eval_every: int = 100
@@ -91,10 +94,24 @@ class TrainConfig:
             raise UserError(
                 f"train.accumulate: {self.accumulate} does not divide train.batch = {self.batch}; valid: {valid}"
             )
+        if not self.surgery.trains:
+            trainable = [name for name, plug in table("lm.surgery").items() if plug().trains]
+            name = to_dict(self)["surgery"]["name"]
+            raise UserError(f"train.surgery: {name} makes weights to read, not to train; valid: {', '.join(trainable)}")
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"train.clip: must be positive or None, found {self.clip}")
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
             raise UserError(f"train.profile: found {self.profile}; valid: (first step, last step), or ()")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps draw numbers."""
+        return bool(self.surgery.stochastic or self.augmentation.stochastic)
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Raises `UserError` for a model that cannot be trained so."""
+        self.surgery.check(cfg)
+        self.augmentation.check(cfg, self.data.seq_len)
 
     @property
     def tokens_per_step(self) -> int:
@@ -105,6 +122,9 @@ class TrainConfig:
         out: dict[str, Any] = to_dict(self)
         for name in _BESIDE:
             del out[name]
+        for name, default in _ABSENT.items():  # runs from before there was such a setting keep their identity
+            if out[name] == default:
+                del out[name]
         return out
 
 
@@ -119,4 +139,5 @@ _BESIDE = (
     "tensorboard",
     "profile",
 )
+_ABSENT = {"surgery": {"name": "none"}, "augmentation": {"name": "own"}}
 assert set(_BESIDE) <= {f.name for f in dataclasses.fields(TrainConfig)}

@@ -26,8 +26,9 @@ PEAK = {
 }
 
 
-def per_token(cfg: ModelConfig, seq_len: int) -> float:
-    """FLOPs per token of forward and backward: six per weight of a matrix, and attention over the causal half of rows
+def per_token(cfg: ModelConfig, seq_len: int, frozen: bool = False) -> float:
+    """FLOPs per token of forward and backward: six per weight of a matrix (four where weights are `frozen` and have no
+    gradient; adapters to them are not counted), and attention over the causal half of rows
     of `seq_len` tokens whatever the pattern skips (arXiv 2204.02311, appendix B). Embedding look-ups are free."""
     tree = params.abstract(cfg)
     stacked = params.names(params.stacks(tree))
@@ -45,7 +46,7 @@ def per_token(cfg: ModelConfig, seq_len: int) -> float:
     for layer in cfg.layers():
         assert layer.head_dim is not None
         attention += 2 * 2 * layer.n_heads * layer.head_dim * seq_len / 2
-    return 6.0 * weights + 3.0 * attention
+    return (4.0 if frozen else 6.0) * weights + 3.0 * attention
 
 
 @functools.lru_cache(maxsize=2)

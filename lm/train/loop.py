@@ -22,14 +22,14 @@ from lm import auxiliary, optimizers, params
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
-from lm.interop import run_folder, to_huggingface
+from lm.interop import reader, run_folder, to_huggingface
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
 from lm.train.data import Data
 from lm.train.errors import Terminated, TrainingStopped
 from lm.train.ledger import KINDS, Ledger, Log, NoLog, read
-from lm.train.step import Placement, evaluator, initial, transformation
+from lm.train.step import Placement, draws, evaluator, initial, transformation
 
 __all__ = ["KINDS", "Trained", "run", "steps_done"]
 
@@ -54,12 +54,14 @@ def run(
     seed: int = 0,
     start: Any = None,
     start_identity: str = "random",
+    start_source: str = "",
     report: Report = lambda fraction, text: None,
     tell: Callable[[str], None] = print,
 ) -> Trained:
     """Trains `cfg` in `folder`, going on from its newest sound checkpoint.
 
-    `start`: initial parameters (a pretrained checkpoint's), None = random ones of `seed`. `report(fraction, text)` is
+    `start`: initial parameters (a pretrained checkpoint's), None = random ones of `seed`; `start_source` is where they
+    came from (a path or a name), for the folder of a run that adds to them. `report(fraction, text)` is
     called every step, `tell` for what a user should know. Raises `UserError` when the folder belongs to another run, is
     in use or cannot be written; `TrainingStopped` when training cannot go on; `Terminated` after SIGTERM.
     """
@@ -71,9 +73,10 @@ def run(
         "start": start_identity,
     }
     about = json.loads(json.dumps(about))
+    train.check(cfg)
     # One process writes the log; checkpoints are written by all.
     with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
-        this = _Run(cfg, train, data, folder, about, seed, report, tell)
+        this = _Run(cfg, train, data, folder, about, seed, start_source, report, tell)
         try:
             return this.all(start)
         finally:
@@ -95,18 +98,20 @@ class _Run:
         folder: Path,
         about: dict[str, Any],
         seed: int,
+        source: str,
         report: Report,
         tell: Callable[[str], None],
     ) -> None:
         self.cfg, self.train, self.data, self.folder = cfg, train, data, folder
-        self.about, self.seed, self.report, self.tell = about, seed, report, tell
+        self.about, self.seed, self.source, self.report, self.tell = about, seed, source, report, tell
+        self.base: Any = None  # what trained parameters are added to, where they are
         self.ledger = Ledger()
         self.placement = Placement(train.batch, train.accumulate)
         self.placement.check(cfg)
         self.loader = data.loader(train, seed)
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
         self.schedule = train.schedule.factor(train.steps)
-        self.per_token = flops.per_token(cfg, train.data.seq_len)
+        self.per_token = flops.per_token(cfg, train.data.seq_len, frozen=train.surgery.adds)
         self.evaluate_fn = evaluator(cfg, train)
         self.clock = 0.0
         self.newest: tuple[int, Any] = (0, None)  # steps done, and the state after them
@@ -116,7 +121,7 @@ class _Run:
         with ledger.during("init"):
             state, done = self._state(start)
             if done == train.steps and (self.data.held_out is None or self._evaluated()):
-                return Trained(state["params"], int(state["skipped"]), self.folder)
+                return self._trained(state)
             self.peak, source = flops.peak(self.cfg.dtype)
             writes = jax.process_index() == 0
             self.log = Log(self.folder, done - 1 if done else None, train.tensorboard) if writes else NoLog()
@@ -125,13 +130,18 @@ class _Run:
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
-                step = self.placement.compile(self.cfg, train, state, first, self.seed)
+                step = self.placement.compile(self.cfg, train, state, first, self.base)
             state = self._steps(step, state, done)
         if self.data.held_out is not None:
             with ledger.during("eval"):
                 self._evaluate(state["params"], train.steps, train.final_rows, "final")
         self._finish()
-        return Trained(state["params"], int(state["skipped"]), self.folder)
+        return self._trained(state)
+
+    def _trained(self, state: Any) -> Trained:
+        whole = jax.jit(lambda base, trained: self.train.surgery.merge(self.cfg, base, trained))
+        params = whole(self.base, state["params"]) if self.train.surgery.adds else state["params"]
+        return Trained(params, int(state["skipped"]), self.folder)
 
     def _evaluated(self) -> bool:
         return any("final_nll" in line for line in read(self.folder / "metrics.jsonl"))
@@ -139,8 +149,15 @@ class _Run:
     def _state(self, start: Any) -> tuple[Any, int]:
         """The newest checkpoint's state and step, or the initial ones."""
 
+        surgery, rng = self.train.surgery, jax.random.key(self.seed)
+        if surgery.adds:
+            start = params.init(self.cfg, rng) if start is None else start
+            self.base = start = jax.device_put(start, self.placement.everywhere)
+
         def fresh(start: Any) -> Any:
-            return initial(params.init(self.cfg, jax.random.key(self.seed)) if start is None else start, self.train)
+            whole = params.init(self.cfg, rng) if start is None else start
+            seed = self.seed if draws(self.cfg, self.train) else None
+            return initial(surgery.init(self.cfg, whole, rng), self.train, seed)
 
         where = jax.tree.map(lambda _: self.placement.everywhere, jax.eval_shape(fresh, start))
         like = jax.tree.map(
@@ -170,12 +187,17 @@ class _Run:
         width = max(len(n) for n in named)
         rows = [f"{n:{width}}  {leaf.shape!s:22} {leaf.dtype!s:9} {axes[n]}" for n, leaf in named.items()]
         n = params.count(tree)
+        beside = f" trained, beside {params.count(self.base):,} that stay" if self.base is not None else ""
         size = optimizers.n_bytes(transformation(self.train), tree)
-        rows.append(f"{n:,} parameters; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter")
+        rows.append(
+            f"{n:,} parameters{beside}; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter"
+        )
         _write(self.folder / "parameters.txt", "\n".join(rows) + "\n")
         to_huggingface.save_tokenizer(self.folder, self.data.tokenizer)
         about = {
             **self.about,
+            "start_source": self.source,
+            "start_content": reader(self.source).identity() if self.source and self.train.surgery.adds else "",
             "tokenizer": run_folder.describe_tokenizer(self.data.tokenizer),
             "peak": source,
             "flops_per_token": self.per_token,
@@ -197,7 +219,7 @@ class _Run:
                 with ledger.during("data"):
                     batch = self.placement.batch(next(batches))
                 with ledger.during("step"):
-                    state, metrics = step(state, batch)
+                    state, metrics = step(state, batch, self.base)
                     self.newest = (i + 1, state)  # the one before has been donated
                     if waiting is not None:
                         self._read(*waiting)  # of the step before, while this one runs
@@ -239,6 +261,7 @@ class _Run:
             "nll": nll,
             "bits_per_byte": nll / math.log(2) / self.data.bytes_per_token,
             "accuracy": m["correct"] / weight if "correct" in m else None,
+            **{k: v / weight for k, v in m.items() if k.startswith("aux_")},
             "grad_norm": m["grad_norm"],
             "learning_rate": self.train.optimizer.learning_rate * float(self.schedule(i)),
             "tokens": weight,
@@ -278,7 +301,7 @@ class _Run:
         assert self.data.held_out is not None
         sums: dict[str, Any] = {}
         for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
-            found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch)))
+            found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch, self.base)))
             sums = jax.tree.map(np.add, sums, found) if sums else found
         own = auxiliary.report(self.cfg, sums.pop("aux", ((),) * self.cfg.n_layers), whole=True)
         nll = sums["nll"] / max(sums["weight"], 1.0)

@@ -54,6 +54,27 @@ class TestLMInfiniteTopK(PlugCase):
     )
 
 
+class TestLongHeads(PlugCase):
+    change = {"pattern": {"name": "longheads", "chunk": 4, "attention_length": 20}}
+    limits = (
+        {"max_positions": 48, "pattern": {"name": "longheads", "chunk": 4, "attention_length": 44}},
+        {"max_positions": 3 * T, "pattern": {"name": "longheads", "chunk": T, "attention_length": 3 * T}},
+    )
+
+
+class TestLongHeadsWithoutSelf(PlugCase):
+    change = {
+        "pattern": {
+            "name": "longheads",
+            "chunk": 3,
+            "attention_length": 9,
+            "begin_selective_length": 12,
+            "include_self": False,
+        },
+        "positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 2.0}},
+    }
+
+
 class TestBidirectional(PlugCase):
     change = {"pattern": {"name": "bidirectional"}}
     causal = False

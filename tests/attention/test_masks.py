@@ -9,7 +9,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.attention.masks import And, Causal, Chunked, Full, Mask, Not, Or, Prefix, Sinks, Tile, Window
+from lm.attention.masks import (
+    And,
+    Causal,
+    Chunked,
+    EarlyQueries,
+    Full,
+    Mask,
+    NearChunks,
+    Not,
+    Or,
+    Prefix,
+    Sinks,
+    Tile,
+    Window,
+)
 from lm.attention.tiles import Grid, visit
 
 small = st.integers(0, 24)
@@ -20,6 +34,8 @@ leaves = st.one_of(
     st.builds(Sinks, small),
     st.builds(Prefix, small),
     st.builds(Chunked, st.integers(1, 9)),
+    st.builds(NearChunks, st.integers(1, 9), st.integers(1, 4)),
+    st.builds(EarlyQueries, small),
 )
 masks = st.recursive(
     leaves, lambda m: st.one_of(st.builds(And, m, m), st.builds(Or, m, m), st.builds(Not, m)), max_leaves=6

@@ -34,7 +34,7 @@ def test_slots(pattern: dict[str, Any], slots: int) -> None:
     state = caches.init(cfg, 3, 100)
     assert len(state) == 2
     for layer in state:
-        assert layer.k_BCKd.shape == layer.v_BCKd.shape == (3, slots, 2, 16)
+        assert layer.k_BKCd.shape == (3, 2, slots, 16) and layer.v_BKdC.shape == (3, 2, 16, slots)
         assert bool((layer.index_BC == -1).all())
     per_slot = 2 * 2 * 16 * 4 + 4 + 4  # keys and values float32, index, position
     whole = caches.n_bytes(state)
@@ -67,8 +67,8 @@ def test_sinks_and_a_ring_hold_the_first_and_the_last(chunks: list[int]) -> None
     for row, last in enumerate((19, 15)):
         index = np.asarray(state.index_BC[row])
         assert sorted(index.tolist()) == [0, 1, *range(last - 4, last + 1)]
-        np.testing.assert_array_equal(state.k_BCKd[row, :, 0, 0], index)
-        np.testing.assert_array_equal(state.v_BCKd[row, :, 0, 1], 2 * index)
+        np.testing.assert_array_equal(state.k_BKCd[row, 0, :, 0], index)
+        np.testing.assert_array_equal(state.v_BKdC[row, 0, 1], 2 * index)
         np.testing.assert_array_equal(state.positions_BC[row], index + 0.5)
 
 

@@ -218,7 +218,7 @@ def test_sigterm_ends_the_command_with_code_0_and_it_goes_on(config: Path) -> No
 def test_every_training_config_runs_at_its_smallest_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("lm.compat.keep_compiled", lambda folder: None)
-    for name in ("pretrain", "sgd_sai"):
+    for name in ("fourier_head", "pretrain", "sgd_sai"):
         assert run.main([f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={tmp_path / name}"]) == 0
         made = json.loads((tmp_path / name / "results.json").read_text())
         assert made["complete"] and all(c["holds"] is not None or "deviation" in c["missing"] for c in made["claims"])

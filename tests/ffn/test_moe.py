@@ -169,7 +169,7 @@ def test_the_bias_moves_against_the_load_and_by_nothing_else(unstacked: bool) ->
     changes = {"every": 2} if unstacked else {}
     cfg = moe(router={"name": "deepseek_v3", "bias_rate": 0.25}, load_balance_loss=0.0, **changes)
     train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, decay="all"), accumulate=2)
-    state = step.initial(params_lib.init(cfg, jax.random.key(0)), train)
+    state = step.initial(params_lib.init(cfg, jax.random.key(0)), train, 0)
 
     def bias(state: Any) -> Any:
         return state["params"]["blocks_1" if unstacked else "blocks"]["ffn"]["router"]["bias"]
@@ -196,7 +196,7 @@ def test_the_bias_balances_a_collapsed_router() -> None:
     )
     tree = params_lib.init(cfg, jax.random.key(0))
     tree = _with_experts(tree, lambda f: {**f, "router": {**f["router"], "bias": jnp.asarray([[0.5, 0, 0, 0]] * 2)}})
-    state, found = step.initial(tree, train), []
+    state, found = step.initial(tree, train, 0), []
     run = jax.jit(lambda s, b: step.step(cfg, train, s, b))
     for i in range(40):
         state, metrics = run(state, rows(i % 4))
@@ -206,7 +206,7 @@ def test_the_bias_balances_a_collapsed_router() -> None:
 
 def test_random_routers_draw_by_seed_and_step() -> None:
     cfg = moe(router={"name": "gshard"})
-    state = step.initial(parameters(cfg), TRAIN)
+    state = step.initial(parameters(cfg), TRAIN, 0)
     run = jax.jit(lambda s, b, seed: step.step(cfg, TRAIN, s, b, seed)[1]["loss"], static_argnums=2)
     a, b = float(run(state, rows(), 0)), float(run(state, rows(), 1))
     later = float(run({**state, "step": state["step"] + 1}, rows(), 0))
@@ -222,7 +222,7 @@ def test_logits_that_are_not_numbers_are_not_hidden(name: str) -> None:
             params_lib.init(cfg, jax.random.key(0)),
             lambda f: {**f, "router": {**f["router"], "kernel": f["router"]["kernel"].at[:, 0, 0].set(np.nan)}},
         )
-        state = step.initial(tree, TRAIN)
+        state = step.initial(tree, TRAIN, 0)
         after, metrics = jax.jit(lambda s, b, cfg=cfg: step.step(cfg, TRAIN, s, b))(state, rows())
         assert not bool(metrics["ok"]) and int(after["skipped"]) == 1
         jax.tree.map(np.testing.assert_array_equal, after["params"], tree)

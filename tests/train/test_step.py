@@ -147,7 +147,7 @@ def test_eight_devices_give_the_loss_and_parameters_of_one(weights: Any) -> None
     spread = place.batch({k: np.asarray(v) for k, v in rows.items()})
     assert len(spread["inputs"].sharding.device_set) == 8
     placed = place.state(jax.tree.map(jnp.copy, state))
-    many, many_metrics = place.compile(CFG, TRAIN, placed, spread)(placed, spread)
+    many, many_metrics = place.compile(CFG, TRAIN, placed, spread)(placed, spread, None)
     close(many["params"], one["params"], atol=2e-5)
     assert float(many_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
 

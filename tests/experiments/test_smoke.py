@@ -1,0 +1,24 @@
+"""Experiments on given parameters run from end to end at their smallest scale (those that train: test_training)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import registry, run
+
+
+def test_longheads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm.compat.keep_compiled", lambda folder: None)
+    config = registry.CONFIGS / "longheads.py"
+    assert run.main([f"--config={config}:smoke", f"--workdir={tmp_path / 'run'}"]) == 0
+    made = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert made["complete"] and len(made["claims"]) == 5
+    assert all(c["holds"] is not None for c in made["claims"])
+    assert set(made["arms"]) == {"full", "window", "lm_infinite", "ntk", "longheads", "truncation"}
+    assert (tmp_path / "run" / "choice_needle.png").stat().st_size > 0
+    for scale in registry.load(config).scales:
+        assert run.main([f"--config={config}:{scale}", "--dry-run", f"--workdir={tmp_path / scale}"]) in (0, 2)
