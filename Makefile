@@ -31,6 +31,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12  another interpreter (3.11 or later)      PYTEST_ARGS='-k rope'  pass options to pytest"
 	@echo "PIP_FLAGS='...'    options for pip install                  WORKDIR=runs/mine CONFIG=...  another demo"
+	@echo "PYTEST_ARGS='-n 0 --pdb'  the tests in one process"
 
 check-python:
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)" 2>/dev/null || { \
@@ -73,9 +74,10 @@ format: check-python $(STAMP)-test
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-# On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free.
+# On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free. A process per
+# core, eight at most (each takes about 2 GiB); a file's tests stay together because they share compiled programs.
 test: lint
-	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest -q $(PYTEST_ARGS)
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_ARGS)
 
 results: check-python $(STAMP)-demo
 	@$(PY) -m experiments.results_page

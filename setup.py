@@ -95,6 +95,8 @@ EXTRAS = {
     "test": [
         # 8.0 and 9.2 were tested.
         "pytest>=8,<10",
+        # Runs the suite in as many processes as there are cores, whole files each (`make test`). 3.8 was tested.
+        "pytest-xdist>=3.6,<4",
         # Property tests. 6.100 and 6.170 were tested.
         "hypothesis>=6.100,<7",
         # The harness itself and, on Python 3.11, its own Hugging Face model as the oracle of our adapter.
