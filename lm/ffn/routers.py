@@ -149,7 +149,9 @@ class Sigmoid(Router):
         gates = gather(scores, experts)
         if self.normalize:
             gates = gates / (gates.sum(1, keepdims=True) + 1e-20)
-        return TokenChoice(experts, gates * self.scale, scores / scores.sum(1, keepdims=True), self.k)
+        total = scores.sum(1, keepdims=True)
+        gates = jnp.where(jnp.isnan(total), jnp.nan, gates * self.scale)  # a score that is no number is not hidden
+        return TokenChoice(experts, gates, scores / total, self.k)
 
 
 @dataclass(frozen=True)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from plug_case import BASE, TOKENS, PlugCase, parameters
+from plug_case import BASE, TOKENS, PlugCase, forward, logits, parameters
 
-from lm import caches
+from lm import auxiliary, caches, weights
 from lm import params as params_lib
 from lm.config import ModelConfig, build, merge, model_config, table
 from lm.decoder import Decoder
 from lm.decoding import Generator
 from lm.errors import UserError
+from lm.ffn.context import Call
 from lm.ffn.grouped import grouped_dot
+from lm.surgery import Int8, LoRA
 from lm.train import flops, step
 from lm.train.config import TrainConfig
 
@@ -29,31 +32,22 @@ def moe(**ffn: Any) -> ModelConfig:
 
 
 class TestMoE(PlugCase):
-    change = {"ffn": {"name": "moe", "experts": 3, "router": {"name": "topk", "k": 2}}}
-    training_free = False
+    """Groups of experts, a balancing bias, and a shared expert."""
 
-
-class TestDeepSeek(PlugCase):
-    """Every second layer, a shared expert, and the balancing bias: two kinds of layers, one tree each."""
-
-    change = {
-        "ffn": {"name": "moe", "experts": 4, "every": 2, "shared": 16, "router": {"name": "deepseek_v3", "groups": 2}}
-    }
+    change = {"ffn": {"name": "moe", "experts": 4, "shared": 16, "router": {"name": "deepseek_v3", "groups": 2}}}
     training_free = False
 
 
 def test_one_expert_is_the_dense_layer() -> None:
     """Bit for bit: a softmax over one expert is 1."""
     dense = parameters(BASE)
+    want = logits(BASE, tokens_BT=TOKENS)
     for router in ("topk", "switch"):
         cfg = moe(experts=1, router={"name": router, **({"k": 1} if router == "topk" else {})})
-        tree = params_lib.init(cfg, jax.random.key(3))
-        ffn = dense["blocks"]["ffn"]
-        tree = {**dense, "blocks": {**dense["blocks"], "ffn": {**tree["blocks"]["ffn"]}}}
-        tree["blocks"]["ffn"]["experts"] = jax.tree.map(lambda k: k[:, None], ffn)
-        want = Decoder(BASE).apply({"params": dense}, jnp.asarray(TOKENS)).logits_BTV
-        got = Decoder(cfg).apply({"params": tree}, jnp.asarray(TOKENS)).logits_BTV
-        np.testing.assert_array_equal(got, want)
+        ffn = {**params_lib.init(cfg, jax.random.key(3))["blocks"]["ffn"]}
+        ffn["experts"] = jax.tree.map(lambda k: k[:, None], dense["blocks"]["ffn"])
+        tree = {**dense, "blocks": {**dense["blocks"], "ffn": ffn}}
+        np.testing.assert_array_equal(logits(cfg, tree, tokens_BT=TOKENS), want)
 
 
 def _with_experts(tree: Any, change: Any) -> Any:
@@ -61,62 +55,34 @@ def _with_experts(tree: Any, change: Any) -> Any:
     return {**tree, "blocks": {**tree["blocks"], "ffn": change(ffn)}}
 
 
-def test_equal_experts_are_one_and_their_order_is_nothing() -> None:
-    cfg = moe(experts=4)
-    tree = parameters(cfg)
-    run = jax.jit(lambda p: Decoder(cfg).apply({"params": p}, jnp.asarray(TOKENS)).logits_BTV)
-    same = _with_experts(
-        tree, lambda f: {**f, "experts": jax.tree.map(lambda k: jnp.broadcast_to(k[:, :1], k.shape), f["experts"])}
-    )
-    dense = _with_experts(tree, lambda f: jax.tree.map(lambda k: k[:, 0], f["experts"]))
-    want = Decoder(BASE).apply({"params": dense}, jnp.asarray(TOKENS)).logits_BTV
-    np.testing.assert_allclose(run(same), want, rtol=0, atol=2e-5)
-    p = np.array([2, 0, 3, 1])
-    turned = _with_experts(
-        tree,
-        lambda f: {
-            "router": {"kernel": f["router"]["kernel"][:, :, p]},
-            "experts": jax.tree.map(lambda k: k[:, p], f["experts"]),
-        },
-    )
-    np.testing.assert_allclose(run(turned), run(tree), rtol=0, atol=2e-5)
+@functools.cache
+def _pulled(name: str) -> Any:
+    def run(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> Any:
+        y, pull = jax.vjp(lambda x, w: grouped_dot(x, w, sizes, name), x, w)
+        return y, *pull(dy)
 
-
-def test_a_bias_of_zero_is_no_bias_and_a_bias_moves_choices_only() -> None:
-    plain, biased = moe(router={"name": "sigmoid"}), moe(router={"name": "deepseek_v3"})
-    tree = parameters(plain)
-    with_bias = _with_experts(tree, lambda f: {**f, "router": {**f["router"], "bias": jnp.zeros((2, 3))}})
-    a = Decoder(plain).apply({"params": tree}, jnp.asarray(TOKENS)).logits_BTV
-    b = Decoder(biased).apply({"params": with_bias}, jnp.asarray(TOKENS)).logits_BTV
-    np.testing.assert_array_equal(a, b)
-    all_chosen = moe(router={"name": "deepseek_v3", "k": 3})
-    moved = _with_experts(with_bias, lambda f: {**f, "router": {**f["router"], "bias": f["router"]["bias"] + 0.7}})
-    one, two = (Decoder(all_chosen).apply({"params": t}, jnp.asarray(TOKENS)).logits_BTV for t in (with_bias, moved))
-    np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+    return jax.jit(run)
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 23), min_size=1, max_size=6), st.integers(0, 5), st.integers(1, 9))
-def test_grouped_products(sizes: list[int], rest: int, width: int) -> None:
-    """Both implementations, groups of any size, rows beyond the last group: against numpy, gradients included."""
-    M, E, N = sum(sizes) + rest, len(sizes), 3
-    if M == 0:
-        return
-    rng = np.random.default_rng(M + E)
-    x, w, dy = rng.normal(size=(M, width)), rng.normal(size=(E, width, N)), rng.normal(size=(M, N))
-    ends = np.cumsum(sizes)
-    want, dx, dw = np.zeros((M, N)), np.zeros((M, width)), np.zeros((E, width, N))
-    for e, (b, n) in enumerate(zip(ends, sizes, strict=True)):
-        rows = slice(b - n, b)
-        want[rows], dx[rows], dw[e] = x[rows] @ w[e], dy[rows] @ w[e].T, x[rows].T @ dy[rows]
-    given_sizes = jnp.asarray(sizes, jnp.int32)
+@given(st.lists(st.integers(0, 24), min_size=5, max_size=5))
+@example([0, 0, 0, 0, 0])
+@example([0, 41, 0, 0, 0])
+@example([8, 8, 8, 8, 9])
+def test_grouped_products(sizes: list[int]) -> None:
+    """Every implementation, groups of any size, rows beyond the last group: against numpy, gradients included."""
+    M, E, K, N = 41, len(sizes), 6, 3
+    sizes = np.diff(np.minimum(np.cumsum([0, *sizes]), M)).tolist()
+    rng = np.random.default_rng(sum(sizes))
+    x, w, dy = rng.normal(size=(M, K)), rng.normal(size=(E, K, N)), rng.normal(size=(M, N))
+    want, dx, dw = np.zeros((M, N)), np.zeros((M, K)), np.zeros((E, K, N))
+    for e, (b, n) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
+        group = slice(b - n, b)
+        want[group], dx[group], dw[e] = x[group] @ w[e], dy[group] @ w[e].T, x[group].T @ dy[group]
+    given_arrays = [jnp.asarray(a, jnp.float32) for a in (x, w, dy)]
     for name in ("blocks", "ragged", "auto"):
-        y, pull = jax.vjp(
-            lambda x, w, name=name: grouped_dot(x, w, given_sizes, name),
-            jnp.asarray(x, jnp.float32),
-            jnp.asarray(w, jnp.float32),
-        )
-        for got, expected in zip((y, *pull(jnp.asarray(dy, jnp.float32))), (want, dx, dw), strict=True):
+        made = _pulled(name)(*given_arrays, jnp.asarray(sizes, jnp.int32))
+        for got, expected in zip(made, (want, dx, dw), strict=True):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4, err_msg=name)
 
 
@@ -132,15 +98,17 @@ def test_layers_by_pattern() -> None:
     assert "experts" not in params_lib.abstract(override)["blocks_0"]["ffn"]
 
 
+REPORTING = moe(load_balance_loss=0.1, router_z_loss=0.01)
+
+
 def test_reports_flow_out_of_scanned_and_unrolled_layers_alike() -> None:
-    cfg = moe()
-    tree = parameters(cfg)
-    whole = Decoder(cfg).apply({"params": tree}, jnp.asarray(TOKENS)).reports
-    apart = Decoder(cfg).apply({"params": params_lib.unstack(tree)}, jnp.asarray(TOKENS)).reports
+    tree, tokens = parameters(REPORTING), jnp.asarray(TOKENS)
+    whole = forward(REPORTING)(tree, tokens_BT=tokens).reports
+    apart = forward(REPORTING)(params_lib.unstack(tree), tokens_BT=tokens).reports
     assert len(whole) == 2 and float(whole[0]["sums"]["counts_E"].sum()) == 2 * TOKENS.size
     assert not np.array_equal(whole[0]["sums"]["counts_E"], whole[1]["sums"]["counts_E"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, apart)
-    assert Decoder(BASE).apply({"params": parameters(BASE)}, jnp.asarray(TOKENS)).reports == ({}, {})
+    assert forward(BASE)(parameters(BASE), tokens_BT=tokens).reports == ({}, {})
 
 
 TRAIN = build(TrainConfig, {"batch": 8, "steps": 50, "data": {"seq_len": 12}}, "train")
@@ -152,80 +120,102 @@ def rows(seed: int = 0) -> dict[str, jax.Array]:
     return {k: jnp.asarray(v, jnp.int32) for k, v in out.items()} | {"weights": jnp.ones((8, 12))}
 
 
-def test_the_loss_is_the_mean_over_layers_whatever_the_stack() -> None:
-    cfg = moe(load_balance_loss=0.1, router_z_loss=0.01)
-    tree = parameters(cfg)
-    _, sums = jax.jit(lambda p, b: step.gradients(cfg, TRAIN, p, b))(tree, rows())
-    none = moe(load_balance_loss=0.0)
-    _, bare = jax.jit(lambda p, b: step.gradients(none, TRAIN, p, b))(tree, rows())
-    reports = Decoder(cfg).apply({"params": tree}, rows()["inputs"]).reports
-    extra = np.mean([float(r["loss"]) for r in reports])
-    assert float(sums["loss"] - bare["loss"]) == pytest.approx(extra, rel=1e-4) and extra > 0.05
-    assert float(sums["nll"]) == pytest.approx(float(bare["nll"]), rel=1e-6)
+def test_the_loss_is_the_mean_over_layers() -> None:
+    tree, tokens = parameters(REPORTING), jnp.asarray(TOKENS)
+    weights_BT = jnp.ones(TOKENS.shape).at[0, :7].set(0)
+    batch = {"inputs": tokens, "targets": jnp.roll(tokens, -1, 1), "weights": weights_BT}
+    total, sums = jax.jit(lambda p, b: TRAIN.objective.loss(REPORTING, p, b))(tree, batch)
+    extra = np.mean([float(r["loss"]) for r in forward(REPORTING)(tree, tokens_BT=tokens).reports])
+    n = float(weights_BT.sum())
+    assert float(sums["weight"]) == n and extra > 0.05
+    assert float(total - sums["nll"]) / n == pytest.approx(extra, rel=1e-3)
+    own = auxiliary.add(({}, {"loss": jnp.float32(3)}, {"loss": jnp.float32(1)}), jnp.float32(5), {"weight": 4.0})
+    assert float(own[0]) == 5 + 4 * 2 and own[1] == {"weight": 4.0}
 
 
-@pytest.mark.parametrize("unstacked", [False, True])
-def test_the_bias_moves_against_the_load_and_by_nothing_else(unstacked: bool) -> None:
-    changes = {"every": 2} if unstacked else {}
-    cfg = moe(router={"name": "deepseek_v3", "bias_rate": 0.25}, load_balance_loss=0.0, **changes)
+def test_the_bias_moves_against_the_load_and_by_nothing_else() -> None:
+    cfg = moe(router={"name": "deepseek_v3", "bias_rate": 0.25}, load_balance_loss=0.0)
     train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, decay="all"), accumulate=2)
     state = step.initial(params_lib.init(cfg, jax.random.key(0)), train, 0)
 
-    def bias(state: Any) -> Any:
-        return state["params"]["blocks_1" if unstacked else "blocks"]["ffn"]["router"]["bias"]
+    def bias(state: Any) -> np.ndarray:
+        return np.asarray(state["params"]["blocks"]["ffn"]["router"]["bias"])
 
     run = jax.jit(lambda s, b: step.step(cfg, train, s, b))
-    before = np.asarray(bias(state))
     after, metrics = run(state, rows())
-    counts = np.stack([np.asarray(s["counts_E"]) for s in metrics["aux"] if s])
-    want = before + 0.25 * np.sign(counts.mean(1, keepdims=True) - counts).reshape(before.shape)
+    counts = np.stack([np.asarray(s["counts_E"]) for s in metrics["aux"]])
+    want = bias(state) + 0.25 * np.sign(counts.mean(1, keepdims=True) - counts)
     np.testing.assert_allclose(bias(after), want, rtol=0, atol=1e-6)
-    assert counts.sum() == 2 * 8 * 12 * len(counts)
+    assert counts.sum() == 2 * 8 * 12 * 2
     bad = {**rows(), "weights": rows()["weights"].at[0, 0].set(np.nan)}
     again, metrics = run(after, bad)
     assert not bool(metrics["ok"])
     np.testing.assert_array_equal(bias(again), bias(after))  # a rejected step moves no bias
 
+    # the same with one tree per layer, and a mean that stays 0
+    apart = moe(every=2, router={"name": "deepseek_v3", "bias_rate": 0.25, "centre": True})
+    old = params_lib.init(apart, jax.random.key(0))
+    new = jax.tree.map(lambda x: x + 1, old)
+    moved = auxiliary.moved(apart, old, new, ({}, {"counts_E": jnp.array([9.0, 1.0, 2.0])}))
+    bias_E = moved["blocks_1"]["ffn"]["router"].pop("bias")
+    np.testing.assert_allclose(bias_E, 0.25 * (np.array([-1, 1, 1]) - 1 / 3), atol=1e-6)
+    new["blocks_1"]["ffn"]["router"].pop("bias")
+    jax.tree.map(np.testing.assert_array_equal, moved, new)
 
-def test_the_bias_balances_a_collapsed_router() -> None:
-    cfg = moe(experts=4, router={"name": "deepseek_v3", "k": 1, "bias_rate": 0.05}, load_balance_loss=0.0)
-    train = build(
-        TrainConfig,
-        {"batch": 8, "steps": 40, "data": {"seq_len": 12}, "optimizer": {"name": "sgd", "learning_rate": 1e-9}},
-        "train",
-    )
-    tree = params_lib.init(cfg, jax.random.key(0))
-    tree = _with_experts(tree, lambda f: {**f, "router": {**f["router"], "bias": jnp.asarray([[0.5, 0, 0, 0]] * 2)}})
-    state, found = step.initial(tree, train, 0), []
-    run = jax.jit(lambda s, b: step.step(cfg, train, s, b))
-    for i in range(40):
-        state, metrics = run(state, rows(i % 4))
-        found.append(float(metrics["aux"][0]["counts_E"].max()) * 4 / (8 * 12) - 1)
-    assert found[0] == 3.0 and np.mean(found[-10:]) < 1.5
+
+@functools.cache
+def train_step(cfg: ModelConfig) -> Any:
+    return jax.jit(lambda s, b: step.step(cfg, TRAIN, s, b))
 
 
 def test_random_routers_draw_by_seed_and_step() -> None:
     cfg = moe(router={"name": "gshard"})
     state = step.initial(parameters(cfg), TRAIN, 0)
-    run = jax.jit(lambda s, b: step.step(cfg, TRAIN, s, b)[1]["loss"])
-    a, b = float(run(state, rows())), float(run({**state, "seed": state["seed"] + 1}, rows()))
-    later = float(run({**state, "step": state["step"] + 1}, rows()))
-    assert len({a, b, later}) == 3 and a == float(run(state, rows()))
+    changes: tuple[dict[str, Any], ...] = ({}, {"seed": state["seed"] + 1}, {"step": state["step"] + 1}, {})
+    a, b, later, again = (float(train_step(cfg)({**state, **c}, rows())[1]["loss"]) for c in changes)
+    assert len({a, b, later}) == 3 and a == again
 
 
-@pytest.mark.parametrize("name", [n for n, c in table("lm.ffn.routers").items() if c.learned])
-def test_logits_that_are_not_numbers_are_not_hidden(name: str) -> None:
-    """The step is refused, counted, and nothing moves; ten in a row end the run (tests/train/test_whole_runs.py)."""
-    for change in ({}, {"capacity": 0.5} if table("lm.ffn.routers")[name].capacity else {}):
-        cfg = moe(router={"name": name}, load_balance_loss=0.0, **change)
-        tree = _with_experts(
+def test_a_step_whose_router_gives_no_numbers_is_refused() -> None:
+    """Counted, and nothing moves; ten in a row end the run (tests/train/test_whole_runs.py)."""
+    cfg = moe(router={"name": "gshard"})
+    state = step.initial(
+        _with_experts(
             params_lib.init(cfg, jax.random.key(0)),
-            lambda f: {**f, "router": {**f["router"], "kernel": f["router"]["kernel"].at[:, 0, 0].set(np.nan)}},
-        )
-        state = step.initial(tree, TRAIN, 0)
-        after, metrics = jax.jit(lambda s, b, cfg=cfg: step.step(cfg, TRAIN, s, b))(state, rows())
-        assert not bool(metrics["ok"]) and int(after["skipped"]) == 1
-        jax.tree.map(np.testing.assert_array_equal, after["params"], tree)
+            lambda f: {**f, "router": {"kernel": f["router"]["kernel"].at[:, 0, 0].set(np.nan)}},
+        ),
+        TRAIN,
+        0,
+    )
+    after, metrics = train_step(cfg)(state, rows())
+    assert not bool(metrics["ok"]) and int(after["skipped"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, after["params"], state["params"])
+
+
+def test_adapters_and_int8_on_a_mixture() -> None:
+    """Adapters fit experts, router and shared expert and are the merged model; int8 leaves experts and router."""
+    cfg = TestMoE().cfg
+    tree = parameters(cfg)
+    lora = LoRA(targets=("*/ffn/*kernel",), rank=2)
+    adapters = lora.init(cfg, tree, jax.random.key(1))
+    assert adapters["blocks"]["ffn"]["experts"]["up"]["kernel"]["lora_a"].shape == (2, 4, 32, 2)
+    want = logits(cfg, tokens_BT=TOKENS)
+    np.testing.assert_array_equal(logits(cfg, lora.attach(cfg, tree, adapters), tokens_BT=TOKENS), want)
+    train = dataclasses.replace(TRAIN, surgery=lora)
+    after, metrics = jax.jit(lambda s, b: step.step(cfg, train, s, b, tree))(step.initial(adapters, train, 0), rows())
+    assert bool(metrics["ok"]) and jax.tree.structure(after["params"]) == jax.tree.structure(adapters)
+    moved = jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), after["params"])
+    merged = logits(cfg, lora.merge(cfg, tree, moved), tokens_BT=TOKENS)
+    assert np.abs(merged - want).max() > 0.01
+    np.testing.assert_allclose(logits(cfg, lora.attach(cfg, tree, moved), tokens_BT=TOKENS), merged, atol=2e-5)
+
+    _, made = Int8().apply(cfg, tree)
+    rounded = {
+        n.split("/", 1)[1] for n, leaf in params_lib.names(made).items() if weights.special(leaf) and "/ffn/" in n
+    }
+    assert rounded == {f"ffn/shared/{n}/kernel" for n in ("gate", "up", "down")}
+    got, want = (logits(cfg, t, tokens_BT=TOKENS) for t in (made, weights.densify(made)))
+    np.testing.assert_allclose(got, want, atol=2e-5)
 
 
 def test_flops_count_what_a_token_passes() -> None:
@@ -288,20 +278,6 @@ def test_generation_that_would_be_wrong_is_refused_with_the_reason(change: dict[
         assert reason in str(e.value)
 
 
-@pytest.mark.parametrize("name", [n for n in table("lm.ffn.routers") if n not in ("expert_choice", "soft")])
-def test_routers_that_generate_read_the_same_with_a_cache(name: str) -> None:
-    cfg = moe(router={"name": name}, capacity=None if name == "hash" else 0.5)
-    tree = params_lib.init(cfg, jax.random.key(1))
-    want = Decoder(cfg).apply({"params": tree}, jnp.asarray(TOKENS[:, :9])).logits_BTV
-    cache, got = caches.init(cfg, 2, 9), []
-    for a, b in ((0, 6), (6, 7), (7, 9)):
-        index = jnp.broadcast_to(jnp.arange(a, b), (2, b - a))
-        out = Decoder(cfg).apply({"params": tree}, jnp.asarray(TOKENS[:, a:b]), index_BT=index, cache=cache)
-        cache = out.cache
-        got.append(out.logits_BTV)
-    np.testing.assert_allclose(np.concatenate(got, 1), want, rtol=0, atol=1e-5)
-
-
 def test_experts_that_do_not_spread_are_refused() -> None:
     place = step.Placement(8)
     place.check(moe(experts=6))  # data parallelism alone: nothing to spread
@@ -337,8 +313,6 @@ def test_dispatch_holds_memory_in_proportion_to_tokens() -> None:
         )
         module = cfg.ffn.module(cfg)
         x = jax.ShapeDtypeStruct((1, tokens, 32), jnp.float32)
-        from lm.ffn.context import Call
-
         call = Call(jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1, tokens), jnp.int32))
         p = jax.eval_shape(module.init, jax.random.key(0), x, call)
         run = jax.jit(lambda p, x, call: jax.grad(lambda p: module.apply(p, x, call)[0].sum())(p))
