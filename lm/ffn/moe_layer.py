@@ -233,7 +233,7 @@ def _report(
         share, mean = chosen.sum(over) / n, (probs * weight).sum(over) / n
         balance = E / decision.balanced * (jax.lax.stop_gradient(share) * mean).sum(-1).mean()
     lse = jax.nn.logsumexp(logits.reshape(B, T, -1), axis=-1)
-    z = (mask_BT * lse**2).sum()
+    z = (mask_BT * lse**2).sum() * float(moe.router.learned)
     safe = jnp.maximum(probs, 1e-30)
     entropy = -(weight * probs * jnp.log(safe)).sum()
     loss = moe.load_balance_loss * balance + moe.router_z_loss * z / jnp.maximum(tokens, 1.0)
