@@ -92,7 +92,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
     history: dict[str, Any] = {"name": "routing_history", "texts": ("kjv:Genesis",), "length": 128, "rows": 32}
     if scale == "smoke":
         c.seeds = (0,)
-        c.train.update({"keep_every": 1, "save_every": 1})
+        c.train.update({"keep_every": 2, "save_every": 2})
         experts = 4
         routing.update(length=32, rows=8, bin=4)
         history.update(length=32, rows=4)

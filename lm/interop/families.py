@@ -195,7 +195,7 @@ def _qwen_moe(hf: Hf, out: dict[str, Any], k: int, shared: int) -> dict[str, Any
     """Experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
     moe = {
         "name": "moe",
-        "experts": _need(hf, "num_experts"),
+        "experts": hf.get("num_experts") or hf.get("num_local_experts") or _need(hf, "num_experts"),
         "expert": out["ffn"]["name"],
         "d_expert": _need(hf, "moe_intermediate_size"),
         "every": hf.get("decoder_sparse_step", 1),

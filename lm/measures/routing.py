@@ -76,8 +76,8 @@ class Routing:
     ``id`` (the token), ``previous`` (the token before), ``position``, ``text`` (which of the texts; with more than
     one); ``accuracy_none`` (the commonest expert); ``load_max``, the largest expert's share of first choices;
     ``dropped``, ``dropped_early`` and ``dropped_late`` (first and last quarter of the row), and ``dropped@TEXT``:
-    shares of choices, under the arm's ``eval_capacity``. Curves: dropped by position, and the spread (standard
-    deviation over ids or positions, from the even rows) of each expert's share.
+    shares of choices, under the arm's ``eval_capacity``. Curves: dropped by position, and by expert of the last mixture
+    layer the spread of its share over ids (``spread_id``) and over positions (``spread_position``).
     """
 
     texts: tuple[str, ...] = ("kjv:Genesis", "python-docs")
@@ -144,27 +144,21 @@ class Routing:
                 "xlabel": "position, tokens",
                 "ylabel": "share of choices dropped",
             },
-            "spread": self._spread(experts[..., 0], of, E),
+            **{f"spread_{c}": self._spread(experts[-1, ..., 0], of[c], E, c) for c in ("id", "position")},
         }
         return Measured(samples, curves, {"texts": list(self.texts), "layers": len(experts)})
 
-    def _spread(self, first: np.ndarray, of: dict[str, np.ndarray], E: int) -> dict[str, Any]:
-        """Standard deviation of each expert's share over ids seen 8 times or more, sorted; and over positions."""
-        layer = first[-1].ravel()
-
-        def spread(c: np.ndarray) -> np.ndarray:
-            table = np.zeros((int(c.max()) + 1, E))
-            np.add.at(table, (c.ravel(), layer), 1.0)
-            table = table[table.sum(1) >= 8]
-            return np.sort((table / table.sum(1, keepdims=True)).std(0))[::-1] if len(table) else np.zeros(E)
-
+    def _spread(self, chosen: np.ndarray, c: np.ndarray, E: int, name: str) -> dict[str, Any]:
+        """Standard deviation of each expert's share over values of `c` seen 8 times or more, the largest first."""
+        table = np.zeros((int(c.max()) + 1, E))
+        np.add.at(table, (c.ravel(), chosen.ravel()), 1.0)
+        table = table[table.sum(1) >= 8]
+        share = table / table.sum(1, keepdims=True)
         return {
             "x": list(range(E)),
-            "y": spread(of["id"]).tolist(),
-            "y_by_sample": [spread(of["id"]).tolist(), spread(of["position"]).tolist()],
-            "names": ["over token ids", "over positions"],
+            "y": np.sort(share.std(0))[::-1].tolist() if len(table) else [0.0] * E,
             "xlabel": "expert of the last mixture layer, sorted",
-            "ylabel": "standard deviation of its share",
+            "ylabel": f"standard deviation of its share over {name}s",
         }
 
 

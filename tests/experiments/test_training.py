@@ -243,7 +243,9 @@ def test_mixtures_train_and_are_measured_at_their_smallest_scale(
     assert all(c["holds"] is None for c in made["moe_routers"]["claims"])  # every one compares two arms
     holds = [c["holds"] for c in made["openmoe"]["claims"]]
     assert holds[0] is None and None not in holds[1:]
-    assert {"routing/dropped", "routing/spread", "history/overlap"} <= set(made["openmoe"]["curves"]["moe"])
+    assert {"routing/dropped", "routing/spread_id", "routing/spread_position", "history/overlap"} <= set(
+        made["openmoe"]["curves"]["moe"]
+    )
     arms = made["openmoe"]["arms"]
     assert arms["moe"]["routing/dropped"]["mean"] == 0 < arms["capacity_k"]["routing/dropped"]["mean"]
     assert arms["capacity"]["routing/dropped"]["mean"] > arms["capacity_k"]["routing/dropped"]["mean"]

@@ -184,7 +184,8 @@ def test_an_absent_key_stands_for_what_it_does_in_transformers(family: str, give
     else:
         sizes["intermediate_size"] = 48
     if "qwen" in family and "moe" in family:
-        sizes |= {"num_experts": 8, "moe_intermediate_size": 16}
+        key = "num_experts" if family == "qwen2_moe" else "num_local_experts"  # what transformers writes
+        sizes |= {key: 8, "moe_intermediate_size": 16}
     bare = {"model_type": family, **sizes, **given}
     full = transformers.AutoConfig.for_model(**bare).to_dict()
     read = families.FAMILIES[family].model

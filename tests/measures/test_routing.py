@@ -60,7 +60,7 @@ def test_a_hash_is_known_by_the_id_and_by_nothing_else() -> None:
     s = {k: v[0] for k, v in made.samples.items()}
     assert s["accuracy_id"] > 0.9 and s["info_id"] > 2 * max(s["info_previous"], s["info_position"], s["info_text"])
     assert s["dropped"] == s["dropped_late"] == s["dropped@python-docs"] == 0 and made.notes["layers"] == 2
-    ids, positions = made.curves["spread"]["y_by_sample"]
+    ids, positions = (made.curves[f"spread_{c}"]["y"] for c in ("id", "position"))
     # an id's share is 0 or 1: its spread follows from how many ids each expert has
     seen = np.bincount(np.array([list(d.text.encode())[: 8 * 32] for d in _documents()]).ravel(), minlength=258) >= 8
     share = np.bincount(cfg.ffn.router.experts_of(258, 4)[seen, 0], minlength=4) / seen.sum()
