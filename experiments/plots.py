@@ -167,8 +167,9 @@ def _cut(axes: Any, by_arm: Mapping[str, Curve], means: Mapping[str, np.ndarray]
     low, calm = min(low, float(np.nanmin(seen))), float(np.nanmax(seen))
     end = calm + CUT * max(calm - low, 0.5 * abs(calm))
     high = max(high, calm)
-    room = 0.05 * (min(end, high) - low) or 0.5
-    if high - low <= BLOWN * (end - low):
+    flat = end <= low  # zero throughout gives no scale to cut by
+    room = 0.05 * ((high if flat else min(end, high)) - low) or 0.5
+    if flat or high - low <= BLOWN * (end - low):
         axes.set_ylim(low - room, high + room)
         return []
     axes.set_ylim(low - room, end)
