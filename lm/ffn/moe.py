@@ -129,9 +129,7 @@ class MoE:
     @property
     def active(self) -> float:
         """The share of the experts' weights that a token passes through."""
-        return {"expert_choice": getattr(self.router, "factor", 1.0), "soft": 1.0}.get(
-            self.name_of_router, self.router.k
-        ) / self.experts
+        return self.router.share(self.experts)
 
     def leaks(self, training: bool) -> bool:
         """Whether a token's output may depend on later tokens: by the router, or because they take its place."""

@@ -177,6 +177,9 @@ class ExpertsChoose(Router):
         if not 0 < self.factor <= experts:
             raise UserError(f"model.ffn.router.factor: found {self.factor}; valid: above 0, at most {experts}")
 
+    def share(self, experts: int) -> float:
+        return self.factor / experts
+
     def route(self, s: Scores) -> ExpertChoice:
         T, E = s.logits_TE.shape
         probs = jax.nn.softmax(s.logits_TE)

@@ -88,6 +88,10 @@ class Router:
         if not 1 <= self.k <= experts:
             raise UserError(f"model.ffn.router.k: found {self.k}; valid: 1 to model.ffn.experts = {experts}")
 
+    def share(self, experts: int) -> float:
+        """The share of the experts' weights that an average token passes through."""
+        return self.k / experts
+
     def acausal(self, training: bool) -> bool:
         return self.leaks == ALWAYS or (training and self.leaks == TRAINING)
 
