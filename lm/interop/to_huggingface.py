@@ -44,7 +44,9 @@ def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, Hf]:
         lost[family] = _differences(cfg, hf, family)
         if not lost[family]:
             return family, hf
-    nearest = min(lost, key=lambda f: len(lost[f]))
+    # A setting that every layer repeats is one.
+    keys = {f: {said.split(" = ")[0].split()[-1].removeprefix("model.") for said in lost[f]} for f in lost}
+    nearest = min(lost, key=lambda f: len(keys[f]))
     valid = ", ".join(families.FAMILIES)
     raise UserError(f"export: {lost[nearest][0]}, which {nearest} cannot express; valid families: {valid}")
 
