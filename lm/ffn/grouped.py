@@ -1,12 +1,15 @@
-"""Products of rows with the matrix of their group: what stacked experts compute.
+"""Sorted rows through stacked experts: each row with the matrices of its group, and the weighted sum by token.
 
-On accelerators `jax.lax.ragged_dot`. XLA's CPU backend lowers that to one product per expert over *all* rows, E times
-the work, so there it is a loop over experts, and within each over blocks of its rows. Letters: M rows, K and N widths,
-E groups, b rows of a block.
+On accelerators products of `jax.lax.ragged_dot`. XLA's CPU backend lowers that to one product per expert over *all*
+rows, E times the work, so there it is a loop over experts, and within each over blocks of its rows, that does a whole
+expert at once: a block's rows are fetched, multiplied, activated and multiplied again while they are in the cache. Its
+gradient is such a loop too. Letters: N tokens, k experts each, M = N k rows, D and F widths, E experts, W = F or 2 F
+(up, and gate beside it), b rows of a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,61 +18,36 @@ import jax.numpy as jnp
 from lm.errors import unknown
 
 IMPLEMENTATIONS = ("auto", "ragged", "blocks")
+Activation = Callable[[jax.Array], jax.Array]
+Weights = dict[str, jax.Array]  # "up" [E, D, F], "down" [E, F, D], and "gate" [E, D, F] of a gated layer
 
 
-def grouped_dot(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, implementation: str = "auto") -> jax.Array:
-    """``y[i] = x[i] @ w[e]`` for the ``sizes[0]`` first rows with e = 0, the next ``sizes[1]`` with e = 1, and so on.
+def mixture(
+    x_ND: jax.Array,
+    weights: Weights,
+    gates_Nk: jax.Array,
+    order_M: jax.Array,
+    place_Nk: jax.Array,
+    sizes_E: jax.Array,
+    activation: Activation,
+    implementation: str = "auto",
+) -> jax.Array:
+    """``y[n] = sum_j gates[n, j] down_e(act(gate_e x[n]) * up_e x[n])``, e the expert of row ``place[n, j]``.
 
-    Rows beyond ``sum(sizes)`` give 0. `sizes` int32. Differentiable in x and w. `implementation`: ``ragged``,
-    ``blocks``, or ``auto``: by the platform the program is lowered for. One group is the plain product.
+    `order` ``[M]`` int32: the assignment ``n k + j`` of each row, rows sorted by expert; `place` ``[N, k]``: inverse;
+    `sizes` ``[E]`` int32: rows of each expert. Rows beyond ``sum(sizes)`` are nobody's and add ``0 * gate``. Without
+    ``weights["gate"]`` an expert is ``down(act(up x))``. Differentiable in x, weights and gates. `implementation`:
+    ``ragged``, ``blocks``, or ``auto``: by the platform the program is lowered for.
     """
     if implementation not in IMPLEMENTATIONS:
         raise unknown("model.ffn.implementation", implementation, IMPLEMENTATIONS)
-    if w_EKN.shape[0] == 1:
-        inside = jnp.arange(x_MK.shape[0])[:, None] < sizes_E[0]
-        return jnp.where(inside, x_MK @ w_EKN[0], jnp.zeros((), x_MK.dtype))
-    return _dot(implementation, x_MK, w_EKN, sizes_E)
-
-
-@jax.custom_batching.sequential_vmap  # the primitive's own batching rule does not cover stacked matrices
-def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.lax.ragged_dot(x, w, sizes)
-
-
-def _dot_of(implementation: str, x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    if implementation != "auto":
-        return (_blocks if implementation == "blocks" else _ragged)(x, w, sizes)
-    return jax.lax.platform_dependent(x, w, sizes, cpu=_blocks, default=_ragged)
-
-
-@jax.custom_batching.sequential_vmap
-def _outer_ragged(x: jax.Array, dy: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return jax.vjp(lambda w: jax.lax.ragged_dot(x, w, sizes), w)[1](dy)[0]
-
-
-def _outer_cpu(x: jax.Array, dy: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
-    return _outer(x, dy, sizes).astype(w.dtype)
-
-
-def _wrap() -> Any:
-    dot = jax.custom_vjp(_dot_of, nondiff_argnums=(0,))
-
-    def forward(implementation: str, x: Any, w: Any, sizes: Any) -> Any:
-        return _dot_of(implementation, x, w, sizes), (x, w, sizes)
-
-    def backward(implementation: str, saved: Any, dy: Any) -> Any:
-        x, w, sizes = saved
-        dx = _dot_of(implementation, dy, jnp.swapaxes(w, 1, 2), sizes)
-        if implementation != "auto":
-            outer = _outer_cpu if implementation == "blocks" else _outer_ragged
-            return dx, outer(x, dy, w, sizes), None
-        return dx, jax.lax.platform_dependent(x, dy, w, sizes, cpu=_outer_cpu, default=_outer_ragged), None
-
-    dot.defvjp(forward, backward)
-    return dot
-
-
-_dot = _wrap()
+    if sizes_E.shape[0] == 1:  # a plain layer, by the plain layer's operations
+        rows = x_ND[order_M // gates_Nk.shape[1]]
+        one = {name: w[0] for name, w in weights.items()}
+        inner = activation(rows @ one["gate"]) * (rows @ one["up"]) if "gate" in one else activation(rows @ one["up"])
+        live = jnp.arange(len(order_M))[:, None] < sizes_E[0]
+        return _combine(jnp.where(live, inner @ one["down"], jnp.zeros((), x_ND.dtype)), gates_Nk, place_Nk)
+    return _mixture(activation, implementation, x_ND, weights, gates_Nk, order_M, place_Nk, sizes_E)
 
 
 def block(M: int, E: int) -> int:
@@ -78,45 +56,163 @@ def block(M: int, E: int) -> int:
     return max(8, min(256, 1 << max(M // max(E, 1), 1).bit_length() - 1))
 
 
-def _blocks(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    M, K = x_MK.shape
-    b = block(M, w_EKN.shape[0])
-    x = jnp.pad(x_MK, ((0, b), (0, 0)))
-    first_E = jnp.cumsum(sizes_E) - sizes_E
-
-    def expert(y: jax.Array, of: Any) -> tuple[jax.Array, None]:
-        w, first, size = of
-
-        def step(i: jax.Array, y: jax.Array) -> jax.Array:
-            # What a group's last block writes beyond its rows, the next group writes again.
-            at = first + i * b
-            return jax.lax.dynamic_update_slice(y, jax.lax.dynamic_slice(x, (at, 0), (b, K)) @ w, (at, 0))
-
-        return jax.lax.fori_loop(0, (size + b - 1) // b, step, y), None
-
-    y = jnp.zeros((M + b, w_EKN.shape[2]), jnp.result_type(x_MK, w_EKN))
-    y = jax.lax.scan(expert, y, (w_EKN, first_E, sizes_E))[0][:M]
-    return jnp.where(jnp.arange(M)[:, None] < sizes_E.sum(), y, jnp.zeros((), y.dtype))
+def _combine(out_MD: jax.Array, gates_Nk: jax.Array, place_Nk: jax.Array) -> jax.Array:
+    return jnp.einsum("nkd,nk->nd", out_MD[place_Nk], gates_Nk.astype(out_MD.dtype))
 
 
-def _outer(x_MK: jax.Array, dy_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """``[E, K, N]``: the sum over each group's rows of ``x^T dy``, float32."""
-    M, K, N = *x_MK.shape, dy_MN.shape[1]
-    b = block(M, sizes_E.shape[0])
-    x, dy = (jnp.pad(a, ((0, b), (0, 0))) for a in (x_MK, dy_MN))
-    first_E = jnp.cumsum(sizes_E) - sizes_E
+def _inner(activation: Activation, h_mW: jax.Array, gated: bool) -> jax.Array:
+    """What goes into the last product: h is up alone, or up with the gate beside it."""
+    if not gated:
+        return activation(h_mW)
+    up, gate = jnp.split(h_mW, 2, -1)
+    return activation(gate) * up
 
-    def expert(_: None, of: Any) -> tuple[None, jax.Array]:
-        first, size = of
 
-        def step(i: jax.Array, total: jax.Array) -> jax.Array:
-            at = first + i * b
-            rows = jax.lax.dynamic_slice(x, (at, 0), (b, K))
-            inside = jnp.arange(b)[:, None] < size - i * b
-            rows = jnp.where(inside, rows, jnp.zeros((), x.dtype))
-            own = jnp.where(inside, jax.lax.dynamic_slice(dy, (at, 0), (b, N)), jnp.zeros((), dy.dtype))
-            return total + jnp.dot(rows.T, own, preferred_element_type=jnp.float32)
+def _inward(weights: Weights) -> jax.Array:
+    """``[..., D, W]``."""
+    return jnp.concatenate([weights["up"], weights["gate"]], -1) if "gate" in weights else weights["up"]
 
-        return None, jax.lax.fori_loop(0, (size + b - 1) // b, step, jnp.zeros((K, N), jnp.float32))
 
-    return jax.lax.scan(expert, None, (first_E, sizes_E))[1]
+def _choose(implementation: str, blocks: Any, ragged: Any, *args: Any) -> Any:
+    if implementation != "auto":
+        return (blocks if implementation == "blocks" else ragged)(*args)
+    return jax.lax.platform_dependent(*args, cpu=blocks, default=ragged)
+
+
+def _forward(
+    activation: Activation,
+    implementation: str,
+    x: Any,
+    weights: Weights,
+    gates: Any,
+    order: Any,
+    place: Any,
+    sizes: Any,
+) -> tuple[jax.Array, Any]:
+    M, E = len(order), len(sizes)
+    tokens, gated = order // gates.shape[1], "gate" in weights
+
+    def blocks(x: Any, weights: Weights, tokens: Any, sizes: Any) -> tuple[jax.Array, jax.Array]:
+        b = block(M, E)
+        tokens = jnp.pad(tokens, (0, b))
+
+        def expert(carry: Any, of: Any) -> tuple[Any, None]:
+            weights, first, size = of
+            inward = _inward(weights)
+
+            def step(i: jax.Array, carry: Any) -> Any:
+                # What a group's last block writes beyond its rows, the next group writes again.
+                (y, h), at = carry, first + i * b
+                mine = x[jax.lax.dynamic_slice(tokens, (at,), (b,))] @ inward
+                out = _inner(activation, mine, gated) @ weights["down"]
+                out = jnp.where(_inside(b, size - i * b), out, jnp.zeros((), out.dtype))
+                put = jax.lax.dynamic_update_slice
+                return put(y, out, (at, 0)), put(h, mine, (at, 0))
+
+            return jax.lax.fori_loop(0, (size + b - 1) // b, step, carry), None
+
+        y = jnp.zeros((M + b, x.shape[1]), x.dtype)
+        h = jnp.zeros((M + b, _inward(weights).shape[-1]), x.dtype)
+        y, h = jax.lax.scan(expert, (y, h), (weights, jnp.cumsum(sizes) - sizes, sizes))[0]
+        return y[:M], h[:M]
+
+    def ragged(x: Any, weights: Weights, tokens: Any, sizes: Any) -> tuple[jax.Array, jax.Array]:
+        h = _ragged(x[tokens], _inward(weights), sizes)
+        y = _ragged(_inner(activation, h, gated), weights["down"], sizes)
+        return jnp.where(_inside(M, sizes.sum()), y, jnp.zeros((), y.dtype)), h
+
+    y, h = _choose(implementation, blocks, ragged, x, weights, tokens, sizes)
+    return _combine(y, gates, place), (x, weights, gates, order, place, sizes, h)
+
+
+def _inside(b: int, size: jax.Array) -> jax.Array:
+    return jnp.arange(b)[:, None] < size
+
+
+def _backward(activation: Activation, implementation: str, saved: Any, d_y: jax.Array) -> Any:
+    x, weights, gates, order, place, sizes, h = saved
+    (M, E, k), gated = (len(order), len(sizes), gates.shape[1]), "gate" in weights
+    gates_M = gates.reshape(-1)[order]
+
+    def through(h: Any, d_inner: Any, gates: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The inner activations times their gates, d h, and d gates; `d_inner` is without the gates."""
+        inner, pull = jax.vjp(lambda h: _inner(activation, h, gated), h)
+        d_gate = (inner.astype(jnp.float32) * d_inner.astype(jnp.float32)).sum(-1)
+        by = gates[:, None].astype(inner.dtype)
+        return inner * by, pull(d_inner * by)[0], d_gate
+
+    def outer(a: Any, b: Any) -> jax.Array:
+        return jnp.dot(a.T, b, preferred_element_type=jnp.float32)
+
+    def blocks(x: Any, weights: Weights, h: Any, d_y: Any, tokens: Any, gates: Any, sizes: Any) -> Any:
+        b = block(M, E)
+        tokens, gates = jnp.pad(tokens, (0, b)), jnp.pad(gates, (0, b))
+        h = jnp.pad(h, ((0, b), (0, 0)))
+
+        def expert(carry: Any, of: Any) -> tuple[Any, Any]:
+            weights, first, size = of
+            inward_T, down_T = _inward(weights).T, weights["down"].T
+
+            def step(i: jax.Array, carry: Any) -> Any:
+                d_x, d_gates, d_inward, d_down = carry
+                at, live = first + i * b, _inside(b, size - i * b)
+                rows = jax.lax.dynamic_slice(tokens, (at,), (b,))
+                own = jnp.where(live, d_y[rows], jnp.zeros((), d_y.dtype))
+                mine = jax.lax.dynamic_slice(h, (at, 0), (b, h.shape[1]))
+                inner, d_h, d_gate = through(mine, own @ down_T, jax.lax.dynamic_slice(gates, (at,), (b,)))
+                return (
+                    jax.lax.dynamic_update_slice(d_x, d_h @ inward_T, (at, 0)),
+                    jax.lax.dynamic_update_slice(d_gates, d_gate, (at,)),
+                    d_inward + outer(x[rows], d_h),
+                    d_down + outer(inner, own),
+                )
+
+            sums = jnp.zeros(inward_T.shape[::-1], jnp.float32), jnp.zeros(down_T.shape[::-1], jnp.float32)
+            *carry, d_inward, d_down = jax.lax.fori_loop(0, (size + b - 1) // b, step, (*carry, *sums))
+            return tuple(carry), (d_inward, d_down)
+
+        carry = jnp.zeros((M + b, x.shape[1]), x.dtype), jnp.zeros(M + b, jnp.float32)
+        (d_x, d_gates), sums = jax.lax.scan(expert, carry, (weights, jnp.cumsum(sizes) - sizes, sizes))
+        return d_x[:M], d_gates[:M], *sums
+
+    def ragged(x: Any, weights: Weights, h: Any, d_y: Any, tokens: Any, gates: Any, sizes: Any) -> Any:
+        inward, live = _inward(weights), _inside(M, sizes.sum())
+        own = jnp.where(live, d_y[tokens], jnp.zeros((), d_y.dtype))
+        h = jnp.where(live, h, jnp.zeros((), h.dtype))
+        d_inner = _ragged(own, jnp.swapaxes(weights["down"], 1, 2), sizes)
+        inner, d_h, d_gate = through(h, jnp.where(live, d_inner, jnp.zeros((), h.dtype)), gates)
+        d_x = _ragged(d_h, jnp.swapaxes(inward, 1, 2), sizes)
+        d_x = jnp.where(live, d_x, jnp.zeros((), d_x.dtype))
+        d_inward, d_down = (
+            _ragged_outer(x[tokens], d_h, inward, sizes),
+            _ragged_outer(inner, own, weights["down"], sizes),
+        )
+        return d_x, d_gate, d_inward.astype(jnp.float32), d_down.astype(jnp.float32)
+
+    d_x, d_gates, d_inward, d_down = _choose(
+        implementation, blocks, ragged, x, weights, h, d_y, order // k, gates_M, sizes
+    )
+    d_x = d_x[place].sum(1).astype(x.dtype)
+    d_weights = {"down": d_down.astype(weights["down"].dtype)}
+    parts = jnp.split(d_inward, 2, -1) if gated else (d_inward,)
+    d_weights |= {n: d.astype(weights[n].dtype) for n, d in zip(("up", "gate"), parts, strict=False)}
+    return d_x, d_weights, d_gates[place].astype(gates.dtype), None, None, None
+
+
+def _value(activation: Activation, implementation: str, *args: Any) -> jax.Array:
+    return _forward(activation, implementation, *args)[0]
+
+
+_mixture = jax.custom_vjp(_value, nondiff_argnums=(0, 1))
+_mixture.defvjp(_forward, _backward)
+
+
+@jax.custom_batching.sequential_vmap  # the primitive's own batching rule does not cover stacked matrices
+def _ragged(x: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    return jax.lax.ragged_dot(x, w, sizes)
+
+
+@jax.custom_batching.sequential_vmap
+def _ragged_outer(x: jax.Array, dy: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
+    """``[E, K, N]``: the sum over each group's rows of ``x^T dy``."""
+    return jax.vjp(lambda w: jax.lax.ragged_dot(x, w, sizes), w)[1](dy)[0]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.ffn.context import Call
 from lm.ffn.glu import GeGLU, GeGLUTanh, SwiGLU
-from lm.ffn.grouped import grouped_dot
+from lm.ffn.grouped import mixture
 from lm.ffn.mlp import Gelu, GeluTanh, Relu, Relu2
 from lm.ffn.routing import ExpertChoice, Scores, Slots, TokenChoice, limit
 from lm.layers import Project
@@ -41,28 +41,29 @@ class _Stack(nn.Module):
 
 
 class _Experts(nn.Module):
-    """All experts on rows sorted by expert (``[M, D]`` with sizes ``[E]``) or on buffers ``[E, C, D]``."""
+    """All experts: on buffers ``[E, C, D]``, or, with `rows`, on tokens ``[N, D]``, sorted and summed by
+    `lm.ffn.grouped.mixture` with gates, order, places and sizes."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, sizes_E: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, rows: tuple[jax.Array, ...] | None = None) -> jax.Array:
         cfg, moe = self.cfg, self.cfg.ffn
         E, D, F = moe.experts, cfg.d_model, moe.d_expert or cfg.d_ff
         act = KINDS[moe.expert].activation
+        shapes = {"up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)}
+        if not issubclass(KINDS[moe.expert], SwiGLU):
+            del shapes["gate"]
+        weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
+        if rows is not None:
+            gates_Nk, order_M, place_Nk, sizes_E = rows
+            return mixture(x, weights, gates_Nk, order_M, place_Nk, sizes_E, act, moe.implementation)
 
-        def product(x: jax.Array, w_EKN: jax.Array) -> jax.Array:
-            w_EKN = w_EKN.astype(x.dtype)
-            if sizes_E is None:
-                return jnp.einsum("eck,ekn->ecn", x, w_EKN)
-            return grouped_dot(x, w_EKN, sizes_E, moe.implementation)
+        def product(x_ECK: jax.Array, name: str) -> jax.Array:
+            return jnp.einsum("eck,ekn->ecn", x_ECK, weights[name])
 
-        up = product(x, _Stack((E, D, F), cfg, name="up")())
-        if issubclass(KINDS[moe.expert], SwiGLU):
-            inner = act(product(x, _Stack((E, D, F), cfg, name="gate")())) * up
-        else:
-            inner = act(up)
-        return product(inner, _Stack((E, F, D), cfg, name="down")())
+        up = product(x, "up")
+        return product(act(product(x, "gate")) * up if "gate" in weights else act(up), "down")
 
 
 class _Router(nn.Module):
@@ -167,9 +168,9 @@ def _by_token(
         out = experts(jnp.where(full_EC[..., None], rows, jnp.zeros((), rows.dtype))).reshape(E * C, -1)
         e = jnp.minimum(expert_M, E - 1)
         out_Nk = out[jnp.clip(e * C + place_M - first_E[e], 0, E * C - 1).reshape(N, k)]
+        y = jnp.einsum("nkd,nk->nd", out_Nk, gates_Nk.astype(out_Nk.dtype))
     else:
-        out_Nk = experts(x_ND[order_M // k], sizes_E)[place_M.reshape(N, k)]
-    y = jnp.einsum("nkd,nk->nd", out_Nk, gates_Nk.astype(out_Nk.dtype))
+        y = experts(x_ND, (gates_Nk, order_M, place_M.reshape(N, k), sizes_E))
     return y, {
         "counts_E": _counts(choice.experts_Tk, live, E),
         "kept": keep.sum(),

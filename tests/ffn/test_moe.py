@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from plug_case import BASE, TOKENS, PlugCase, forward, logits, parameters
 
 from lm import auxiliary, caches, weights
@@ -21,7 +19,7 @@ from lm.decoder import Decoder
 from lm.decoding import Generator
 from lm.errors import UserError
 from lm.ffn.context import Call
-from lm.ffn.grouped import grouped_dot
+from lm.ffn.grouped import mixture
 from lm.surgery import Int8, LoRA
 from lm.train import flops, step
 from lm.train.config import TrainConfig
@@ -56,33 +54,48 @@ def _with_experts(tree: Any, change: Any) -> Any:
 
 
 @functools.cache
-def _pulled(name: str) -> Any:
-    def run(x: jax.Array, w: jax.Array, dy: jax.Array, sizes: jax.Array) -> Any:
-        y, pull = jax.vjp(lambda x, w: grouped_dot(x, w, sizes, name), x, w)
+def _pulled(name: str, gated: bool) -> Any:
+    def run(x: Any, weights: Any, gates: Any, dy: Any, order: Any, sizes: Any) -> Any:
+        place = jnp.argsort(order).reshape(gates.shape)
+        y, pull = jax.vjp(lambda x, w, g: mixture(x, w, g, order, place, sizes, jax.nn.silu, name), x, weights, gates)
         return y, *pull(dy)
 
     return jax.jit(run)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 24), min_size=5, max_size=5))
-@example([0, 0, 0, 0, 0])
-@example([0, 41, 0, 0, 0])
-@example([8, 8, 8, 8, 9])
-def test_grouped_products(sizes: list[int]) -> None:
-    """Every implementation, groups of any size, rows beyond the last group: against numpy, gradients included."""
-    M, E, K, N = 41, len(sizes), 6, 3
-    sizes = np.diff(np.minimum(np.cumsum([0, *sizes]), M)).tolist()
+def _loop(x: Any, weights: Any, gates: Any, experts: Any) -> Any:
+    """An assignment at a time; those of expert -1 are nobody's."""
+    rows = []
+    for n in range(x.shape[0]):
+        row = jnp.zeros(x.shape[1])
+        for j in range(gates.shape[1]):
+            if (e := experts[n][j]) >= 0:
+                up = x[n] @ weights["up"][e]
+                inner = jax.nn.silu(x[n] @ weights["gate"][e]) * up if "gate" in weights else jax.nn.silu(up)
+                row += gates[n, j] * (inner @ weights["down"][e])
+        rows.append(row)
+    return jnp.stack(rows)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    "sizes", [(0, 0, 0, 0, 0), (0, 42, 0, 0, 0), (8, 8, 8, 8, 10), (1, 17, 0, 9, 3), (0, 0, 3, 0, 20)]
+)
+def test_rows_through_their_experts(sizes: tuple[int, ...], gated: bool) -> None:
+    """Every implementation, groups of any size, rows that are nobody's: against a loop, gradients included."""
+    N, k, E, D, F = 21, 2, len(sizes), 6, 3
     rng = np.random.default_rng(sum(sizes))
-    x, w, dy = rng.normal(size=(M, K)), rng.normal(size=(E, K, N)), rng.normal(size=(M, N))
-    want, dx, dw = np.zeros((M, N)), np.zeros((M, K)), np.zeros((E, K, N))
-    for e, (b, n) in enumerate(zip(np.cumsum(sizes), sizes, strict=True)):
-        group = slice(b - n, b)
-        want[group], dx[group], dw[e] = x[group] @ w[e], dy[group] @ w[e].T, x[group].T @ dy[group]
-    given_arrays = [jnp.asarray(a, jnp.float32) for a in (x, w, dy)]
+    shapes = {"up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)}
+    weights = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items() if gated or n != "gate"}
+    x, dy, gates = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (N, D), (N, k)))
+    order = rng.permutation(N * k).astype(np.int32)
+    experts = np.full(N * k, -1)
+    experts[order[: sum(sizes)]] = np.repeat(np.arange(E), sizes)
+    want, pull = jax.vjp(lambda x, w, g: _loop(x, w, g, experts.reshape(N, k)), x, weights, gates)
+    wanted = want, *pull(dy)
     for name in ("blocks", "ragged", "auto"):
-        made = _pulled(name)(*given_arrays, jnp.asarray(sizes, jnp.int32))
-        for got, expected in zip(made, (want, dx, dw), strict=True):
+        made = _pulled(name, gated)(x, weights, gates, dy, jnp.asarray(order), jnp.asarray(sizes, jnp.int32))
+        for got, expected in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4, err_msg=name)
 
 
