@@ -4,6 +4,6 @@
 over which mesh axis. `layout.constrain` states where an activation lives, and does nothing outside a layout.
 """
 
-from lm.parallel.layout import AXES, RULES, Layout, constrain, current
+from lm.parallel.layout import AXES, RULES, Layout, constrain, current, parts
 
-__all__ = ["AXES", "RULES", "Layout", "constrain", "current"]
+__all__ = ["AXES", "RULES", "Layout", "constrain", "current", "parts"]

@@ -156,6 +156,12 @@ def current() -> tuple[Layout, jax.sharding.Mesh] | None:
     return _CURRENT.get(None)
 
 
+def parts(logical: str) -> int:
+    """Into how many parts the current layout cuts a logical axis; 1 outside a layout."""
+    found = current()
+    return 1 if found is None else found[0].parts(logical, dict(found[1].shape))
+
+
 def constrain(x: Any, *names: str | None) -> Any:
     """`x` with its axes over the mesh axes of their logical names; x itself outside a layout, and where an axis of x
     does not divide (a single row that only shapes are taken from)."""

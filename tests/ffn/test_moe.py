@@ -296,7 +296,9 @@ def test_experts_that_do_not_spread_are_refused() -> None:
     train = build(TrainConfig, {"batch": 8, "mesh": {"data": 2, "expert": 4}}, "train")
     Placement(moe(experts=8), train)
     Placement(BASE, train)  # no experts: the axis has rows alone
-    said = r"train\.mesh: axis 1 of blocks/ffn/experts/down/kernel \(experts, 6\) does not divide by 4 \(expert 4\); valid: 1, 2, 3, 6"
+    said = (
+        r"axis 1 of blocks/ffn/experts/down/kernel \(experts, 6\) does not divide by 4 \(expert 4\); valid: 1, 2, 3, 6"
+    )
     with pytest.raises(UserError, match=said):
         Placement(moe(experts=6), train)
 
