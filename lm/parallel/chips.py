@@ -41,7 +41,7 @@ def split(topology: str) -> tuple[str, str]:
     if name not in CHIPS:
         raise unknown("--topology", name, CHIPS)
     sides = 3 if name in ("v4", "v5p") else 2
-    if not re.fullmatch(r"\d+(x\d+){%d}" % (sides - 1), shape):
+    if not re.fullmatch(r"\d+" + (sides - 1) * r"x\d+", shape):
         example = "2x2x1" if sides == 3 else "4x4"
         raise UserError(f"--topology: {topology}: {name} slices have {sides} sides; valid: {name}:{example}, say")
     return name, shape

@@ -38,8 +38,12 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data x sequence x tensor": {"data": 2, "sequence": 2, "tensor": 2},
     "fsdp x expert x tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
 }
-CASES = [(m, name) for name in LAYOUTS for m in MODELS if m == "moe" or "expert" not in name]
-CASES = [c for c in CASES if c[0] != "untied" or c[1] in ("data x fsdp x tensor", "data x sequence x tensor")]
+CASES = [
+    *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x fsdp x tensor")),
+    ("untied", "data x sequence x tensor"),
+    *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor")),
+]
+assert {name for _, name in CASES} == set(LAYOUTS)
 
 
 @functools.cache
