@@ -11,6 +11,13 @@ temperatures, scaled and put into 256 bins: one small decoder for both, its head
 before and exponential smoothing. Expected: MASE some per cent below the linear head's, the quantile loss about equal.
 (c) Smoothness by N, from (a), beside `theorem`: the true densities' Fourier series cut after N terms.
 
+Measured, KL (smoothness) of linear / Fourier head: gaussian 0.105 (0.111) / 0.089 (0.055), gmm2 0.243 (0.070) / 0.150
+(0.036), beta 0.205 (0.127) / 0.183 (0.077), in line with the authors' files. Two Gaussians: 0.027 on gmm2, but 0.551 on
+gaussian, for in one seed of three a component collapses. The theorem's form explains 97 % of the smoothness on the
+Gaussian tasks and 82 % on beta, whose true series it fits at 95 %: its density is steep at the border. (b) MASE of
+linear / 16 / 64 frequencies: demand 1.311 / 2.513 / 1.344, temperature 1.298 / 1.788 / 1.324; at 64 as good as the
+linear head, not better; the season before (0.956) is the best forecaster of demand.
+
 Differences from the paper: (b) trains a decoder of 0.1 M parameters from scratch on two series, the paper Chronos-T5
 on many; the series' last fifth is tested on, of which no window is trained on. The returns of a Decision Transformer on
 Atari games, the paper's largest effect, are not measured: ``:atari`` holds that model, head and order of actions, and

@@ -18,6 +18,13 @@ both choices. Expected: the mixture between the two dense twins; a token's id te
 time and more than anything else does; 60 % of the final choices made after a fifth of the steps; drops rising along the
 sequence. Cost on 2 CPU cores: ``:smoke`` half a minute, ``:laptop`` (about 1.5 M parameters, 500 steps, 3 seeds) about
 20 minutes. ``:gpu`` (16 experts, 124 M active) and ``:paper`` (OpenMoE-8B's sizes) have not been run.
+
+Measured at ``:laptop``: bits per byte 1.770 (mixture), 1.781 (equal active), 1.790 (equal total, so width alone does
+not help a model this small). The id foretells the expert in 65 % of cases (the position in 18 %, as much as nothing
+does), the token before in 38 %. Early learning is not seen: after a fifth of the 500 steps 30 % of the final choices
+are made, chance being 25 %; the router moves as long as the learning rate is high. Under the trained capacity 21 % of
+the choices of a sequence's first quarter are dropped and 62 % of the last's, with room for both choices 2 and 15 %;
+4 % of Genesis (same book as the training text) and 10 % of the Python manual.
 """
 
 from __future__ import annotations
