@@ -22,7 +22,7 @@ from lm.errors import UserError, nearest, unknown
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
-# Logical axis -> mesh axes, as many as apply. Not listed: on every device.
+# Logical axis -> mesh axes, as many as apply; none: whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
@@ -32,6 +32,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "head_dim": (),
+    "positions": (),
+    "routes": (),
+    "freq": (),
+    "components": (),
+    "one": (),
 }
 
 
@@ -63,8 +69,8 @@ class Layout:
             )
         rules = {}
         for logical, to in dict(self.rules).items():
-            if logical not in RULES and logical not in _logical_names():
-                raise unknown(f"train.mesh.rules.{logical}", logical, {**RULES, **dict.fromkeys(_logical_names())})
+            if logical not in RULES:
+                raise unknown(f"train.mesh.rules.{logical}", logical, RULES)
             axes = () if to is None or to == "" else (to,) if isinstance(to, str) else tuple(to)
             for axis in axes:
                 if axis not in AXES:
@@ -130,12 +136,6 @@ class _Rules(dict[str, tuple[str, ...]]):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items())))
-
-
-def _logical_names() -> set[str]:
-    from lm.params import AXES as tables  # imports every plug, which import this module
-
-    return {name for names in tables.values() for name in names} | {"batch", "length"}
 
 
 _CURRENT: contextvars.ContextVar[tuple[Layout, jax.sharding.Mesh] | None] = contextvars.ContextVar("layout")
