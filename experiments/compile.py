@@ -1,7 +1,9 @@
 """Compiles a config's training step for a slice of TPUs that need not be here, and says what it costs there.
 
 ``python -m experiments.compile --config=configs/X.py:paper --topology=v5e:8x8 [--arm=NAME] [--out=FILE] [--search]``
+``python -m experiments.compile --base=llama3_70b [--topology=v5p:8x8x16] [--out=FILE] [--search]``
 
+The second form takes an architecture of ``configs/bases`` with the slice and the batch that its file names.
 Prints, and with ``--out`` writes as JSON: parameters, bytes per chip against the chip's memory, FLOPs, collectives, the
 time that each resource needs at least, and the MFU that follows. Any key can be set as for experiments.run, the layout
 with it: ``--config.train.mesh.fsdp=-1 --config.train.mesh.data=1 --config.train.batch=64``. ``--search`` tries layouts
@@ -11,8 +13,9 @@ a step that does not fit. Needs the extra ``aot``.
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,10 @@ def run(argv: Sequence[str]) -> int:
     """Raises `UserError` for any mistake in the input."""
     rest, overrides = split_overrides(argv)
     parser = cli.Parser(PROG, __doc__)
-    parser.add_argument("--config", required=True, help="configs/NAME.py[:scale], or the config.json of a run")
-    parser.add_argument("--topology", required=True, help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, …")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="configs/NAME.py[:scale], or the config.json of a run")
+    what.add_argument("--base", help="configs/bases/NAME.py")
+    parser.add_argument("--topology", help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, …; a base names its own")
     parser.add_argument("--arm", help="the arm to compile (default: the first that trains)")
     parser.add_argument("--out", type=Path, help="JSON file to write; one that is there stays")
     parser.add_argument("--search", action="store_true", help="try layouts, remat and parts; rank those that fit")
@@ -42,8 +47,15 @@ def run(argv: Sequence[str]) -> int:
     parser.refuse(strange)
     if args.out is not None and args.out.exists():
         raise UserError(f"--out: {args.out} is there already; valid: a new file")
+    if args.base is not None:
+        raw, pod = base(args.base)
+        args.topology = args.topology or pod
+    elif args.topology is None:
+        raise UserError("--topology: not given; valid: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, …")
+    else:
+        raw = registry.find(args.config)[1]
     chips.split(args.topology)
-    cfg, train, about = subject(args.config, overrides, args.arm)
+    cfg, train, about = subject(raw, overrides, args.arm)
     if args.search:
         found = search(cfg, train, args.topology)
         content: dict[str, Any] = {**about, "topology": args.topology, "tried": found}
@@ -58,15 +70,37 @@ def run(argv: Sequence[str]) -> int:
     return 0 if good else 1
 
 
+def base(name: str) -> tuple[dict[str, Any], str]:
+    """Settings of an experiment that trains an architecture of ``configs/bases``, and the slice it is certified for."""
+    names = [p.stem for p in registry.files(registry.CONFIGS / "bases")]
+    valid = [n for n in names if hasattr(importlib.import_module(f"configs.bases.{n}"), "POD")]
+    if name not in valid:
+        raise unknown("--base", name, valid)
+    module = importlib.import_module(f"configs.bases.{name}")
+    settings = {
+        "name": name,
+        "scale": "base",
+        "checkpoint": "random",
+        "baseline": "base",
+        "seeds": (0,),
+        "paper": {"title": name, "arxiv": "", "claim": ""},
+        "model": module.model(),
+        "train": module.train(),
+        "measures": {"training": {"name": "train_log"}},
+        "arms": {"base": {}},
+    }
+    return settings, module.POD
+
+
 def subject(
-    config: str, overrides: Sequence[tuple[str, Any]], arm: str | None
+    settings: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], arm: str | None
 ) -> tuple[ModelConfig, TrainConfig, dict[str, Any]]:
     """The model and training of one arm, and what to call it. Weights and texts are not needed."""
-    _, settings = registry.find(config)
     plan = prepare(settings, overrides, None, absent_is_fine=True)
+    said = f"{plan.exp.name}:{plan.exp.scale}"
     training = {name: a for name, a in plan.arms.items() if a.train is not None}
     if not training:
-        raise UserError(f"--config: {config}: no arm trains anything; valid: a config with config.train")
+        raise UserError(f"--config: {said}: no arm trains anything; valid: a config with config.train")
     name = next(iter(training)) if arm is None else arm
     if name not in training:
         raise unknown("--arm", name, training)
@@ -74,8 +108,8 @@ def subject(
     cfg, train = found.trained, found.train
     assert train is not None
     if cfg is None or isinstance(cfg, Draft):
-        raise UserError(f"--config: {config}: the model follows from a checkpoint that is not here ({plan.absent})")
-    return cfg, train, {"config": f"{plan.exp.name}:{plan.exp.scale}", "arm": name}
+        raise UserError(f"--config: {said}: the model follows from a checkpoint that is not here ({plan.absent})")
+    return cfg, train, {"config": said, "arm": name}
 
 
 def search(cfg: ModelConfig, train: TrainConfig, topology: str) -> list[dict[str, Any]]:
