@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import cli
 from experiments import compile as command
-from lm import compat
+from lm import compat, params
 from lm.config import build, model_config
 from lm.errors import UserError
 from lm.parallel import certificate, chips
@@ -122,6 +123,31 @@ def test_variants_divide() -> None:
         assert settings.accumulate in (1, 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama2_7b", 6_738_415_616),
+        ("llama3_70b", 70_553_706_496),
+        ("mixtral_8x7b", 46_702_792_704),
+        ("openmoe_34b", 35_399_076_864),
+        ("salamandra_40b", 40_433_885_184),
+        ("geb_1_3b", 1_348_044_800),
+        ("mt_nlg_530b", 529_600_819_200),
+    ],
+)
+def test_a_base_has_its_parameters_and_lies_on_its_slice(name: str, parameters: int) -> None:
+    settings, pod = command.base(name)
+    cfg, train, about = command.subject(settings, [], None)
+    assert params.count(params.abstract(cfg)) == parameters and about["config"] == f"{name}:base"
+    chip, shape = chips.split(pod)
+    n = math.prod(int(side) for side in shape.split("x"))
+    sizes = train.mesh.sizes(n)
+    assert (train.batch // train.accumulate) % train.mesh.parts("batch", sizes) == 0
+    shapes = {k: (v.shape, params.logical_of(k)) for k, v in params.names(params.abstract(cfg)).items()}
+    train.mesh.check(shapes, sizes)
+    assert 12 * parameters / n < chips.CHIPS[chip].hbm  # float32 parameters and AdamW's moments
+
+
 def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "there.json").write_text("{}")
     for argv, said in (
@@ -132,6 +158,8 @@ def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--config=configs/pretrain.py:smoke", "--topology=v5e:2x2", "--arm=bse"], "did you mean 'base'?"),
         (["--config=configs/longheads.py:smoke", "--topology=v5e:2x2"], "no arm trains anything"),
         (["--config=configs/pretrain.py:smoke", "--topologi=v5e:2x2"], "--topology"),
+        (["--config=configs/pretrain.py:smoke"], "--topology: not given"),
+        (["--base=llama_70b"], "did you mean 'llama3_70b'?"),
     ):
         assert cli.main(command.run, argv) == 2
         err = capsys.readouterr().err
