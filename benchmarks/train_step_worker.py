@@ -38,7 +38,8 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
     from lm.optimizers.schedules import Constant
     from lm.params import unstack
     from lm.train.config import TrainConfig
-    from lm.train.step import Placement, initial
+    from lm.train.placement import Placement
+    from lm.train.step import initial
 
     changes = {"dtype": options.dtype, "scan_layers": bool(options.scan)}
     loaded = interop.load(str(options.weights), overrides=changes)
@@ -47,8 +48,10 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
     params = jax.tree.map(jnp.asarray, loaded.params if options.scan else unstack(loaded.params))
     if options.kind == "pieces":
         _pieces(loaded.config, params, train)
-    place = Placement(BATCH)
-    held = [place.state(initial(params, train))]
+    place = Placement(loaded.config, train)
+    state = initial(params, train)
+    held = [jax.device_put(state, place.shardings(state))]
+    del state
     del params
     run: list[Any] = []
 
@@ -56,7 +59,7 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
         rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((BATCH, LENGTH), np.float32)}
         data = place.batch(rows)
         if not run:
-            run.append(place.compile(loaded.config, train, held[0], data))
+            run.append(place.compile(held[0], data))
         held[0], metrics = run[0](held[0], data, None)
         return float(metrics["loss"])
 

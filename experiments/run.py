@@ -29,8 +29,8 @@ from lm.measures import Subject
 PROG = "python -m experiments.run"
 
 
-def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
-    """The parsed arguments and the overrides ``(dotted key, value)`` in order."""
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, Text]]]:
+    """All other arguments, and the overrides ``(dotted key, value)`` of ``--config.KEY=VALUE`` in order."""
     overrides, rest = [], []
     words = iter(argv)
     for word in words:
@@ -39,6 +39,12 @@ def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
             overrides.append((name, Text(value if equals else next(words, ""))))
         else:
             rest.append(word)
+    return rest, overrides
+
+
+def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
+    """The parsed arguments and the overrides."""
+    rest, overrides = split_overrides(argv)
     parser = cli.Parser(PROG, __doc__)
     parser.add_argument("--config", required=True, help="configs/NAME.py[:scale], or the config.json of a run")
     parser.add_argument("--workdir", type=Path, help="run folder (default: runs/NAME-SCALE)")

@@ -21,7 +21,7 @@ from lm.errors import UserError
 from lm.train import loop
 from lm.train.config import DataConfig
 from lm.train.data import Data, prepare
-from lm.train.step import Placement
+from lm.train.placement import Placement
 
 
 class Trainer:
@@ -39,7 +39,7 @@ class Trainer:
         settings = arm.train.data
         if (arm.train, arm.trained) in self._checked:
             return self._data[settings]
-        Placement(arm.train.batch, arm.train.accumulate)
+        Placement(arm.trained, arm.train)
         if settings not in self._data:
             own = None if self.base.random else self.base.tokenizer
             self._data[settings] = prepare(arm.train, shared_folder() / "data", own)

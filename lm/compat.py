@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[:3])
 
 
-def auto_mesh(shape: tuple[int, ...], names: tuple[str, ...]) -> jax.sharding.Mesh:
-    """A mesh whose axes are of type Auto; `jax.make_mesh` gives Explicit axes by default since jax 0.9."""
+def auto_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices: Any = None) -> jax.sharding.Mesh:
+    """A mesh whose axes are of type Auto (`devices`: None = all); `jax.make_mesh` gives Explicit ones since jax 0.9."""
     kinds = (jax.sharding.AxisType.Auto,) * len(names)
-    return jax.make_mesh(shape, names, axis_types=kinds)
+    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
 
 
 def keep_compiled(folder: Path) -> None:

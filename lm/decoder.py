@@ -20,6 +20,7 @@ from lm import weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 from lm.ffn.context import Call
+from lm.parallel import constrain
 
 Params = dict[str, Any]
 
@@ -59,7 +60,8 @@ class Block(nn.Module):
         else:
             out = ffn(normed)
         y_BTD = after + out
-        return (y_BTD + mixed if cfg.parallel_residual else y_BTD), cache, report
+        y_BTD = y_BTD + mixed if cfg.parallel_residual else y_BTD
+        return constrain(y_BTD, "batch", "length", None), cache, report
 
 
 class Decoder(nn.Module):
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
         if embeddings_BTD is None:
             assert tokens_BT is not None
             embeddings_BTD = weights.rows(table, tokens_BT)
-        x = embeddings_BTD.astype(dtype)
+        x = constrain(embeddings_BTD.astype(dtype), "batch", "length", None)
         x = x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, dtype)
         seq = _tokens(x.shape[:2], index_BT, positions_BT, segments_BT)
         length = jnp.max(jnp.where(seq.index_BT >= 0, seq.positions_BT, 0.0)) + 1.0

@@ -84,6 +84,12 @@ def logical(path: Any) -> tuple[str, ...]:
     return ("layers", *found) if found and parts[0] == "blocks" else found
 
 
+def logical_of(name: str) -> tuple[str, ...]:
+    """`logical` for a name as `names` gives it; ``KeyError`` for one that no table knows and that is not in a surgery's
+    tree."""
+    return logical(tuple(jax.tree_util.DictKey(part) for part in name.split("/")))
+
+
 def names_of_axes(params: Any) -> dict[str, str]:
     """``{"blocks/attn/q/kernel": "layers, embed, heads, head_dim", …}``."""
     flat = jax.tree_util.tree_flatten_with_path(params)[0]

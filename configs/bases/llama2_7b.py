@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+POD = "v5e:16x16"  # a slice that its training step is certified for
+
 
 def model() -> dict[str, Any]:
     return {
@@ -22,3 +24,8 @@ def model() -> dict[str, Any]:
         "dtype": "bfloat16",
         "remat": True,
     }
+
+
+def train() -> dict[str, Any]:
+    """4 M tokens a step."""
+    return {"batch": 1024, "data": {"seq_len": 4096}, "accumulate": 2, "mesh": {"data": 1, "fsdp": -1}}

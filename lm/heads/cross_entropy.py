@@ -14,14 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.parallel import constrain, parts
+
 Sums = dict[str, jax.Array]
 
 
 def pieces(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """``[B, T, …]`` -> ``[n, B, t, …]`` with ``B t <= chunk`` where B allows (0 = one piece), the last piece filled up
-    with zeros. Rows stay whole, so that a batch sharded over devices is cut on every device alike."""
+    """``[B, T, …]`` -> ``[n, B, t, …]`` with ``b t <= chunk`` where b allows (0 = one piece), the last piece filled up
+    with zeros; b are the rows of one device, all where there is no layout. Rows stay whole, so that a batch sharded
+    over devices is cut on every device alike."""
     B, T = arrays_BT[0].shape[:2]
-    t = min(max(chunk // B, 1), T) if chunk else T
+    t = min(max(chunk // max(B // parts("batch"), 1), 1), T) if chunk else T
     n = -(-T // t)
 
     def cut(x: jax.Array) -> jax.Array:
@@ -84,7 +87,7 @@ _ZERO = ("nll", "weight", "z", "correct")
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _loss(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> tuple[jax.Array, Sums]:
-    table_DV = table.astype(hidden.dtype).T
+    table_DV = constrain(table.astype(hidden.dtype), "vocab", None).T
 
     def step(total: Sums, xs: Any) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, _piece(settings, table_DV, bias, *xs)[-1]), None
@@ -96,8 +99,9 @@ def _loss(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weigh
 def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> Any:
     softcap, z_loss, chunk, biased = settings
     B, T, D = hidden.shape
-    matrix = table.astype(hidden.dtype)
-    table_DV = matrix.T  # once: every product of the loop then reads its large factor as it lies in memory
+    # Once: devices fetch what others hold of the matrix, and every product of the loop reads it as it lies in memory.
+    matrix = constrain(table.astype(hidden.dtype), "vocab", None)
+    table_DV = matrix.T
 
     def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
         total, d_table_DV, d_bias = carry
@@ -110,12 +114,14 @@ def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, we
         if biased:
             d_bias = d_bias + d.sum(0)
         d = d.astype(hidden.dtype)
-        d_table_DV = d_table_DV + jnp.dot(h.T, d, preferred_element_type=jnp.float32)
+        own = constrain(jnp.dot(h.T, d, preferred_element_type=jnp.float32), "embed", "vocab")
+        d_table_DV = d_table_DV + own
         d_h = jnp.dot(d, matrix, preferred_element_type=jnp.float32).astype(hidden.dtype)
         return (jax.tree.map(jnp.add, total, sums), d_table_DV, d_bias), d_h.reshape(xs[0].shape)
 
     zero = {name: jnp.zeros(()) for name in _ZERO}
-    carry = (zero, jnp.zeros(table_DV.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32))
+    d_table = constrain(jnp.zeros(table_DV.shape, jnp.float32), "embed", "vocab")
+    carry = (zero, d_table, jnp.zeros(bias.shape, jnp.float32))
     (sums, d_table_DV, d_bias), d_h = jax.lax.scan(step, carry, pieces(chunk, hidden, targets, weights))
     d_h = jnp.moveaxis(d_h, 0, 1).reshape(B, -1, D)[:, :T]
     return _total(settings, sums), (d_h, d_table_DV.T.astype(table.dtype), d_bias.astype(bias.dtype))

@@ -8,6 +8,7 @@ from typing import Any
 
 from lm.config import ModelConfig, socket, table, to_dict
 from lm.errors import UserError, unknown
+from lm.parallel.layout import Layout
 
 PACKINGS = ("concat", "best_fit")
 
@@ -55,7 +56,8 @@ class TrainConfig:
     None = any. Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 =
     never), and over all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and
     at the end; the newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many
-    non-finite steps in a row end the run. `profile`: (first, last) step of a profiler window.
+    non-finite steps in a row end the run. `profile`: (first, last) step of a profiler window. `mesh`: how state and
+    batches lie on the devices; the result does not depend on it beyond the order of additions.
     """
 
     steps: int = 1000
@@ -67,6 +69,7 @@ class TrainConfig:
     surgery: Any = socket("lm.surgery", "none")
     augmentation: Any = socket("lm.positions.augmentation", "own")
     schedule: Any = socket("lm.optimizers.schedules", "cosine")
+    mesh: Layout = field(default_factory=Layout)
     clip: float | None = 1.0
     eval_every: int = 100
     eval_rows: int = 64
@@ -138,6 +141,7 @@ _BESIDE = (
     "log_every",
     "tensorboard",
     "profile",
+    "mesh",
 )
 _ABSENT = {"surgery": {"name": "none"}, "augmentation": {"name": "own"}}
 assert set(_BESIDE) <= {f.name for f in dataclasses.fields(TrainConfig)}

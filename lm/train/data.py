@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from lm.data import bpe, corpus, texts
 from lm.data.loader import Loader
 from lm.data.packing import Packed
@@ -27,15 +25,15 @@ class Data:
     bytes_per_token: float
     identity: str
 
-    def loader(self, train: TrainConfig, seed: int) -> Loader:
-        """This process's batches."""
+    def loader(self, train: TrainConfig, seed: int, share: tuple[int, int] = (0, 1)) -> Loader:
+        """The batches, or of each the part `share` = (which, of how many)."""
         return Loader(
             self.train,
             train.data.weights or None,
             train.batch,
             seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=share[0],
+            process_count=share[1],
         )
 
 

@@ -29,7 +29,8 @@ from lm.train.config import TrainConfig
 from lm.train.data import Data
 from lm.train.errors import Terminated, TrainingStopped
 from lm.train.ledger import KINDS, Ledger, Log, NoLog, read
-from lm.train.step import Placement, draws, evaluator, initial, transformation
+from lm.train.placement import Placement
+from lm.train.step import draws, evaluator, initial, transformation
 
 __all__ = ["KINDS", "Trained", "run", "steps_done"]
 
@@ -106,9 +107,8 @@ class _Run:
         self.about, self.seed, self.source, self.report, self.tell = about, seed, source, report, tell
         self.base: Any = None  # what trained parameters are added to, where they are
         self.ledger = Ledger()
-        self.placement = Placement(train.batch, train.accumulate)
-        self.placement.check(cfg)
-        self.loader = data.loader(train, seed)
+        self.placement = Placement(cfg, train)
+        self.loader = data.loader(train, seed, self.placement.share())
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
         self.schedule = train.schedule.factor(train.steps)
         self.per_token = flops.per_token(cfg, train.data.seq_len, frozen=train.surgery.adds)
@@ -130,7 +130,7 @@ class _Run:
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
-                step = self.placement.compile(self.cfg, train, state, first, self.base)
+                step = self.placement.compile(state, first, self.base)
             state = self._steps(step, state, done)
         if self.data.held_out is not None:
             with ledger.during("eval"):
@@ -152,14 +152,14 @@ class _Run:
         surgery, rng = self.train.surgery, jax.random.key(self.seed)
         if surgery.adds:
             start = params.init(self.cfg, rng) if start is None else start
-            self.base = start = jax.device_put(start, self.placement.everywhere)
+            self.base = start = jax.device_put(start, self.placement.shardings(start))
 
         def fresh(start: Any) -> Any:
             whole = params.init(self.cfg, rng) if start is None else start
             seed = self.seed if draws(self.cfg, self.train) else None
             return initial(surgery.init(self.cfg, whole, rng), self.train, seed)
 
-        where = jax.tree.map(lambda _: self.placement.everywhere, jax.eval_shape(fresh, start))
+        where = self.placement.shardings(jax.eval_shape(fresh, start))
         like = jax.tree.map(
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), jax.eval_shape(fresh, start), where
         )

@@ -6,12 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from lm import auxiliary, compat, optimizers
+from lm import auxiliary, optimizers
 from lm.config import ModelConfig
-from lm.errors import UserError
 from lm.train.config import TrainConfig
 
 State = dict[str, Any]
@@ -111,49 +109,6 @@ def step(
         "run": (state["run"] + 1) * bad,
     }
     return new, {**metrics, "grad_norm": norm, "ok": ok, "skipped": new["skipped"], "run": new["run"]}
-
-
-class Placement:
-    """Where state and batches live: rows over the axis ``data`` of all devices, everything else on each of them."""
-
-    def __init__(self, batch: int, accumulate: int = 1) -> None:
-        n = jax.device_count()
-        if (batch // accumulate) % n:
-            raise UserError(
-                f"train.batch: {batch} rows in {accumulate} parts are not divisible by {n} devices; "
-                f"valid: a multiple of {n * accumulate}"
-            )
-        self.mesh = compat.auto_mesh((n,), ("data",))
-        self.everywhere = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        self.rows = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec("data"))
-
-    def batch(self, local: dict[str, np.ndarray]) -> Batch:
-        """This process's rows as arrays over all devices."""
-        return {k: jax.make_array_from_process_local_data(self.rows, v) for k, v in local.items()}
-
-    def state(self, state: State) -> State:
-        return jax.device_put(state, self.everywhere)
-
-    def check(self, cfg: ModelConfig) -> None:
-        """Raises `UserError` for a model that the mesh cannot hold: experts that do not spread over their axis."""
-        n = dict(self.mesh.shape).get("expert", 1)
-        for layer in cfg.layers():
-            experts = getattr(layer.ffn, "experts", n)
-            if experts % n:
-                raise UserError(
-                    f"model.ffn.experts: {experts} experts do not spread over the {n} devices of the mesh axis "
-                    f"'expert'; valid: a multiple of {n}"
-                )
-
-    def compile(self, cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, base: Any = None) -> Any:
-        """The step ``(state, batch, base) -> (state, metrics)`` ahead of time; its state argument is donated."""
-        fn = jax.jit(
-            lambda s, b, base: step(cfg, train, s, b, base),
-            in_shardings=(self.everywhere, self.rows, self.everywhere),
-            out_shardings=(self.everywhere, self.everywhere),
-            donate_argnums=0,
-        )
-        return fn.lower(state, batch, base).compile()
 
 
 def evaluator(cfg: ModelConfig, train: TrainConfig) -> Any:

@@ -14,7 +14,7 @@ from plug_case import BASE, TOKENS, PlugCase, forward, logits, parameters
 
 from lm import auxiliary, caches, weights
 from lm import params as params_lib
-from lm.config import ModelConfig, build, merge, model_config, table
+from lm.config import ModelConfig, build, merge, table
 from lm.decoder import Decoder
 from lm.decoding import Generator
 from lm.errors import UserError
@@ -23,6 +23,7 @@ from lm.ffn.grouped import mixture
 from lm.surgery import Int8, LoRA
 from lm.train import flops, step
 from lm.train.config import TrainConfig
+from lm.train.placement import Placement
 
 
 def moe(**ffn: Any) -> ModelConfig:
@@ -292,19 +293,14 @@ def test_generation_that_would_be_wrong_is_refused_with_the_reason(change: dict[
 
 
 def test_experts_that_do_not_spread_are_refused() -> None:
-    place = step.Placement(8)
-    place.check(moe(experts=6))  # data parallelism alone: nothing to spread
-
-    class Mesh:
-        shape = {"data": 2, "expert": 4}
-
-    place.mesh = Mesh()  # type: ignore[assignment]
-    place.check(moe(experts=8))
-    place.check(model_config({}))
-    with pytest.raises(
-        UserError, match=r"model\.ffn\.experts: 6 experts do not spread over the 4 devices.*multiple of 4"
-    ):
-        place.check(moe(experts=6))
+    train = build(TrainConfig, {"batch": 8, "mesh": {"data": 2, "expert": 4}}, "train")
+    Placement(moe(experts=8), train)
+    Placement(BASE, train)  # no experts: the axis has rows alone
+    said = (
+        r"axis 1 of blocks/ffn/experts/down/kernel \(experts, 6\) does not divide by 4 \(expert 4\); valid: 1, 2, 3, 6"
+    )
+    with pytest.raises(UserError, match=said):
+        Placement(moe(experts=6), train)
 
 
 def test_hash_needs_token_ids() -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from lm import params
 from lm.config import build, model_config
-from lm.errors import UserError
 from lm.train import flops, step
 from lm.train.config import TrainConfig
 
@@ -137,26 +136,6 @@ def test_bfloat16_compute_keeps_float32_parameters(weights: Any) -> None:
     assert metrics["loss"].dtype == jnp.float32
     assert float(metrics["loss"]) == pytest.approx(float(full_metrics["loss"]), rel=2e-2)
     assert float(metrics["loss"]) != float(full_metrics["loss"])
-
-
-def test_eight_devices_give_the_loss_and_parameters_of_one(weights: Any) -> None:
-    place = step.Placement(8)
-    assert place.mesh.size == 8
-    state, rows = step.initial(weights, TRAIN), batch()
-    one, metrics = jax.jit(lambda s, b: step.step(CFG, TRAIN, s, b))(state, rows)
-    spread = place.batch({k: np.asarray(v) for k, v in rows.items()})
-    assert len(spread["inputs"].sharding.device_set) == 8
-    placed = place.state(jax.tree.map(jnp.copy, state))
-    many, many_metrics = place.compile(CFG, TRAIN, placed, spread)(placed, spread, None)
-    close(many["params"], one["params"], atol=2e-5)
-    assert float(many_metrics["loss"]) == pytest.approx(float(metrics["loss"]), rel=1e-6)
-
-
-def test_rows_that_do_not_spread_are_refused() -> None:
-    with pytest.raises(
-        UserError, match=r"train\.batch: 12 rows in 1 parts are not divisible by 8 devices; valid: a mult"
-    ):
-        step.Placement(12)
 
 
 def test_flops_by_the_compilers_count() -> None:

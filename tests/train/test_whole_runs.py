@@ -21,6 +21,7 @@ from lm.errors import UserError
 from lm.train import checkpoint, loop, step
 from lm.train.errors import Terminated, TrainingStopped
 from lm.train.ledger import read
+from lm.train.placement import Placement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,7 +181,7 @@ def test_sigterm_saves_and_goes_on(tmp_path: Path, texts: Path, whole: Path, mon
 
 def poison(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
     """Makes the loss of steps `first` to `last` NaN."""
-    original = step.Placement.batch
+    original = Placement.batch
 
     def batch(self: Any, local: dict[str, np.ndarray]) -> Any:
         n = getattr(self, "count", 0)
@@ -189,7 +190,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
             local = {**local, "weights": local["weights"] * np.float32(np.nan)}
         return original(self, local)
 
-    monkeypatch.setattr(step.Placement, "batch", batch)
+    monkeypatch.setattr(Placement, "batch", batch)
 
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_told(

@@ -1,0 +1,72 @@
+"""TPU generations: what one chip has, from Cloud TPU's public system pages, and slices a compiler can be asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm.errors import UserError, unknown
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Chip:
+    """`flops`: bfloat16 FLOP/s; `hbm`: bytes of memory; `hbm_rate`, `ici_rate`: bytes/s of that memory, and of all
+    links to other chips of the slice together, one way."""
+
+    flops: float
+    hbm: float
+    hbm_rate: float
+    ici_rate: float
+
+
+# The pages give the links' rates in Gbit/s, both ways together: 2400, 1600, 4800 and 3584.
+CHIPS = {
+    "v4": Chip(275e12, 32 * GB, 1228 * GB, 2400 / 16 * GB),
+    "v5e": Chip(197e12, 16 * GB, 819 * GB, 1600 / 16 * GB),
+    "v5p": Chip(459e12, 95 * GB, 2765 * GB, 4800 / 16 * GB),
+    "v6e": Chip(918e12, 32 * GB, 1640 * GB, 3584 / 16 * GB),
+}
+
+
+def split(topology: str) -> tuple[str, str]:
+    """``("v5e", "16x16")`` of ``"v5e:16x16"``; `UserError` for anything else."""
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS:
+        raise unknown("--topology", name, CHIPS)
+    sides = 3 if name in ("v4", "v5p") else 2
+    if not re.fullmatch(r"\d+" + (sides - 1) * r"x\d+", shape):
+        example = "2x2x1" if sides == 3 else "4x4"
+        raise UserError(f"--topology: {topology}: {name} slices have {sides} sides; valid: {name}:{example}, say")
+    return name, shape
+
+
+def devices(topology: str) -> Sequence[Any]:
+    """The devices of a slice that need not be here, to compile for. Needs libtpu (the extra ``aot``).
+
+    Raises `UserError` where the compiler is missing or does not know the slice.
+    """
+    split(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("--topology: libtpu is not installed; valid: pip install 'decoder-lab[aot]'")
+    # The compiler alone is loaded, which other processes may do at the same time.
+    for name, value in (("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_SKIP_MDS_QUERY", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    with contextlib.redirect_stderr(None):
+        try:
+            return list(topologies.get_topology_desc(topology, "tpu").devices)
+        except Exception as e:  # the compiler's own message is about its internals
+            raise UserError(f"--topology: {topology}: {_first(e)}; valid: a slice that Cloud TPU offers") from None
+
+
+def _first(e: BaseException) -> str:
+    return (str(e).splitlines() or [type(e).__name__])[0][:160]

@@ -1,0 +1,121 @@
+"""Collectives of a compiled program, read off its text: kinds, how often they run, bytes through a chip's links."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+_OP = re.compile(rf" = (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\((?P<rest>.*)$")
+_SHAPE = re.compile(r"\b(pred|[fsuc]\d+\w*|bf16)\[([\d,]*)\]")
+_CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`times`: runs per program, loops counted. `group`: chips that take part. `sent`: bytes that leave a chip each
+    time, by a ring: ``(n - 1) / n`` of the whole array for all-gather, reduce-scatter and all-to-all, twice that for
+    all-reduce, the array for a permute."""
+
+    kind: str
+    times: int
+    group: int
+    sent: float
+
+
+def collectives(text: str, n_devices: int) -> list[Collective]:
+    """Every collective of a compiled program's text (``compiled.as_text()``).
+
+    A collective that the compiler has split into a start, steps and an end is one: they share a channel. A loop runs as
+    often as its text says, or as the constant that its condition compares with; once where it says neither.
+    """
+    bodies = dict(_computations(text))
+    entry = next((name for name in bodies if name.startswith("ENTRY ")), "")
+    times: dict[str, int] = {}
+    _count(entry, 1, bodies, times)
+    found: dict[tuple[str, str], Collective] = {}
+    for name, lines in bodies.items():
+        for n, line in enumerate(lines):
+            m = _OP.search(line)
+            if m is None or name not in times:
+                continue
+            channel = re.search(r"channel_id=(\d+)", line)
+            key = m["kind"], channel[1] if channel else f"{name}:{n}"
+            group = _group(line, n_devices)
+            one = Collective(m["kind"], times[name], group, _sent(m["kind"], m["out"], m["rest"], group))
+            # The steps of a split one may run inside a loop that it overlaps with; its start runs as often as it does.
+            if key not in found or one.times < found[key].times:
+                found[key] = one
+    return list(found.values())
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", list[str]()
+    for line in text.splitlines():
+        opens = re.match(r"^(ENTRY )?%([\w.\-]+) .*\{$", line)
+        if opens:
+            name, lines = (opens[1] or "") + opens[2], []
+        elif line == "}" and name:
+            yield name, lines
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _count(name: str, times: int, bodies: dict[str, list[str]], found: dict[str, int]) -> None:
+    """Adds `times` runs of a computation and of what it calls."""
+    if name not in bodies:
+        return
+    found[name] = found.get(name, 0) + times
+    for line in bodies[name]:
+        loop = re.search(r"condition=%([\w.\-]+)", line)
+        n = _trips(line, bodies.get(loop[1], [])) if loop else 1
+        called = _CALLS.findall(line)
+        for branches in _BRANCHES.findall(line):
+            called += re.findall(r"%([\w.\-]+)", branches)
+        for other in called:
+            _count(other, times * n, bodies, found)
+
+
+def _trips(line: str, condition: list[str]) -> int:
+    said = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+    if said:
+        return int(said[1])
+    constants = [int(n) for text in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
+    return max(constants, default=1)
+
+
+def _sizes(text: str) -> list[float]:
+    """Bytes of every array in a type."""
+    sizes = [0.0]
+    for kind, shape in _SHAPE.findall(text):
+        width = _BYTES.get(kind) or int(re.sub(r"\D.*", "", kind[1:]) or 8) / 8
+        sizes.append(width * math.prod(int(n) for n in shape.split(",") if n))
+    return sizes
+
+
+def _sent(kind: str, out: str, rest: str, group: int) -> float:
+    sizes = _sizes(out)
+    size = sum(sizes) if kind == "all-reduce" else max(sizes)  # other kinds name what they read beside what they write
+    if kind == "collective-permute":
+        return size
+    if kind == "reduce-scatter":  # its result is a part of what is reduced
+        size *= group
+    return size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+
+
+def _group(line: str, n_devices: int) -> int:
+    """Devices in one group, from any of the three ways in which the text writes groups."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", line)
+    if mesh:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes.get(name, 1)) for name in re.findall(r"'([^']+)'", mesh[2])) or 1
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line)
+    if iota:
+        return int(iota[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    return len(listed[1].split(",")) if listed and listed[1] else n_devices
