@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from lm.config import ModelConfig
 from lm.ffn.context import Call
+from lm.ffn.exchange import sorted_rows, to_experts
 from lm.ffn.glu import GeGLU, GeGLUTanh, SwiGLU
-from lm.ffn.grouped import mixture
 from lm.ffn.mlp import Gelu, GeluTanh, Relu, Relu2
 from lm.ffn.routing import ExpertChoice, Scores, Slots, TokenChoice, limit
 from lm.layers import Project
+from lm.parallel import current
 
 KINDS: dict[str, Any] = {
     "swiglu": SwiGLU,
@@ -41,13 +42,13 @@ class _Stack(nn.Module):
 
 
 class _Experts(nn.Module):
-    """All experts: on buffers ``[E, C, D]``, or, with `rows`, on tokens ``[N, D]``, sorted and summed by
-    `lm.ffn.grouped.mixture` with gates, order, places and sizes."""
+    """All experts: on buffers ``[E, C, D]``, or, with `chosen` (experts and gates ``[B, T, k]``), on tokens
+    ``[B, T, D]``, by `lm.ffn.exchange.to_experts`."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rows: tuple[jax.Array, ...] | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, chosen: tuple[jax.Array, jax.Array] | None = None) -> Any:
         cfg, moe = self.cfg, self.cfg.ffn
         E, D, F = moe.experts, cfg.d_model, moe.d_expert or cfg.d_ff
         act = KINDS[moe.expert].activation
@@ -55,9 +56,8 @@ class _Experts(nn.Module):
         if not issubclass(KINDS[moe.expert], SwiGLU):
             del shapes["gate"]
         weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
-        if rows is not None:
-            gates_Nk, order_M, place_Nk, sizes_E = rows
-            return mixture(x, weights, gates_Nk, order_M, place_Nk, sizes_E, act, moe.implementation)
+        if chosen is not None:
+            return to_experts(x, *chosen, weights, act, moe.implementation, moe.exchange_factor)
 
         def product(x_ECK: jax.Array, name: str) -> jax.Array:
             return jnp.einsum("eck,ekn->ecn", x_ECK, weights[name])
@@ -130,7 +130,7 @@ class MoELayer(nn.Module):
             y, stats = _by_expert(experts, flat, decision)
         else:
             places = moe.places(B * T // G, call.key is not None)
-            y, stats = _by_token(experts, flat, decision, mask.reshape(G, -1), places, moe)
+            y, stats = _by_token(experts, x_BTD, decision, mask.reshape(G, -1), places, moe)
         if moe.shared:
             inner = dataclasses.replace(cfg, d_ff=moe.shared, ffn=KINDS[moe.expert](bias=False))
             own = inner.ffn.module(inner, name="shared")(flat)
@@ -145,38 +145,40 @@ class MoELayer(nn.Module):
 
 
 def _by_token(
-    experts: Any, x_ND: jax.Array, choice: TokenChoice, mask_GT: jax.Array, places: int | None, moe: Any
+    experts: Any, x_BTD: jax.Array, choice: TokenChoice, mask_GT: jax.Array, places: int | None, moe: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Tokens choose: assignments sorted by expert, every array of M = N k rows or fewer."""
-    E, k, N, G = moe.experts, choice.experts_Tk.shape[-1], x_ND.shape[0], mask_GT.shape[0]
+    (B, T, D), E, k, G = x_BTD.shape, moe.experts, choice.experts_Tk.shape[-1], mask_GT.shape[0]
     live = mask_GT[..., None] & (choice.gates_Tk != 0)
-    keep = live if places is None else jax.vmap(lambda c, m: limit(c, m, places, moe.priority))(choice, mask_GT)
-    gates_M = choice.gates_Tk.reshape(-1)
-    if places is None:  # padding is routed like everything else: nobody reads its output, and nobody has to wait
-        expert_M, gates_Nk = choice.experts_Tk.reshape(-1), choice.gates_Tk.reshape(N, k)
+    keep, expert, gates, lost = live, choice.experts_Tk, choice.gates_Tk, 0
+    # Without places, padding is routed like everything else: nobody reads its output, and nobody has to wait.
+    if places is not None:
+        keep = jax.vmap(lambda c, m: limit(c, m, places, moe.priority))(choice, mask_GT)
+        expert = jnp.where(keep, expert, E)  # E: dropped
+        gates = jnp.where(keep, gates, 0.0 * gates)  # NaN stays NaN
+    if moe.dispatch == "buffers" and places is not None and current() is None:
+        y = _buffers(experts, x_BTD.reshape(B * T, D), expert.reshape(-1), gates.reshape(-1, k), G * places, E)
     else:
-        expert_M = jnp.where(keep.reshape(-1), choice.experts_Tk.reshape(-1), E)  # E: dropped, sorted behind all others
-        gates_Nk = jnp.where(keep.reshape(-1), gates_M, 0.0 * gates_M).reshape(N, k)  # NaN stays NaN
-    order_M = jnp.argsort(expert_M, stable=True)
-    place_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(N * k, dtype=order_M.dtype), unique_indices=True)
-    sizes_E = (expert_M[:, None] == jnp.arange(E)).sum(0).astype(jnp.int32)
-    if moe.dispatch == "buffers" and places is not None:
-        C, first_E = min(G * places, N * k), jnp.cumsum(sizes_E) - sizes_E
-        at_EC = first_E[:, None] + jnp.arange(C)
-        full_EC = jnp.arange(C) < sizes_E[:, None]
-        rows = x_ND[order_M[jnp.minimum(at_EC, N * k - 1)] // k]
-        out = experts(jnp.where(full_EC[..., None], rows, jnp.zeros((), rows.dtype))).reshape(E * C, -1)
-        e = jnp.minimum(expert_M, E - 1)
-        out_Nk = out[jnp.clip(e * C + place_M - first_E[e], 0, E * C - 1).reshape(N, k)]
-        y = jnp.einsum("nkd,nk->nd", out_Nk, gates_Nk.astype(out_Nk.dtype))
-    else:
-        y = experts(x_ND, (gates_Nk, order_M, place_M.reshape(N, k), sizes_E))
-    return y, {
+        y, lost = experts(x_BTD, (expert.reshape(B, T, k), gates.reshape(B, T, k)))
+    return y.reshape(B * T, D), {
         "counts_E": _counts(choice.experts_Tk, live, E),
-        "kept": keep.sum(),
+        "kept": keep.sum() - lost,
         "chosen": live.sum(),
         "taps": {"experts": choice.experts_Tk, "kept": keep, "gates": choice.gates_Tk},
     }
+
+
+def _buffers(experts: Any, x_ND: Any, expert_M: Any, gates_Nk: Any, places: int, E: int) -> jax.Array:
+    N, k = gates_Nk.shape
+    order_M, place_M, sizes_E = sorted_rows(expert_M, E)
+    C, first_E = min(places, N * k), jnp.cumsum(sizes_E) - sizes_E
+    at_EC = first_E[:, None] + jnp.arange(C)
+    full_EC = jnp.arange(C) < sizes_E[:, None]
+    rows = x_ND[order_M[jnp.minimum(at_EC, N * k - 1)] // k]
+    out = experts(jnp.where(full_EC[..., None], rows, jnp.zeros((), rows.dtype))).reshape(E * C, -1)
+    e = jnp.minimum(expert_M, E - 1)
+    out_Nk = out[jnp.clip(e * C + place_M - first_E[e], 0, E * C - 1).reshape(N, k)]
+    return jnp.einsum("nkd,nk->nd", out_Nk, gates_Nk.astype(out_Nk.dtype))
 
 
 def _counts(experts: jax.Array, live: jax.Array, E: int) -> jax.Array:

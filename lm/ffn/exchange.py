@@ -1,0 +1,146 @@
+"""Chosen tokens to their experts and back: on one device, or over the devices of a mesh.
+
+Under a layout (`lm.parallel`) every device sorts its own tokens, in `jax.shard_map`: sorting is not something that the
+compiler can cut. Where experts are cut, a row goes to the device that has its expert by one all-to-all and comes back
+by another (GShard, arXiv 2006.16668). Shapes are static, so a device has room for `factor` times its even share of rows
+for every other device; rows beyond that are dropped and counted. Letters: n tokens of a device, k experts each, M = n k
+rows, E experts, e of them on a device, p devices that share the experts, C places for each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from lm.ffn.grouped import Activation, Weights, mixture
+from lm.parallel import Layout, current
+
+NAMES = {
+    "up": ("experts", None, "mlp"),
+    "gate": ("experts", None, "mlp"),
+    "down": ("experts", "mlp", None),
+}
+
+
+def sorted_rows(expert_M: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Assignments by expert (E: nobody's, last): ``order[M]``, its inverse ``place[M]``, and ``sizes[E]``."""
+    order_M = jnp.argsort(expert_M, stable=True)
+    place_M = (
+        jnp.zeros_like(order_M).at[order_M].set(jnp.arange(len(order_M), dtype=order_M.dtype), unique_indices=True)
+    )
+    return order_M, place_M, (expert_M[:, None] == jnp.arange(E)).sum(0).astype(jnp.int32)
+
+
+def to_experts(
+    x_BTD: jax.Array,
+    experts_BTk: jax.Array,
+    gates_BTk: jax.Array,
+    weights: Weights,
+    activation: Activation,
+    implementation: str,
+    factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The weighted sum of every token's experts ``[B, T, D]``, and how many rows found no place on the way.
+
+    `experts`: int32, E for an assignment that is nobody's. `weights`: see `lm.ffn.grouped`. `factor` None: room for
+    every row a device could send.
+    """
+    spread = _spread(x_BTD, len(weights["up"]))
+    if spread is None:
+        B, T, D = x_BTD.shape
+        k = experts_BTk.shape[-1]
+        y = _here(
+            x_BTD.reshape(B * T, D), experts_BTk.reshape(-1, k), gates_BTk.reshape(-1, k), weights, activation,
+            implementation,
+        )  # fmt: skip
+        return y.reshape(B, T, D), jnp.zeros((), jnp.int32)
+    layout, mesh = spread
+    over = layout.axes_of("experts") if layout.parts("experts", dict(mesh.shape)) > 1 else ()
+    devices = math.prod(mesh.shape[a] for a in over)
+    inner = layout.axes_of("mlp")
+    tokens = (*layout.axes_of("batch"), *layout.axes_of("length"))
+
+    def local(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
+        b, t, D = x.shape
+        k = experts.shape[-1]
+        flat, experts, gates = x.reshape(b * t, D), experts.reshape(b * t, k), gates.reshape(b * t, k)
+        lost = jnp.zeros((), jnp.int32)
+        if over:
+            y, lost = _away(flat, experts, gates, weights, activation, implementation, over, devices, factor)
+        else:
+            y = _here(flat, experts, gates, weights, activation, implementation)
+        if inner:
+            y = jax.lax.psum(y, inner)  # every device has a part of an expert's channels
+        return y.reshape(b, t, D), jax.lax.psum(lost, tokens) if tokens else lost
+
+    rows = layout.spec(("batch", "length", None))
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, {name: layout.spec(NAMES[name]) for name in weights}),
+        out_specs=(rows, P()),
+        check_vma=False,  # `mixture` has a gradient of its own, whose loops start from plain zeros
+    )
+    return run(x_BTD, experts_BTk, gates_BTk, weights)
+
+
+def _spread(x_BTD: jax.Array, E: int) -> tuple[Layout, jax.sharding.Mesh] | None:
+    """The layout, if it cuts tokens or experts in a way that `to_experts` serves; otherwise the compiler decides."""
+    found = current()
+    if found is None or found[1].size == 1:
+        return None
+    layout, mesh = found
+    sizes: Mapping[str, int] = dict(mesh.shape)
+    whole = any(
+        n % layout.parts(name, sizes)
+        for n, name in zip((*x_BTD.shape[:2], E), ("batch", "length", "experts"), strict=True)
+    )
+    apart = all(a in layout.axes_of("batch") for a in layout.axes_of("experts") if sizes[a] > 1)
+    return None if whole or not apart else found
+
+
+def _here(x: Any, experts_nk: Any, gates_nk: Any, weights: Weights, activation: Any, implementation: str) -> jax.Array:
+    order, place, sizes = sorted_rows(experts_nk.reshape(-1), len(weights["up"]))
+    return mixture(x, weights, gates_nk, order, place.reshape(experts_nk.shape), sizes, activation, implementation)
+
+
+def _away(
+    x: Any,
+    experts_nk: Any,
+    gates_nk: Any,
+    weights: Weights,
+    activation: Any,
+    implementation: str,
+    over: tuple[str, ...],
+    p: int,
+    factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    (n, k), e, D = experts_nk.shape, len(weights["up"]), x.shape[-1]
+    M = n * k
+    C = M if factor is None else min(M, math.ceil(factor * M / p))
+    expert_M = experts_nk.reshape(-1)
+    order, place, _ = sorted_rows(expert_M, e * p)
+    to_M = expert_M // e  # p: nobody
+    counts_p = (to_M[:, None] == jnp.arange(p)).sum(0).astype(jnp.int32)
+    first_p = jnp.cumsum(counts_p) - counts_p
+    full_pC = jnp.arange(C) < counts_p[:, None]
+    rows_pC = order[jnp.minimum(first_p[:, None] + jnp.arange(C), M - 1)]
+    sent = jnp.where(full_pC[..., None], x[rows_pC // k], jnp.zeros((), x.dtype))
+    whose = jnp.where(full_pC, expert_M[rows_pC] % e, e)
+
+    def swap(a: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(a, over, 0, 0, tiled=True)
+
+    ones = jnp.ones((p * C, 1), gates_nk.dtype)
+    out = _here(swap(sent).reshape(p * C, D), swap(whose).reshape(p * C, 1), ones, weights, activation, implementation)
+    back = swap(out.reshape(p, C, D)).reshape(p * C, D)
+    at_M = place - first_p[jnp.minimum(to_M, p - 1)]
+    found_nk = ((to_M < p) & (at_M < C)).reshape(n, k)
+    mine = back[jnp.clip(to_M * C + at_M, 0, p * C - 1).reshape(n, k)]
+    gates = jnp.where(found_nk, gates_nk, 0.0 * gates_nk)  # NaN stays NaN
+    return jnp.einsum("nkd,nk->nd", mine, gates.astype(mine.dtype)), ((to_M < p) & (at_M >= C)).sum()
