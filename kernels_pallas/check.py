@@ -1,0 +1,137 @@
+"""``python -m kernels_pallas.check --platform tpu|gpu|interpret [--kernel NAME] [--chip NAME]``.
+
+``tpu`` compiles every kernel at real sizes ahead of time for every chip of `kernels_pallas.common.CHIPS`, without a TPU
+(the extra ``aot`` has the compiler); ``gpu`` lowers for CUDA, or compiles and times where there is a GPU; ``interpret``
+runs small sizes and compares them with the reference. Prints one line per case and exits with code 1 if any fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from kernels_pallas.common import CHIPS, MIB, Case
+
+# Each has a `bench` with `cases(chip)`, `small_cases()` and `gpu_cases()`.
+KERNELS = ("flash",)
+WIDTHS = (14, 40, 9, 26, 9, 9)
+HEAD = ("kernel", "case", "chip", "result", "tile MiB", "seconds")
+
+
+def compile_for(case: Case, chip: str) -> str:
+    """Compiled by the real compiler of `chip`; memory of the program as it reports it."""
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
+    here = jax.sharding.SingleDeviceSharding(device)
+    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for a in case.args]
+    program = jax.jit(case.fn).lower(*args).compile()
+    memory = program.memory_analysis()
+    return "compiled" if memory is None else f"compiled, {memory.temp_size_in_bytes / MIB:.0f} MiB HBM temp"
+
+
+def lower_for_gpu(case: Case) -> str:
+    """Lowered for CUDA; compiled and run where there is a GPU."""
+    if jax.default_backend() == "gpu":
+        rng = np.random.default_rng(0)
+        args = case.draw(rng, case.args)
+        run = jax.jit(case.fn)
+        jax.block_until_ready(run(*args))
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        return f"ran in {1e3 * (time.perf_counter() - start):.2f} ms"
+    jax.jit(case.fn).trace(*case.args).lower(lowering_platforms=("cuda",))
+    return "lowered"
+
+
+def rms_ratio(got: Any, want: Any) -> float:
+    """Root mean square of the error over that of `want`, over all arrays; NaN counts as infinite."""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    a, b = (np.concatenate([np.asarray(p[i], np.float64).ravel() for p in pairs]) for i in (0, 1))
+    ratio = float(np.sqrt(((a - b) ** 2).mean() / max((b**2).mean(), 1e-300)))
+    return ratio if ratio == ratio else float("inf")
+
+
+def run_small(case: Case) -> str:
+    """Interpreted, against the reference."""
+    assert case.reference is not None
+    args = case.draw(np.random.default_rng(0), case.args)
+    error = rms_ratio(jax.jit(case.fn)(*args), jax.jit(case.reference)(*args))
+    if not error <= case.tolerance:
+        raise AssertionError(f"RMS ratio {error:.1e}, at most {case.tolerance:.0e} allowed")
+    return f"equal, RMS ratio {error:.1e}"
+
+
+def _work(
+    platform: str, kernels: tuple[str, ...], chips: tuple[str, ...]
+) -> Iterator[tuple[str, str, Case, Callable[[], str]]]:
+    for kernel in kernels:
+        bench = importlib.import_module(f"kernels_pallas.{kernel}.bench")
+        if platform == "interpret":
+            for case in bench.small_cases():
+                yield kernel, "-", case, functools.partial(run_small, case)
+        elif platform == "gpu":
+            for case in bench.gpu_cases():
+                yield kernel, "-", case, functools.partial(lower_for_gpu, case)
+        else:
+            for chip in chips:
+                for case in bench.cases(chip):
+                    yield kernel, chip, case, functools.partial(compile_for, case, chip)
+
+
+def check(platform: str, kernels: tuple[str, ...] = KERNELS, chips: tuple[str, ...] = tuple(CHIPS)) -> int:
+    """Prints the table and returns the number of failures."""
+
+    def line(*cells: object) -> None:
+        print("  ".join(str(c).ljust(w) for c, w in zip(cells, WIDTHS, strict=True)).rstrip(), flush=True)
+
+    line(*HEAD)
+    failures, n = 0, 0
+    for kernel, chip, case, work in _work(platform, kernels, chips):
+        start, n = time.perf_counter(), n + 1
+        try:
+            result = work()
+        except Exception as error:  # a compiler's refusal may be of any type; every case gets its line
+            failures += 1
+            result = "FAILED: " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        line(kernel, case.name, chip, result, f"{case.tile_bytes / MIB:.1f}", f"{time.perf_counter() - start:.1f}")
+    print(f"{n - failures} of {n} passed")
+    return failures
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels_pallas.check", description=__doc__)
+    parser.add_argument("--platform", choices=("tpu", "gpu", "interpret"), required=True)
+    parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
+    parser.add_argument("--chip", choices=tuple(CHIPS), help="one TPU generation instead of all")
+    args = parser.parse_args(argv)
+    if args.platform == "tpu":
+        # Ordinary arrays live on the CPU; the compiler alone is loaded, and may be loaded by other processes as well.
+        for name, value in (
+            ("JAX_PLATFORMS", "cpu"),
+            ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+            ("TPU_SKIP_MDS_QUERY", "1"),
+            ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ):
+            os.environ.setdefault(name, value)
+        if importlib.util.find_spec("libtpu") is None:
+            print(
+                "error: --platform tpu: libtpu is not installed; valid: pip install 'decoder-lab[aot]'", file=sys.stderr
+            )
+            return 2
+    kernels = (args.kernel,) if args.kernel else KERNELS
+    return 1 if check(args.platform, kernels, (args.chip,) if args.chip else tuple(CHIPS)) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
