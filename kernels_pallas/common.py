@@ -36,6 +36,21 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", 64 * MIB),
 }
 
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+}
+
+
+def chip(device: jax.Device) -> str | None:
+    """The name in `CHIPS` of a device that is there, None if it has none; for callers, never for kernels."""
+    return KINDS.get(device.device_kind) if device.platform == "tpu" else None
+
+
 # kernel -> chip -> block sizes by name; "default" serves chips without a row. Sizes a caller gives win.
 BLOCKS: dict[str, dict[str, dict[str, int]]] = {
     "flash": {

@@ -249,6 +249,7 @@ def _call(
             return pl.BlockSpec(memory_space=pltpu.SMEM)  # a number per head
         return block(KINDS[name], a.shape[-1])
 
+    order: Any = ("parallel", "parallel", "arbitrary", "arbitrary")[: len(grid)]
     pairs = B * H * len(tiles) * spec.block_q * spec.block_k
     moved = B * H * len(tiles) * (spec.block_q + spec.block_k) * d * x["q"].dtype.itemsize
     return pl.pallas_call(
@@ -262,7 +263,7 @@ def _call(
         ),
         out_shape=tuple(None if o is None else o[0] for o in outs),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary")[: len(grid)],
+            dimension_semantics=order,
             vmem_limit_bytes=spec.vmem,
         ),
         cost_estimate=pl.CostEstimate(
@@ -286,8 +287,8 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, H, T, d]`` and log-sum-exp float32 ``[B, H, T]``; T and S are whole blocks.
 
-    `rows`: per-token data ``[B, 1, T]`` and ``[B, 1, S]``; `tables`: `pack` by queries and by keys. Differentiable in q, k,
-    v, slopes and sinks through both results.
+    `rows`: per-token data ``[B, 1, T]`` and ``[B, 1, S]``; `tables`: `pack` by queries and by keys. Differentiable in
+    q, k, v, slopes and sinks through both results.
     """
     B, H, T, d = q_BHTd.shape
     x = {"q": q_BHTd, "k": k_BKSd, "v": v_BKSd, "slopes": slopes_H, "sinks": sinks_H}

@@ -126,14 +126,18 @@ class Placement:
         return jax.device_put(state, self.everywhere)
 
     def compile(self, cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, base: Any = None) -> Any:
-        """The step ``(state, batch, base) -> (state, metrics)`` ahead of time; its state argument is donated."""
+        """The step ``(state, batch, base) -> (state, metrics)`` ahead of time; its state argument is donated.
+
+        The mesh is in force while tracing, so that kernels know over which devices the rows are spread.
+        """
         fn = jax.jit(
             lambda s, b, base: step(cfg, train, s, b, base),
             in_shardings=(self.everywhere, self.rows, self.everywhere),
             out_shardings=(self.everywhere, self.everywhere),
             donate_argnums=0,
         )
-        return fn.lower(state, batch, base).compile()
+        with jax.set_mesh(self.mesh):
+            return fn.lower(state, batch, base).compile()
 
 
 def evaluator(cfg: ModelConfig, train: TrainConfig) -> Any:
