@@ -67,7 +67,8 @@ def blocks(kernel: str, chip: str | None = None, **given: int | None) -> dict[st
     rows = BLOCKS[kernel]
     out = dict(rows.get(chip or "default", rows["default"]))
     for name, value in given.items():
-        out[name] = out[name] if value is None else value
+        own = out[name]
+        out[name] = own if value is None else value
     return out
 
 
@@ -87,8 +88,10 @@ def interpret(implementation: str, given: Any = None) -> Any:
 
 
 def strict() -> pltpu.InterpretParams:
-    """The TPU interpreter that looks for races, reads outside a buffer and memory nobody wrote (it reads as NaN)."""
-    return pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    """The TPU interpreter that looks for races (on two cores), reads outside a buffer and memory nobody wrote (NaN)."""
+    return pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
+    )
 
 
 def normal(rng: np.random.Generator, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
