@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import common
-from kernels_pallas.flash import flash
+from kernels_pallas.flash.api import flash
 from lm.attention.branches import NEG, AnyBranch, Branch, Context, merge
 from lm.attention.masks import Causal
 from lm.attention.tiles import Grid, visit

@@ -14,7 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 from plug_case import rms_ratio
 
 from kernels_pallas import common
-from kernels_pallas.flash import bench, flash, table
+from kernels_pallas.flash import bench, table
+from kernels_pallas.flash.api import flash
 from lm import compat
 from lm.attention.masks import Causal, Chunked, Full, Mask, Sinks, Window
 from lm.attention.tiles import Grid, visit
