@@ -10,9 +10,16 @@ of the trained length, because on a CPU the cost of a token is proportional to i
 trained length. ``:small`` is a model of 5.8M parameters trained here at 256 tokens, with chunks of 16.
 
 Expected: LongHeads within 0.1 nats of a fresh context beyond 1.3 times the trained length; exponent of reading time at
-most 1.1 from 4k to 64k tokens. Cost on 2 CPU cores: ``:smoke`` seconds, ``:laptop`` under 25 minutes, ``:small`` about
-10 minutes (half of it training), ``:long`` about 2 hours. ``:gpu`` under 25 minutes on one 80 GB GPU. ``:paper`` is
-Llama-2-7B at 32k tokens; it needs that checkpoint.
+most 1.1 from 4k to 64k tokens. Measured at ``:laptop``: fluent past the trained length (0.084 nats behind a fresh
+context, full attention 1.6), but no pass key found beyond it, by any arm. Reading grows with exponent 1.19 (full 1.68):
+attention to the picked chunks is linear, but the first 2,048 tokens are read by full attention, cheaply, and every
+query scores and ranks all chunks, of which a longer text has more. Heads see the key's chunk in 0.19 of all cases
+against 0.15 by chance, but those of layer 20 in 0.64. At ``:small``, eight times the trained length, LongHeads is
+0.007 nats behind a fresh context, full attention 0.26, NTK 0.13.
+
+Cost on 2 CPU cores: ``:smoke`` seconds, ``:laptop`` under 25 minutes, ``:small`` about 10 (half of it training),
+``:long`` about 2 hours. ``:gpu`` under 25 minutes on one 80 GB GPU, not run. ``:paper`` is Llama-2-7B at 32k tokens; it
+needs that checkpoint.
 """
 
 from __future__ import annotations

@@ -167,8 +167,9 @@ def _cut(axes: Any, by_arm: Mapping[str, Curve], means: Mapping[str, np.ndarray]
     low, calm = min(low, float(np.nanmin(seen))), float(np.nanmax(seen))
     end = calm + CUT * max(calm - low, 0.5 * abs(calm))
     high = max(high, calm)
-    room = 0.05 * (min(end, high) - low) or 0.5
-    if high - low <= BLOWN * (end - low):
+    flat = end <= low  # zero throughout gives no scale to cut by
+    room = 0.05 * ((high if flat else min(end, high)) - low) or 0.5
+    if flat or high - low <= BLOWN * (end - low):
         axes.set_ylim(low - room, high + room)
         return []
     axes.set_ylim(low - room, end)
@@ -205,8 +206,9 @@ def _grids(name: str, by_arm: Mapping[str, Curve]) -> Figure:
     rows = -(-len(by_arm) // columns)
     z_all = np.concatenate([_values(row, False) for c in by_arm.values() for row in c["z"]])
     z_all = z_all[np.isfinite(z_all)]
-    unit = not z_all.size or (z_all.min() >= 0 and z_all.max() <= 1)
-    low, high = (0.0, 1.0) if unit else (float(z_all.min()), float(z_all.max()))
+    low, high = (float(z_all.min()), float(z_all.max())) if z_all.size else (0.0, 1.0)
+    if 0 <= low and 0.5 < high <= 1:  # rates, alike from plot to plot; small ones keep their contrast
+        low, high = 0.0, 1.0
     some = next(iter(by_arm.values()))
     size = (1.2 + columns * max(1.7, 0.62 * len(some["x"])), 1.2 + rows * max(1.5, 0.36 * len(some["y"]) + 0.8))
     figure = Figure(figsize=(max(size[0], 5.0), size[1]), layout="constrained")

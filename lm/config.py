@@ -114,8 +114,8 @@ class ModelConfig:
                     for name in _SHARED:
                         if getattr(cfg, name) != getattr(self, name):
                             raise UserError(f"model.layer_overrides[{n}].{name}: cannot differ between layers")
-            for_layer = getattr(cfg.pattern, "for_layer", None)
-            out.append(cfg if for_layer is None else dataclasses.replace(cfg, pattern=for_layer(i)))
+            own = {k: getattr(cfg, k).for_layer(i) for k in ("pattern", "ffn") if hasattr(getattr(cfg, k), "for_layer")}
+            out.append(dataclasses.replace(cfg, **own) if own else cfg)
         return tuple(out)
 
 

@@ -7,6 +7,7 @@ and a result. Letters: B batch, T tokens, D model width, V vocabulary, L layers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from lm import weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
+from lm.ffn.context import Call
 
 Params = dict[str, Any]
 
@@ -26,14 +28,16 @@ Params = dict[str, Any]
 @dataclass(frozen=True)
 class Output:
     """`logits_BTV` float32 (None when not asked for), `hidden_BTD` after the final norm, the new `cache`,
-    `taps_LBTD`, the residual stream after every layer (None when not asked for), and `records`, for every layer what
-    its plugs recorded of the last tokens (None when not asked for)."""
+    `taps_LBTD`, the residual stream after every layer (None when not asked for), `records`, for every layer what its
+    plugs recorded of the last tokens (None when not asked for), and `reports`, what each layer says beside its output
+    (`lm.auxiliary`)."""
 
     logits_BTV: jax.Array | None
     hidden_BTD: jax.Array
     cache: Any = None
     taps_LBTD: jax.Array | None = None
     records: tuple[dict[str, Any], ...] | None = None
+    reports: tuple[dict[str, Any], ...] = ()
 
 
 class Block(nn.Module):
@@ -42,14 +46,20 @@ class Block(nn.Module):
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any = None) -> Any:
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any, call: Call) -> Any:
+        """The new stream, the layer's cache, and its report."""
         cfg = self.cfg
         normed = cfg.norm.module(cfg.param_dtype, name="attn_norm")(x_BTD)
         mixed, cache = cfg.attention.module(cfg, name="attn")(normed, tokens, length, cache)
         after = x_BTD if cfg.parallel_residual else x_BTD + mixed
         normed = cfg.norm.module(cfg.param_dtype, name="ffn_norm")(after)
-        y_BTD = after + cfg.ffn.module(cfg, name="ffn")(normed)
-        return (y_BTD + mixed if cfg.parallel_residual else y_BTD), cache
+        ffn, report = cfg.ffn.module(cfg, name="ffn"), {}
+        if getattr(cfg.ffn, "reports", False):
+            out, report = ffn(normed, call)
+        else:
+            out = ffn(normed)
+        y_BTD = after + out
+        return (y_BTD + mixed if cfg.parallel_residual else y_BTD), cache, report
 
 
 class Decoder(nn.Module):
@@ -76,6 +86,7 @@ class Decoder(nn.Module):
         taps: bool = False,
         records: int = 0,
         on_layer: Callable[[], None] | None = None,
+        key: jax.Array | None = None,
     ) -> Output:
         """Runs the model on int32 `tokens_BT` or on `embeddings_BTD`.
 
@@ -83,7 +94,8 @@ class Decoder(nn.Module):
         float32 are the rotary positions (default: the index); `segments_BT` int32 keeps packed documents apart.
         `cache` (from `lm.caches.init`) extends earlier calls; give `index_BT` then. `records` asks for what
         plugs record (collection ``records``, arrays ``[B, T, …]``) of the last so many tokens. `on_layer` is called on
-        the host after every layer (progress bars).
+        the host after every layer (progress bars). `key` is given in training: layers that are random, or follow
+        another rule there, go by it.
         """
         if (tokens_BT is None) == (embeddings_BTD is None):
             raise ValueError("give either tokens_BT or embeddings_BTD")
@@ -103,60 +115,68 @@ class Decoder(nn.Module):
             learned = weights.param(self, "pos_embed", _embed_init(cfg), shape, cfg.param_dtype)
             rows = jnp.clip(jnp.floor(seq.positions_BT), 0, shape[0] - 1).astype(jnp.int32)
             x = x + weights.rows(learned, rows).astype(dtype)
-        x, cache, streams, seen = self._blocks(x, seq, length, cache, taps, records, on_layer)
+        call = Call(seq.index_BT, tokens_BT, key, taps)
+        x, cache, streams, seen, reports = self._blocks(x, seq, length, cache, call, records, on_layer)
         x = cfg.norm.module(cfg.param_dtype, name="final_norm")(x)
         head = cfg.head.module(cfg, name="head")
         out = head(x, table) if logits or self.is_initializing() else None
-        return Output(out if logits else None, x, cache, streams, seen if records else None)
+        return Output(out if logits else None, x, cache, streams, seen if records else None, reports)
 
-    def _blocks(
-        self, x: Any, seq: Tokens, length: Any, cache: Any, taps: bool, records: int, on_layer: Any
-    ) -> tuple[Any, Any, Any, tuple[Any, ...]]:
-        layers = self.cfg.layers()
+    def _blocks(self, x: Any, seq: Tokens, length: Any, cache: Any, call: Call, records: int, on_layer: Any) -> Any:
+        """(x, cache, streams, records, reports)."""
+        layers, taps = self.cfg.layers(), call.taps
         streams: list[Any] = []
         seen: list[Any] = []
         caches: list[Any] = []
+        reports: list[dict[str, Any]] = []
+        keys = None if call.key is None else jax.random.split(call.key, len(layers))
         params, stacked = self._block_params(x.shape, layers)
         start = 0
         for n in _runs(layers, self.cfg.scan_layers and stacked and cache is None):
             cfg = layers[start]
 
-            def layer(x: Any, p: Params, c: Any = None, cfg: ModelConfig = cfg) -> Any:
-                (x, c), made = Block(cfg).apply(
-                    {"params": p}, x, seq, length, c, mutable=["records"] if records else []
+            def layer(x: Any, p: Params, key: Any, c: Any = None, cfg: ModelConfig = cfg) -> Any:
+                (x, c, report), made = Block(cfg).apply(
+                    {"params": p},
+                    *(x, seq, length, c, dataclasses.replace(call, key=key)),
+                    mutable=["records"] if records else [],
                 )
                 if on_layer is not None:
                     jax.debug.callback(lambda _: on_layer(), x[0, -1, 0])
-                return x, c, jax.tree.map(lambda leaf: leaf[:, -records:], made.get("records", {}))
+                return x, c, jax.tree.map(lambda leaf: leaf[:, -records:], made.get("records", {})), report
 
             step = jax.checkpoint(layer, prevent_cse=n == 1) if cfg.remat else layer
             if n > 1:
                 run = jax.tree.map(lambda p, a=start, b=start + n: p[a:b], params)
 
-                def body(x: Any, p: Params, step: Any = step) -> Any:
-                    y, _, made = step(x, p)
-                    return y, (y if taps else None, made)
+                def body(x: Any, of_layer: Any, step: Any = step) -> Any:
+                    y, _, *said = step(x, *of_layer)
+                    return y, (y if taps else None, *said)
 
-                x, (ys, made) = jax.lax.scan(body, x, run)
+                x, (ys, *many) = jax.lax.scan(body, x, (run, None if keys is None else keys[start : start + n]))
                 streams.append(ys)
-                seen += [jax.tree.map(lambda leaf, i=i: leaf[i], made) for i in range(n)]
+                for said, all_of in zip((seen, reports), many, strict=True):
+                    said += [jax.tree.map(lambda a, i=i: a[i], all_of) for i in range(n)]
             else:
                 p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
-                x, c, made = step(x, p, None if cache is None else cache[start])
+                key = None if keys is None else keys[start]
+                x, c, made, report = step(x, p, key, None if cache is None else cache[start])
                 streams.append(x[None])
                 caches.append(c)
                 seen.append(made)
+                reports.append(report)
             start += n
-        stacked_streams = jnp.concatenate(streams) if taps else None
-        return x, tuple(caches) if cache is not None else None, stacked_streams, tuple(seen)
+        streams_LBTD = jnp.concatenate(streams) if taps else None
+        return x, tuple(caches) if cache is not None else None, streams_LBTD, tuple(seen), tuple(reports)
 
     def _block_params(self, shape: tuple[int, ...], layers: tuple[ModelConfig, ...]) -> tuple[Any, bool]:
         """All layers' parameters, declared here: one stacked tree, or one tree per layer where shapes differ."""
         x = jnp.zeros((1, 1, shape[-1]), self.cfg.dtype)
         seq = _tokens((1, 1), None, None, None)
+        call = Call(seq.index_BT, seq.index_BT)
 
         def init(cfg: ModelConfig, rng: jax.Array) -> Params:
-            return dict(Block(cfg).init(rng, x, seq, jnp.ones(())))["params"]
+            return dict(Block(cfg).init(rng, x, seq, jnp.ones(()), None, call))["params"]
 
         probe = jax.random.key(0)
         shapes = [jax.eval_shape(lambda r, c=c: init(c, r), probe) for c in dict.fromkeys(layers)]

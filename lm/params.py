@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lm import weights
 from lm.config import ModelConfig
 from lm.decoder import Decoder
-from lm.ffn import glu
+from lm.ffn import glu, moe
 from lm.heads import fourier, linear, mixture
 from lm.layers import Project
 from lm.mixers import attention
@@ -28,6 +28,7 @@ AXES: dict[str, tuple[str, ...]] = {
     "bias": ("embed",),
     **attention.AXES,
     **glu.AXES,
+    **moe.AXES,
     **linear.AXES,
     **fourier.AXES,
     **mixture.AXES,

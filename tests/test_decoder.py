@@ -119,7 +119,7 @@ def test_training_free_overrides_keep_the_stacked_tree() -> None:
 def test_every_parameter_has_axes_of_its_rank(ffn: str, norm: str, bias: bool) -> None:
     changes = {
         "norm": norm,
-        "ffn": {"name": ffn, "bias": bias},
+        "ffn": {"name": ffn, "shared": 3, "shared_gate": bias} if ffn == "moe" else {"name": ffn, "bias": bias},
         "attention": {"name": "softmax", "qk_norm": bias, "qkv_bias": bias, "out_bias": not bias},
         "positions": {"name": "learned", "size": 8} if bias else "rope",
         "head": {"name": "linear", "tie": not bias, "bias": bias},

@@ -22,7 +22,7 @@ from lm.caches.sink_window import SinkWindow
 from lm.config import ModelConfig
 from lm.errors import UserError
 
-__all__ = ["TABLE", "Tokens", "default", "init", "n_bytes", "needs_raw_keys"]
+__all__ = ["TABLE", "Tokens", "check", "default", "init", "n_bytes", "needs_raw_keys"]
 
 TABLE = {"full": Full, "sink_window": SinkWindow, "block_memory": Blocks}
 
@@ -43,9 +43,19 @@ def default(cfg: ModelConfig, capacity: int, quantize: str | None = None) -> Any
     return SinkWindow(keeps[0], min(keeps[1], capacity - keeps[0]), quantize)
 
 
+def check(cfg: ModelConfig) -> None:
+    """Raises `UserError` with the reason when a layer of the model cannot continue a text token by token."""
+    for i, layer in enumerate(cfg.layers()):
+        why = getattr(layer.ffn, "uncached", "")
+        if why:
+            raise UserError(f"model.ffn: layer {i} cannot generate or decode with a cache: {why}")
+
+
 def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None, quantize: str | None = None) -> tuple[Any, ...]:
     """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer: of `plug`, or the smallest that
-    lose nothing under each layer's pattern. Raises `UserError` where `plug` lacks summaries that a pattern needs."""
+    lose nothing under each layer's pattern. Raises `UserError` for models that cannot be decoded (`check`), and where
+    `plug` lacks summaries that a pattern needs."""
+    check(cfg)
     for layer in cfg.layers() if plug is not None else ():
         wanted = getattr(layer.pattern, "summary", None)
         if wanted is not None and getattr(plug, "summary", None) != wanted:

@@ -56,6 +56,7 @@ class Generator:
     """
 
     def __init__(self, cfg: ModelConfig, params: Any, cache: Any = None, quantize: str | None = None) -> None:
+        caches.check(cfg)
         self.cfg, self.params = cfg, unstack(params)
         self.cache, self.quantize = cache, quantize
 

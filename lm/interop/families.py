@@ -174,6 +174,62 @@ def _qwen3(hf: Hf) -> dict[str, Any]:
     return _with_layer_types(hf, {**out, "head_dim": hf.get("head_dim") or 128})
 
 
+def _mixtral(hf: Hf) -> dict[str, Any]:
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, **hf}
+    if not hf.get("rope_parameters"):
+        hf = {"rope_theta": 1e6, **hf}
+    out = _llama_like(hf)
+    router = {"k": hf.get("num_experts_per_tok", 2), "jitter": float(hf.get("router_jitter_noise") or 0.0)}
+    moe = {
+        "name": "moe",
+        "experts": hf.get("num_local_experts", 8),
+        "expert": out["ffn"]["name"],
+        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "router": {"name": "topk", "softmax": "after", **router},
+    }
+    out |= {"pattern": _window(hf["sliding_window"])} if hf.get("sliding_window") else {}
+    return {**out, "ffn": moe}
+
+
+def _qwen_moe(hf: Hf, out: dict[str, Any], k: int, shared: int) -> dict[str, Any]:
+    """Experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
+    moe = {
+        "name": "moe",
+        "experts": hf.get("num_experts") or hf.get("num_local_experts") or _need(hf, "num_experts"),
+        "expert": out["ffn"]["name"],
+        "d_expert": _need(hf, "moe_intermediate_size"),
+        "every": hf.get("decoder_sparse_step", 1),
+        "dense": out["ffn"],
+        "shared": shared,
+        "shared_gate": shared > 0,
+        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "router": {
+            "name": "topk",
+            "k": hf.get("num_experts_per_tok", k),
+            "softmax": "after" if hf.get("norm_topk_prob") else "before",
+        },
+    }
+    plain = [{"layers": str(i), "ffn": out["ffn"]} for i in hf.get("mlp_only_layers") or ()]
+    return {**out, "ffn": moe, "layer_overrides": [*out.get("layer_overrides", ()), *plain]}
+
+
+def _qwen2_moe(hf: Hf) -> dict[str, Any]:
+    hf = {**QWEN, "num_key_value_heads": 16, **hf}
+    if hf.get("use_sliding_window") and not hf.get("layer_types"):
+        raise UserError("config.json layer_types: missing; a qwen2_moe with use_sliding_window needs it")
+    out = _with_layer_types(hf, _llama_like(hf, qkv_bias=bool(hf.get("qkv_bias", True))))
+    return _qwen_moe(hf, out, 4, hf.get("shared_expert_intermediate_size", 5632))
+
+
+def _qwen3_moe(hf: Hf) -> dict[str, Any]:
+    hf = {**QWEN, "num_key_value_heads": 4, **hf}
+    bias = bool(hf.get("attention_bias"))
+    out = _llama_like(hf, qkv_bias=bias, out_bias=bias, qk_norm=True)
+    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+        out["pattern"] = _window(hf["sliding_window"])  # every layer, in this family
+    return _qwen_moe(hf, out, 8, 0)
+
+
 def _neox(hf: Hf) -> dict[str, Any]:
     bias = bool(hf.get("attention_bias", True))
     rotary = rope({**hf, "rotary_pct": hf.get("rotary_pct", 0.25)})
@@ -287,11 +343,37 @@ GPT2: Table = {
     **_layer("ffn/down", "transformer.h.{i}.mlp.c_proj", same),
 }
 
+
+def _experts(router: str, one: str, names: Mapping[str, str]) -> Table:
+    """A router, and one matrix per expert."""
+    return {
+        "ffn/router/kernel": (f"model.layers.{{i}}.{router}.weight", flip),
+        **{f"ffn/experts/{o}/kernel": (f"model.layers.{{i}}.{one}.{{e}}.{t}.weight", flip) for o, t in names.items()},
+    }
+
+
+MIXTRAL: Table = {
+    **LLAMA,
+    **_experts("block_sparse_moe.gate", "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
+}
+QWEN_MOE: Table = {
+    **LLAMA,
+    **_experts("mlp.gate", "mlp.experts", {n: f"{n}_proj" for n in ("gate", "up", "down")}),
+    **{
+        f"ffn/shared/{n}/kernel": (f"model.layers.{{i}}.mlp.shared_expert.{n}_proj.weight", flip)
+        for n in ("gate", "up", "down")
+    },
+    "ffn/shared_gate/kernel": ("model.layers.{i}.mlp.shared_expert_gate.weight", flip),
+}
+
 FAMILIES = {
     "llama": Family(_llama, LLAMA, "model.", "lm_head.weight"),
     "mistral": Family(_mistral, LLAMA, "model.", "lm_head.weight"),
     "qwen2": Family(_qwen2, LLAMA, "model.", "lm_head.weight"),
     "qwen3": Family(_qwen3, LLAMA, "model.", "lm_head.weight"),
+    "mixtral": Family(_mixtral, MIXTRAL, "model.", "lm_head.weight"),
+    "qwen2_moe": Family(_qwen2_moe, QWEN_MOE, "model.", "lm_head.weight"),
+    "qwen3_moe": Family(_qwen3_moe, QWEN_MOE, "model.", "lm_head.weight"),
     "gpt_neox": Family(_neox, NEOX, "gpt_neox.", "embed_out.weight"),
     "gpt2": Family(_gpt2, GPT2, "transformer.", "lm_head.weight"),
 }

@@ -37,12 +37,16 @@ class Run:
     def model(self) -> dict[str, Any]:
         return self._model
 
-    def step(self) -> int:
-        """The newest complete checkpoint's step; `UserError` when there is none."""
-        kept = [int(p.name) for p in (self.path / "checkpoints").glob("*") if p.name.isdigit()]
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, oldest first; `UserError` when there is none."""
+        kept = sorted(int(p.name) for p in (self.path / "checkpoints").glob("*") if p.name.isdigit())
         if not kept:
             raise UserError(f"{self.path}: no complete checkpoint yet; valid: a run that has saved one")
-        return max(kept)
+        return kept
+
+    def step(self) -> int:
+        """The newest complete checkpoint's step."""
+        return self.steps()[-1]
 
     def surgery(self) -> Any:
         """The plug that says what was trained (`lm.surgery`)."""
@@ -64,21 +68,23 @@ class Run:
             raise UserError(f"{self.path}: holds adapters to {source!r}, which is not the checkpoint it was then")
         return found
 
-    def params(self, cfg: ModelConfig) -> Any:
-        """The parameters alone, adapters merged into their checkpoint; the optimizer's state is not read."""
+    def params(self, cfg: ModelConfig, step: int | None = None) -> Any:
+        """The parameters alone, of the newest checkpoint or that of `step`, adapters merged into the checkpoint they
+        belong to; the optimizer's state is not read."""
         surgery = self.surgery()
         if not surgery.adds:
-            return self.trained(cfg)
+            return self.trained(cfg, step)
         start = self.start()
         rng = jax.random.key(int(self.about["seed"]))
         base = params_lib.init(cfg, rng) if start is None else start.params(cfg)
-        return surgery.merge(cfg, base, self.trained(cfg))
+        return surgery.merge(cfg, base, self.trained(cfg, step))
 
-    def trained(self, cfg: ModelConfig) -> Any:
+    def trained(self, cfg: ModelConfig, step: int | None = None) -> Any:
         """What training changed: all parameters, or the adapters alone."""
         import orbax.checkpoint as ocp
 
-        step, surgery = self.step(), self.surgery()
+        surgery = self.surgery()
+        step = self.step() if step is None else step
         whole = params_lib.abstract(cfg)
         want = {"params": jax.eval_shape(lambda p: surgery.init(cfg, p, jax.random.key(0)), whole)}
         try:

@@ -32,6 +32,7 @@ KINDS = {
     "a string": _text,
     "a list of strings": _list(_text),
     "a list of numbers": _list(_number),
+    "a list of integers": _list(_integer),
     "an integer or a list of integers": lambda x: _integer(x) or _list(_integer)(x),
     "an object": lambda x: isinstance(x, dict),
 }
@@ -39,17 +40,20 @@ TOP = {
     "an integer": (
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size head_dim "
         "max_position_embeddings original_max_position_embeddings sliding_window max_window_layers "
-        "n_embd n_layer n_head n_positions n_inner bos_token_id"
+        "n_embd n_layer n_head n_positions n_inner bos_token_id num_local_experts num_experts num_experts_per_tok "
+        "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step"
     ),
     "a number": (
-        "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_emb_base rotary_pct partial_rotary_factor"
+        "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_emb_base rotary_pct partial_rotary_factor "
+        "router_aux_loss_coef router_jitter_noise"
     ),
     "true or false": (
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual scale_attn_weights "
-        "scale_attn_by_inverse_layer_idx add_cross_attention"
+        "scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob qkv_bias"
     ),
     "a string": "model_type hidden_act activation_function",
     "a list of strings": "layer_types",
+    "a list of integers": "mlp_only_layers",
     "an integer or a list of integers": "eos_token_id",
     "an object": "rope_parameters rope_scaling",
 }

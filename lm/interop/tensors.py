@@ -15,7 +15,7 @@ from lm import params as params_lib
 from lm.config import ModelConfig
 from lm.errors import UserError
 
-# our name (without "blocks/") -> (name in the file, `{i}` = layer; how to turn it)
+# our name (without "blocks/") -> (name in the file, `{i}` = layer, `{e}` = expert; how to turn it)
 Table = dict[str, tuple[str, Callable[..., np.ndarray]]]
 
 
@@ -38,6 +38,9 @@ def fill(cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names
         raise UserError(f"{file}: {len(available)} tensors found, fewer than the {cfg.n_layers} layers of the model")
 
     def read(name: str, turn: Any, shape: tuple[int, ...], dtype: Any, ours: str) -> np.ndarray:
+        if "{e}" in name:  # one tensor per expert there, one stack here
+            every = [read(name.replace("{e}", str(e)), turn, shape[1:], dtype, ours) for e in range(shape[0])]
+            return np.stack(every)
         if name not in available:
             raise UserError(f"{file}: tensor {name!r} is missing (needed for {ours})")
         used.add(name)
@@ -51,15 +54,17 @@ def fill(cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names
 
     out: dict[str, Any] = {}
     for ours, leaf in params_lib.names(params_lib.abstract(cfg)).items():
-        if ours.startswith("blocks_"):
-            raise UserError(f"{file}: layers of different shapes are not imported (found at {ours})")
-        name, turn = table[ours.removeprefix("blocks/")]
-        if ours.startswith("blocks/"):
-            first = read(name.format(i=0), turn, leaf.shape[1:], leaf.dtype, ours)  # its shape is right: room is made
+        block, _, own = ours.partition("/")
+        alone = block.removeprefix("blocks_") if block.startswith("blocks_") else None
+        name, turn = table[own if block == "blocks" or alone is not None else ours]
+        if alone is not None:  # layers of different shapes: one tree each
+            value = read(name.replace("{i}", alone), turn, leaf.shape, leaf.dtype, ours)
+        elif block == "blocks":
+            first = read(name.replace("{i}", "0"), turn, leaf.shape[1:], leaf.dtype, ours)  # its shape is right: room
             value = np.empty(leaf.shape, leaf.dtype)
             value[0] = first
             for i in range(1, cfg.n_layers):
-                value[i] = read(name.format(i=i), turn, leaf.shape[1:], leaf.dtype, ours)
+                value[i] = read(name.replace("{i}", str(i)), turn, leaf.shape[1:], leaf.dtype, ours)
         else:
             value = read(name, turn, leaf.shape, leaf.dtype, ours)
         node = out

@@ -24,6 +24,11 @@ from lm.interop.tensors import Table, flip
 Hf = dict[str, Any]
 # How a model is computed, not what it computes: not part of a checkpoint.
 _FREE = ("dtype", "param_dtype", "remat", "scan_layers", "init_std")
+# Of a mixture of experts, what matters in training alone.
+_TRAINING = (
+    "capacity capacity_counts_k min_capacity priority group balance_over dispatch implementation load_balance_loss "
+    "router_z_loss router.jitter"
+).split()
 
 
 def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, Hf]:
@@ -39,7 +44,9 @@ def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, Hf]:
         lost[family] = _differences(cfg, hf, family)
         if not lost[family]:
             return family, hf
-    nearest = min(lost, key=lambda f: len(lost[f]))
+    # A setting that every layer repeats is one.
+    keys = {f: {said.split(" = ")[0].split()[-1].removeprefix("model.") for said in lost[f]} for f in lost}
+    nearest = min(lost, key=lambda f: len(keys[f]))
     valid = ", ".join(families.FAMILIES)
     raise UserError(f"export: {lost[nearest][0]}, which {nearest} cannot express; valid families: {valid}")
 
@@ -68,9 +75,10 @@ def _settings(cfg: ModelConfig) -> dict[str, Any]:
     layers = [to_dict(layer) for layer in cfg.layers()]
     flat = _flat(to_dict(dataclasses.replace(cfg, layer_overrides=(), pattern=cfg.layers()[0].pattern)))
     for i, layer in enumerate(layers):
-        flat |= {f"layer {i} {k}": v for k, v in _flat({"pattern": layer["pattern"]}).items()}
+        flat |= {f"layer {i} {k}": v for k, v in _flat({"pattern": layer["pattern"], "ffn": layer["ffn"]}).items()}
     computed = ("attention.backend", "attention.block_q", "attention.block_k")
-    out = {k: v for k, v in flat.items() if k not in (*computed, *_FREE) and not k.startswith("pattern")}
+    apart = (*computed, *_FREE, *(f"ffn.{name}" for name in _TRAINING))
+    out = {k: v for k, v in flat.items() if k.split()[-1] not in apart and not k.startswith("pattern")}
     if out.get("positions.trained") is None:
         out["positions.trained"] = cfg.max_positions
     return out
@@ -85,7 +93,7 @@ def _flat(tree: Mapping[str, Any], head: str = "") -> dict[str, Any]:
 
 def _inverse(options: Mapping[str, str], cfg: ModelConfig) -> str:
     """The activation's name over there; a feed-forward layer that has none comes back different, and is named then."""
-    ours = to_dict(cfg.ffn, table("lm.ffn"))["name"]
+    ours = getattr(cfg.ffn, "expert", None) or to_dict(cfg.ffn, table("lm.ffn"))["name"]
     return next((theirs for theirs, name in options.items() if name == ours), next(iter(options)))
 
 
@@ -153,6 +161,49 @@ def _qwen3(cfg: ModelConfig) -> Hf:
     return {**_without(_llama_like(cfg, "qwen3", "Qwen3ForCausalLM"), "mlp_bias"), **_layer_types(cfg)}
 
 
+def _mixtral(cfg: ModelConfig) -> Hf:
+    moe, out = cfg.ffn, _llama_like(cfg, "mixtral", "MixtralForCausalLM")
+    return {
+        **_without(out, "mlp_bias", "attention_bias"),
+        "sliding_window": getattr(cfg.pattern, "window", None),
+        "num_local_experts": getattr(moe, "experts", 1),
+        "num_experts_per_tok": getattr(getattr(moe, "router", None), "k", 1),
+        "router_aux_loss_coef": getattr(moe, "load_balance_loss", 0.0),
+        "intermediate_size": getattr(moe, "d_expert", None) or cfg.d_ff,
+    }
+
+
+def _qwen_moe(cfg: ModelConfig, out: Hf) -> Hf:
+    moe = cfg.ffn
+    router = getattr(moe, "router", None)
+    return {
+        **_without(out, "mlp_bias"),
+        "num_experts": getattr(moe, "experts", 1),
+        "num_experts_per_tok": getattr(router, "k", 1),
+        "norm_topk_prob": getattr(router, "softmax", "after") == "after",
+        "moe_intermediate_size": getattr(moe, "d_expert", None) or cfg.d_ff,
+        "shared_expert_intermediate_size": getattr(moe, "shared", 0),
+        "decoder_sparse_step": getattr(moe, "every", 1),
+        "mlp_only_layers": [
+            i
+            for i, layer in enumerate(cfg.layers())
+            if type(layer.ffn) is not type(moe) and (i + 1) % getattr(moe, "every", 1) == 0
+        ],
+        "router_aux_loss_coef": getattr(moe, "load_balance_loss", 0.0),
+    }
+
+
+def _qwen2_moe(cfg: ModelConfig) -> Hf:
+    out = _without(_llama_like(cfg, "qwen2_moe", "Qwen2MoeForCausalLM"), "attention_bias", "head_dim")
+    return {**_qwen_moe(cfg, out), **_layer_types(cfg), "qkv_bias": cfg.attention.qkv_bias}
+
+
+def _qwen3_moe(cfg: ModelConfig) -> Hf:
+    width = getattr(cfg.pattern, "window", None)
+    out = _llama_like(cfg, "qwen3_moe", "Qwen3MoeForCausalLM")
+    return {**_qwen_moe(cfg, out), "use_sliding_window": width is not None, "sliding_window": width}
+
+
 def _neox(cfg: ModelConfig) -> Hf:
     rope = _rope(cfg)
     fraction = rope.get("partial_rotary_factor", 1.0)
@@ -201,6 +252,9 @@ _WRITE: dict[str, Callable[[ModelConfig], Hf]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
     "gpt_neox": _neox,
     "gpt2": _gpt2,
 }
@@ -211,17 +265,22 @@ def tensors(cfg: ModelConfig, params: Any, family: str) -> dict[str, np.ndarray]
     names: Table = families.FAMILIES[family].table
     out: dict[str, np.ndarray] = {}
     fused: dict[str, dict[int, np.ndarray]] = {}
-    for ours, leaf in params_lib.names(params).items():
-        name, turn = names[ours.removeprefix("blocks/")]
-        layers = range(cfg.n_layers) if ours.startswith("blocks/") else (None,)
-        for i in layers:
-            value = np.asarray(leaf if i is None else leaf[i])
-            if ours.endswith("/kernel"):
-                value = value.reshape(-1, value.shape[-1]) if "/o/" in ours else value.reshape(value.shape[0], -1)
+    for place, leaf in params_lib.names(params).items():
+        block, _, ours = place.partition("/")
+        stacked, alone = block == "blocks", block.startswith("blocks_")
+        name, turn = names[ours if stacked or alone else place]
+        for i in range(cfg.n_layers) if stacked else (int(block[7:]) if alone else None,):
+            value = np.asarray(leaf[i] if stacked else leaf)
+            if "{e}" in name:
+                for e in range(len(value)):
+                    out[name.format(i=i, e=e)] = value[e].T
+                continue
+            if place.endswith("/kernel"):
+                value = value.reshape(-1, value.shape[-1]) if "/o/" in place else value.reshape(value.shape[0], -1)
             file = name.format(i=i)
-            if family in ("gpt_neox", "gpt2") and "/attn/" in ours and ours.split("/")[-2] in "qkv":
-                fused.setdefault(file, {})["qkv".index(ours.split("/")[-2])] = value
-            elif ours.endswith("/bias"):
+            if family in ("gpt_neox", "gpt2") and "/attn/" in place and place.split("/")[-2] in "qkv":
+                fused.setdefault(file, {})["qkv".index(place.split("/")[-2])] = value
+            elif place.endswith("/bias"):
                 out[file] = value.reshape(-1)
             else:
                 out[file] = value.T if turn is flip else value

@@ -18,6 +18,7 @@ from lm.measures.forecast import Forecast
 from lm.measures.nll import NllByPosition
 from lm.measures.passkey import Passkey
 from lm.measures.prefill_cost import PrefillCost
+from lm.measures.routing import Routing, RoutingHistory
 from lm.measures.smoothness import Smoothness
 from lm.measures.train_log import TrainLog
 
@@ -44,6 +45,8 @@ TABLE = {
     "smoothness": Smoothness,
     "conditional_density": ConditionalDensity,
     "forecast": Forecast,
+    "routing": Routing,
+    "routing_history": RoutingHistory,
 }
 
 __all__ = ["TABLE", "Measure", "Measured", "Progress", "Subject"]

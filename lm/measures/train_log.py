@@ -19,7 +19,8 @@ class TrainLog:
     """The log of the run that made the subject's parameters.
 
     Samples, one per run: ``nll`` (nats per token) and ``bits_per_byte`` on all held-out rows at the end, ``train_nll``
-    over the last `tail` of the steps, ``skipped`` steps, ``tokens_per_second`` (median step) and ``optimizer_mib``.
+    over the last `tail` of the steps, ``skipped`` steps, ``tokens_per_second`` (median step) and ``optimizer_mib``; and
+    whatever the layers report under a name with a slash (``moe/dropped`` as ``moe_dropped``), over the same tail.
     Curves by step: held-out bits per byte, and the training loss averaged over `bin` steps. A run whose loss is not
     finite at the end gives infinity.
     """
@@ -50,6 +51,8 @@ class TrainLog:
             "tokens_per_second": [float(np.median([x["tokens_per_second"] for x in steps]))],
             "optimizer_mib": [about["optimizer_bytes"] / 2**20],
         }
+        for name in (k for k, v in steps[-1].items() if "/" in k and not isinstance(v, list)):
+            samples[name.replace("/", "_")] = [float(np.mean([_number(x.get(name, math.nan)) for x in steps[-n:]]))]
         if final:
             samples["nll"] = [_number(final[-1]["final_nll"])]
             samples["bits_per_byte"] = [_number(final[-1]["final_bits_per_byte"])]

@@ -7,7 +7,7 @@ accumulation and packed rows of any fill give the same gradient as one large bat
 
 `batch` is a dict of arrays ``[B, T]``: ``inputs`` and ``targets`` int32, ``weights`` float32 (0 = not counted), and,
 where a row holds more than one document or padding, ``segments`` and ``index`` int32 as `lm.decoder.Decoder` takes
-them.
+them; in training also ``key``, a random key for the decoder. What layers report is added by `lm.auxiliary.add`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ from lm.config import ModelConfig
 
 @dataclass(frozen=True)
 class Int8:
-    """Every linear layer's weight and the embedding table, but for names that fit a shell pattern of `keep`.
+    """Every linear layer's weight and the embedding table, but for names that fit a shell pattern of `keep`; stacked
+    experts and their router stay as they are.
 
     Rounding to nearest, absolute maximum per output, no calibration (LLM.int8(), arXiv 2208.07339, section 2.1, without
     its outlier columns and with activations as they are). Four times less to read than float32, twice than bfloat16.

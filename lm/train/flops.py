@@ -32,10 +32,14 @@ def per_token(cfg: ModelConfig, seq_len: int, frozen: bool = False) -> float:
     of `seq_len` tokens whatever the pattern skips (arXiv 2204.02311, appendix B). Embedding look-ups are free."""
     tree = params.abstract(cfg)
     stacked = params.names(params.stacks(tree))
-    weights = 0
+    axes, layers = params.names_of_axes(tree), cfg.layers()
+    weights = 0.0
     for name, leaf in params.names(tree).items():
         if leaf.ndim - stacked[name] >= 2 and name not in ("embed", "pos_embed"):
-            weights += leaf.size
+            place = name.split("/")[0].removeprefix("blocks_")
+            ffn = layers[int(place) if place.isdigit() else 0].ffn
+            # Of stacked experts a token passes through some; everything else serves every token.
+            weights += leaf.size * (getattr(ffn, "active", 1.0) if "experts" in axes[name].split(", ") else 1.0)
     if getattr(cfg.head, "tie", False):
         weights += cfg.vocab_size * cfg.d_model
     attention = 0.0

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import optimizers, params
+from lm import auxiliary, optimizers, params
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
@@ -29,7 +29,7 @@ from lm.train.config import TrainConfig
 from lm.train.data import Data
 from lm.train.errors import Terminated, TrainingStopped
 from lm.train.ledger import KINDS, Ledger, Log, NoLog, read
-from lm.train.step import Placement, evaluator, initial, transformation
+from lm.train.step import Placement, draws, evaluator, initial, transformation
 
 __all__ = ["KINDS", "Trained", "run", "steps_done"]
 
@@ -107,6 +107,7 @@ class _Run:
         self.base: Any = None  # what trained parameters are added to, where they are
         self.ledger = Ledger()
         self.placement = Placement(train.batch, train.accumulate)
+        self.placement.check(cfg)
         self.loader = data.loader(train, seed)
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
         self.schedule = train.schedule.factor(train.steps)
@@ -155,7 +156,8 @@ class _Run:
 
         def fresh(start: Any) -> Any:
             whole = params.init(self.cfg, rng) if start is None else start
-            return initial(surgery.init(self.cfg, whole, rng), self.train, self.seed)
+            seed = self.seed if draws(self.cfg, self.train) else None
+            return initial(surgery.init(self.cfg, whole, rng), self.train, seed)
 
         where = jax.tree.map(lambda _: self.placement.everywhere, jax.eval_shape(fresh, start))
         like = jax.tree.map(
@@ -246,7 +248,9 @@ class _Run:
 
     def _read(self, i: int, metrics: Any) -> None:
         """Waits for the metrics of step `i`, logs them, and stops a run that does not recover."""
-        m = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        found = jax.device_get(metrics)
+        own = auxiliary.report(self.cfg, found.pop("aux", ((),) * self.cfg.n_layers))
+        m = {k: float(v) for k, v in found.items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         weight = max(m["weight"], 1.0)
@@ -265,6 +269,7 @@ class _Run:
             "tokens_per_second": round(speed, 1),
             "mfu": round(speed * self.per_token / self.peak, 4),
             "skipped": int(m["skipped"]),
+            **own,
         }
         if i % self.train.log_every == 0 or i + 1 == self.train.steps or not m["ok"]:
             self.log.write(i, **{k: _plain(v) for k, v in line.items()})
@@ -294,15 +299,16 @@ class _Run:
     def _evaluate(self, weights: Any, step: int, rows: int, name: str) -> None:
         """The objective on held-out rows, logged as ``NAME_…``."""
         assert self.data.held_out is not None
-        sums: dict[str, float] = {}
+        sums: dict[str, Any] = {}
         for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
-            for k, v in jax.device_get(self.evaluate_fn(weights, batch, self.base)).items():
-                sums[k] = sums.get(k, 0.0) + float(np.float64(v))
+            found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch, self.base)))
+            sums = jax.tree.map(np.add, sums, found) if sums else found
+        own = auxiliary.report(self.cfg, sums.pop("aux", ((),) * self.cfg.n_layers), whole=True)
         nll = sums["nll"] / max(sums["weight"], 1.0)
         bpb = nll / math.log(2) / self.data.bytes_per_token
-        values = {"nll": nll, "bits_per_byte": bpb, "tokens": sums["weight"]}
+        values = {"nll": float(nll), "bits_per_byte": float(bpb), "tokens": float(sums["weight"]), **own}
         if "correct" in sums:
-            values["accuracy"] = sums["correct"] / max(sums["weight"], 1.0)
+            values["accuracy"] = float(sums["correct"] / max(sums["weight"], 1.0))
         # The step whose parameters these are is the one before.
         self.log.write(step - 1, **{f"{name}_{k}": _plain(v) for k, v in values.items()})
 

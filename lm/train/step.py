@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import compat, optimizers
+from lm import auxiliary, compat, optimizers
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.train.config import TrainConfig
@@ -23,21 +23,27 @@ def transformation(train: TrainConfig) -> optax.GradientTransformation:
     return optimizers.make(train.optimizer, train.schedule.factor(train.steps), train.clip)
 
 
-def initial(params: Any, train: TrainConfig, seed: int = 0) -> State:
+def draws(cfg: ModelConfig, train: TrainConfig) -> bool:
+    """Whether steps draw numbers: for the training itself, or for layers that know training from use."""
+    return train.stochastic or auxiliary.asks(cfg)
+
+
+def initial(params: Any, train: TrainConfig, seed: int | None = None) -> State:
     """State before step 0: what is trained as `params`, optimizer state `opt`, and int32 scalars `step`, `skipped`
-    (non-finite steps so far) and `run` (those in a row up to now); `seed` where steps draw numbers."""
+    (non-finite steps so far) and `run` (those in a row up to now); `seed`, to be given where steps draw numbers."""
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "run")}
-    drawn = {"seed": jnp.asarray(seed, jnp.int32)} if train.stochastic else {}
+    drawn = {} if seed is None else {"seed": jnp.asarray(seed, jnp.int32)}
     return {"params": params, "opt": transformation(train).init(params), **counters, **drawn}
 
 
 def gradients(
     cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch, base: Any = None, rng: jax.Array | None = None
-) -> tuple[Any, dict[str, jax.Array]]:
+) -> tuple[Any, dict[str, Any]]:
     """Gradients (float32) of the mean loss over the batch's weighted targets, and sums ``nll, weight, …``.
 
-    The mean is over the whole batch however it is cut: accumulation gives the big batch's gradient. `params` is what is
-    trained; `base` what it is attached to, where the surgery adds to parameters that stay (None elsewhere).
+    The mean is over the whole batch however it is cut: accumulation gives the big batch's gradient (losses that layers
+    add are per part). `params` is what is trained; `base` what it is attached to, where the surgery adds to parameters
+    that stay (None elsewhere). `rng`: for all that is random in training.
     """
     total = jnp.maximum(batch["weights"].sum(), 1.0)
     if rng is not None:
@@ -47,6 +53,8 @@ def gradients(
 
     def loss(params: Any, part: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         whole = train.surgery.attach(cfg, base, params, rng)
+        if auxiliary.asks(cfg) and rng is not None:
+            part = {**part, "key": jax.random.fold_in(rng, 0)}
         summed, aux = train.objective.loss(cfg, whole, part)
         return summed / total, {**aux, "loss": summed / total}
 
@@ -57,7 +65,6 @@ def gradients(
     n = train.accumulate
     # Rows of one part are spread over the batch, so that every device holds its share of each part.
     parts = {k: jnp.moveaxis(v.reshape(-1, n, *v.shape[1:]), 1, 0) for k, v in batch.items()}
-
     rngs = None if rng is None else jax.random.split(rng, n)
 
     def body(carry: Any, xs: tuple[Batch, Any]) -> tuple[Any, None]:
@@ -78,18 +85,20 @@ def _index(batch: Batch) -> jax.Array:
 
 def step(
     cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, base: Any = None
-) -> tuple[State, dict[str, jax.Array]]:
+) -> tuple[State, dict[str, Any]]:
     """One optimizer step and its metrics (sums, `grad_norm`, `ok`). A non-finite loss or gradient changes nothing but
-    the counters."""
+    the counters. The state's seed and the step's number give all that is random."""
     tx = transformation(train)
-    rng = jax.random.fold_in(jax.random.key(state["seed"]), state["step"]) if "seed" in state else None
+    rng = jax.random.fold_in(jax.random.key(state["seed"]), state["step"]) if draws(cfg, train) else None
     grads, metrics = gradients(cfg, train, state["params"], batch, base, rng)
     norm = optax.global_norm(grads)
     ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
     def move(_: None) -> tuple[Any, Any]:
         updates, opt = tx.update(grads, state["opt"], state["params"])
-        return optax.apply_updates(state["params"], updates), opt
+        new = optax.apply_updates(state["params"], updates)
+        whole = "aux" in metrics and not train.surgery.adds  # what stays is not moved either
+        return auxiliary.moved(cfg, state["params"], new, metrics["aux"]) if whole else new, opt
 
     params, opt = jax.lax.cond(ok, move, lambda _: (state["params"], state["opt"]), None)
     bad = 1 - ok.astype(jnp.int32)
@@ -124,6 +133,17 @@ class Placement:
 
     def state(self, state: State) -> State:
         return jax.device_put(state, self.everywhere)
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Raises `UserError` for a model that the mesh cannot hold: experts that do not spread over their axis."""
+        n = dict(self.mesh.shape).get("expert", 1)
+        for layer in cfg.layers():
+            experts = getattr(layer.ffn, "experts", n)
+            if experts % n:
+                raise UserError(
+                    f"model.ffn.experts: {experts} experts do not spread over the {n} devices of the mesh axis "
+                    f"'expert'; valid: a multiple of {n}"
+                )
 
     def compile(self, cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, base: Any = None) -> Any:
         """The step ``(state, batch, base) -> (state, metrics)`` ahead of time; its state argument is donated.

@@ -62,19 +62,6 @@ class TestLongHeads(PlugCase):
     )
 
 
-class TestLongHeadsWithoutSelf(PlugCase):
-    change = {
-        "pattern": {
-            "name": "longheads",
-            "chunk": 3,
-            "attention_length": 9,
-            "begin_selective_length": 12,
-            "include_self": False,
-        },
-        "positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 2.0}},
-    }
-
-
 class TestBidirectional(PlugCase):
     change = {"pattern": {"name": "bidirectional"}}
     causal = False

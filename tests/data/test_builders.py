@@ -51,7 +51,7 @@ def test_documents_come_in_the_order_of_their_source(folder: Path, monkeypatch: 
 
 
 def test_every_builder_states_its_terms(folder: Path) -> None:
-    assert set(ABOUT) == set(SOURCES) - {"tfds", "hf"}
+    assert set(ABOUT) == set(SOURCES) - {"tfds", "hf", "series"}  # these have many tables, each with terms of its own
     infos = {name: builder_class(name)(data_dir=str(folder), file_format="array_record").info for name in ABOUT}
     assert sorted(i.name for i in infos.values()) == ["kjv", "python_docs", "python_source", "wikipedia_sample"]
     for name, info in infos.items():

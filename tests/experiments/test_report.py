@@ -260,6 +260,13 @@ def test_an_axis_is_not_cut_without_need(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert axes.get_ylim()[1] > 4 and "cut" not in notes(axes)
 
 
+def test_an_arm_of_zeros_is_no_reason_to_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = lines(none=[0.0, 0.0, 0.0, 0.0, 0.0], capacity=[0.0, 0.1, 0.3, 0.5, 0.7])
+    (axes,) = drawn(made, monkeypatch, tmp_path).axes
+    low, high = axes.get_ylim()
+    assert -0.1 < low < 0 and 0.7 < high < 0.8 and "cut" not in notes(axes)
+
+
 def test_what_cannot_be_drawn_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = lines(full=[2.5, 2.4, math.nan, math.inf, None], calm=[2.5, 2.4, 2.5, 2.6, 2.5])
     (axes,) = drawn(made, monkeypatch, tmp_path).axes

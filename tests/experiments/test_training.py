@@ -224,3 +224,28 @@ def test_every_training_config_runs_at_its_smallest_scale(tmp_path: Path, monkey
         assert made["complete"] and all(c["holds"] is not None or "deviation" in c["missing"] for c in made["claims"])
     mib = made["arms"]["adamw"]["training/optimizer_mib"]["mean"]
     assert made["arms"]["sgd_sai"]["training/optimizer_mib"]["mean"] == pytest.approx(mib / 2, rel=1e-2)
+
+
+def test_mixtures_train_and_are_measured_at_their_smallest_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One training each: a program per router would take minutes (tests/ffn has every router)."""
+    monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm.compat.keep_compiled", lambda folder: None)
+    made: dict[str, Any] = {}
+    for name, arms in (("moe_routers", "bias"), ("openmoe", "moe,capacity,capacity_k")):
+        args = [f"--config={ROOT}/configs/{name}.py:smoke", f"--workdir={tmp_path / name}", f"--arms={arms}"]
+        assert run.main(args) == 0
+        made[name] = json.loads((tmp_path / name / "results.json").read_text())
+    row = made["moe_routers"]["arms"]["bias"]
+    assert row["training/moe_max_vio"]["mean"] >= 0 == row["training/moe_dropped"]["mean"]
+    assert 0 < row["training/moe_bias_range"]["mean"] <= 4 * 2e-3 and row["training/tokens_per_second"]["mean"] > 0
+    assert all(c["holds"] is None for c in made["moe_routers"]["claims"])  # every one compares two arms
+    holds = [c["holds"] for c in made["openmoe"]["claims"]]
+    assert holds[0] is None and None not in holds[1:]
+    assert {"routing/dropped", "routing/spread_id", "routing/spread_position", "history/overlap"} <= set(
+        made["openmoe"]["curves"]["moe"]
+    )
+    arms = made["openmoe"]["arms"]
+    assert arms["moe"]["routing/dropped"]["mean"] == 0 < arms["capacity_k"]["routing/dropped"]["mean"]
+    assert arms["capacity"]["routing/dropped"]["mean"] > arms["capacity_k"]["routing/dropped"]["mean"]

@@ -35,11 +35,11 @@ GATED = {"swiglu", "geglu", "geglu_tanh"}
 
 
 def test_every_layer_has_an_oracle() -> None:
-    assert set(ACTIVATIONS) == set(table("lm.ffn"))
+    assert set(ACTIVATIONS) | {"moe"} == set(table("lm.ffn"))  # mixtures: test_routers.py
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", table("lm.ffn"))
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_formula(name: str, bias: bool) -> None:
     rng = np.random.default_rng(0)
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}

@@ -55,6 +55,33 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("qwen3", {**LLAMA, "head_dim": 16, "attention": {"name": "softmax", "qk_norm": True}}),
+    "mixtral": ("mixtral", {**LLAMA, "ffn": {"name": "moe", "experts": 3, "load_balance_loss": 0.02}}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **LLAMA,
+            "n_layers": 4,
+            "attention": {"name": "softmax", "qkv_bias": True},
+            "ffn": {
+                "name": "moe",
+                "experts": 4,
+                "d_expert": 24,
+                "shared": 40,
+                "shared_gate": True,
+                "every": 2,
+                "router": {"name": "topk", "softmax": "before"},
+            },
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **LLAMA,
+            "head_dim": 16,
+            "attention": {"name": "softmax", "qk_norm": True},
+            "ffn": {"name": "moe", "experts": 4, "d_expert": 24, "capacity": 1.5},
+        },
+    ),
     "pythia": (
         "gpt_neox",
         {
