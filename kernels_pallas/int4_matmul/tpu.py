@@ -43,8 +43,8 @@ class Budget(NamedTuple):
 MIB = 2**20
 # VMEM is 16 MiB on v4 and 128 MiB (v5p: 64) on the others. Not tuned: no chip was at hand.
 BUDGETS = {
-    None: Budget(128, 512, 12 * MIB, 16 * MIB),
-    "v4": Budget(128, 512, 12 * MIB, 16 * MIB),
+    None: Budget(128, 512, 14 * MIB, 16 * MIB),
+    "v4": Budget(128, 512, 14 * MIB, 16 * MIB),
     "v5e": Budget(128, 512, 24 * MIB, 40 * MIB),
     "v5p": Budget(256, 512, 24 * MIB, 40 * MIB),
     "v6e": Budget(256, 512, 24 * MIB, 40 * MIB),

@@ -39,6 +39,7 @@ def _scan(
     v_BHTE: jax.Array,
     rate_H: jax.Array,
     state_BHDE: jax.Array,
+    *,
     reverse: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     implementation, chip, chunk = static

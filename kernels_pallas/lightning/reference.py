@@ -31,7 +31,7 @@ def recurrent(
     highest = jax.lax.Precision.HIGHEST
     rate = decay_H.astype(jnp.float32)[None, :, None, None]
 
-    def step(S: jax.Array, qkv: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def step(S: jax.Array, qkv: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v = (x.astype(jnp.float32) for x in qkv)
         S = rate * S + k[..., :, None] * v[..., None, :]
         return S, jnp.einsum("bhd,bhde->bhe", q, S, precision=highest)

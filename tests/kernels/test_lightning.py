@@ -19,7 +19,7 @@ from kernels_pallas.lightning.api import CASES, lightning
 from lm.compat import auto_mesh
 from lm.errors import UserError
 
-# B, T, H, D, E, chunk, dtype: whole and broken last chunks, one chunk longer than the text, D wider and narrower than E.
+# B, T, H, D, E, chunk, dtype: whole and broken last chunks, a chunk longer than the text, D wider and narrower than E.
 GRID = [
     (2, 40, 3, 16, 8, 16, jnp.float32),
     (1, 5, 3, 8, 24, 128, jnp.float32),
@@ -44,7 +44,7 @@ def _all(arrays: tuple[Any, ...], implementation: str, chunk: int | None = None)
     def loss(q: Any, k: Any, v: Any, state: Any) -> Any:
         o, last = lightning(q, k, v, decay, state, implementation=implementation, chunk=chunk)
         wave = jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape)
-        # Both terms about equally large, and linear: a float32 truth would see other cotangents otherwise.
+        # Linear: the float32 truth sees the same cotangents.
         return jnp.sum(o.astype(jnp.float32) * wave) + jnp.sum(last * jnp.sin(1 + jnp.arange(last.shape[-1]))), (
             o,
             last,
