@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+
+from lm.errors import UserError, unknown
 
 NEG = -1e30  # finite stand-in for -inf, the same as `lm.attention.branches.NEG`
 MIB = 2**20
 
-# "tpu": Mosaic TPU. "interpret": the TPU kernel interpreted, slowly. "gpu": see each gpu.py. "xla": the reference.
-IMPLEMENTATIONS = ("tpu", "gpu", "interpret", "xla")
+# "auto": see `run`. "tpu": Mosaic TPU. "gpu": see each gpu.py. "interpret": the TPU kernel interpreted, slowly. "xla":
+# plain XLA operations. "reference": the truth, in float32.
+IMPLEMENTATIONS = ("auto", "tpu", "gpu", "interpret", "xla", "reference")
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,23 @@ def chip(device: jax.Device) -> str | None:
     return KINDS.get(device.device_kind) if device.platform == "tpu" else None
 
 
-# kernel -> chip -> block sizes by name; "default" serves chips without a row. Sizes a caller gives win.
+# kernel -> chip -> block sizes by name; "default" serves chips without a row. Sizes a caller gives win. Chosen by what
+# fits and by the width of the matrix unit (v6e: 256, the others: 128); not tuned, for no chip was at hand.
 BLOCKS: dict[str, dict[str, dict[str, int]]] = {
     "flash": {
         "default": {"block_q": 512, "block_k": 512},
         "v5e": {"block_q": 512, "block_k": 1024},
         "v5p": {"block_q": 512, "block_k": 1024},
         "v6e": {"block_q": 512, "block_k": 1024},
+    },
+    # Tokens of a chunk.
+    "lightning": {"default": {"chunk": 128}, "v6e": {"chunk": 256}},
+    # Rows and outputs of a grid step, at most; fewer where a step would take more than `mib` of fast memory.
+    "int4_matmul": {
+        "default": {"tile_m": 128, "tile_n": 512, "mib": 14},
+        "v5e": {"tile_m": 128, "tile_n": 512, "mib": 24},
+        "v5p": {"tile_m": 256, "tile_n": 512, "mib": 24},
+        "v6e": {"tile_m": 256, "tile_n": 512, "mib": 24},
     },
 }
 
@@ -72,19 +86,57 @@ def blocks(kernel: str, chip: str | None = None, **given: int | None) -> dict[st
     return out
 
 
-def pick(implementation: str | None, platform: str | None = None) -> str:
-    """`implementation`, or by platform: Mosaic on a TPU, gpu.py on a GPU, XLA elsewhere. `ValueError` if unknown."""
-    if implementation is None:
-        platform = platform or jax.default_backend()
-        return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(platform, "xla")
+def vmem(chip: str | None) -> int | None:
+    """`vmem_limit_bytes` on `chip`, or the compiler's own limit."""
+    return CHIPS[chip].vmem if chip in CHIPS else None
+
+
+def check_chip(kernel: str, chip: str | None) -> None:
+    """The chip's name selects block sizes; it is said, never looked up, because programs are compiled elsewhere."""
+    if chip is not None and chip not in CHIPS:
+        raise unknown(f"{kernel}: chip", chip, CHIPS)
+
+
+def known_dtype(kernel: str, **arrays: Any) -> None:
+    """Every array is bfloat16 or float32, all of them the same."""
+    kinds = {name: str(a.dtype) for name, a in arrays.items()}
+    if len(set(kinds.values())) > 1 or not set(kinds.values()) <= {"bfloat16", "float32"}:
+        found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise UserError(f"{kernel}: found {found}; valid: all bfloat16 or all float32")
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Products of float32 arrays are float32 products, on a TPU too."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def run(
+    kernel: str,
+    implementation: str,
+    forms: Mapping[str, Callable[..., Any]],
+    refusal: str | None,
+    *args: Any,
+    gpu_refusal: str | None = None,
+) -> Any:
+    """Calls the implementation named, or for 'auto' the best one that serves the call.
+
+    `forms` maps 'tpu', 'gpu', 'interpret', 'xla' and 'reference' to functions of `args`; `refusal` says why the TPU
+    kernel cannot serve the call, if it cannot, `gpu_refusal` the same of 'gpu'. 'auto' becomes the TPU kernel where the
+    program is lowered for a TPU, whatever the machine that lowers it, 'gpu' where for CUDA, and XLA operations
+    elsewhere and where there is a refusal.
+    Raises UserError for an unknown name, or a kernel asked for by name that cannot serve the call.
+    """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: found {implementation!r}; valid: {', '.join(IMPLEMENTATIONS)}")
-    return implementation
-
-
-def interpret(implementation: str, given: Any = None) -> Any:
-    """The argument `interpret` of `pallas_call`; `given` (a bool or `pltpu.InterpretParams`) wins."""
-    return given if given is not None else implementation == "interpret"
+        raise unknown(f"{kernel}: implementation", implementation, IMPLEMENTATIONS)
+    reason = {"tpu": refusal, "interpret": refusal, "gpu": gpu_refusal}.get(implementation)
+    if reason:
+        raise UserError(f"{kernel}: implementation {implementation!r} cannot serve this call: {reason}; use 'auto'")
+    if implementation != "auto":
+        return forms[implementation](*args)
+    tpu, gpu = (forms["xla" if why else name] for name, why in (("tpu", refusal), ("gpu", gpu_refusal)))
+    if tpu is gpu is forms["xla"]:
+        return tpu(*args)
+    return jax.lax.platform_dependent(*args, tpu=tpu, cuda=gpu, default=forms["xla"])
 
 
 def strict() -> pltpu.InterpretParams:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +14,9 @@ import numpy as np
 from kernels_pallas import common
 from kernels_pallas.flash import gpu, reference, table, tpu
 from kernels_pallas.flash.tpu import Spec
+from lm.errors import UserError
+
+NAME = "flash"
 
 
 def flash(
@@ -32,8 +38,8 @@ def flash(
     block_q: int | None = None,
     block_k: int | None = None,
     chip: str | None = None,
-    implementation: str | None = None,
-    interpret: Any = None,
+    implementation: str = "auto",
+    interpret: Any = True,
     mesh: Any = None,
     batch_axis: str | None = "data",
     head_axis: str | None = None,
@@ -50,18 +56,19 @@ def flash(
     ``(n_queries, n_keys, block_q, block_k) -> int32 [n, 3]`` of (query block, key block, whole), the only ones visited;
     whole = every pair is visible but for segments. None = all tiles, mask evaluated in each.
 
-    `causal` says that the mask is plain causal, for library kernels. `implementation`: None = by platform;
-    ``tpu | gpu | interpret | xla`` work or raise `NotImplementedError` or `ValueError` with the reason. `chip`: row of
-    the block-size table; `block_q`, `block_k` win over it. With `mesh` the call sits in `jax.shard_map`: rows of the
-    batch over `batch_axis`, heads over `head_axis`.
+    `causal` says that the mask is plain causal, for library kernels. `implementation`: see `kernels_pallas.common`;
+    `interpret`: what `pallas_call` takes under 'interpret' (`common.strict`). `chip`: row of the block-size table;
+    `block_q`, `block_k` win over it. With `mesh` the call sits in `jax.shard_map`: rows of the batch over `batch_axis`,
+    heads over `head_axis`. 'xla' and 'reference' hold all logits, O(T S) per head.
+    Raises UserError for shapes that do not fit each other, and for an implementation that cannot serve.
     """
+    common.check_chip(NAME, chip)
     B, T, H, d = q_BTHd.shape
     S, K = k_BSKd.shape[1:3]
     if H % K:
-        raise ValueError(f"flash: {H} query heads are not a multiple of {K} key heads")
+        raise UserError(f"{NAME}: {H} query heads and {K} key heads; valid: a multiple of the key heads")
     if slopes_H is not None and positions is None:
-        raise ValueError("flash: slopes need positions")
-    name = common.pick(implementation)
+        raise UserError(f"{NAME}: slopes_H without positions; valid: both")
     scale = d**-0.5 if scale is None else float(scale)
     rows: dict[str, jax.Array] = {}
     pairs = {"index": index, "segments": segments, "positions": positions if slopes_H is not None else None}
@@ -70,26 +77,25 @@ def flash(
             rows |= {f"q_{key}": pair[0], f"k_{key}": pair[1]}
     if "q_positions" in rows:
         rows |= {key: jax.lax.stop_gradient(rows[key]) for key in ("q_positions", "k_positions")}
-    size = common.blocks("flash", chip, block_q=block_q, block_k=block_k)
+    size = common.blocks(NAME, chip, block_q=block_q, block_k=block_k)
     size = {"block_q": min(size["block_q"], _up(T, table.LANES)), "block_k": min(size["block_k"], _up(S, table.LANES))}
-    if name == "gpu":
-        reason = gpu.refusal(q_BTHd, k_BSKd, causal, rows, slopes_H, sinks_H, softcap)
-        if reason:
-            raise NotImplementedError(f"flash: no GPU kernel for {reason}; use implementation='xla'")
-    if name == "tpu" and interpret is None and any(s % table.LANES for s in size.values()):
-        raise ValueError(f"flash: on a TPU block sizes are multiples of {table.LANES}, found {size}")
+    uneven = any(s % table.LANES for s in size.values()) and implementation != "interpret"
+    refusal = f"blocks {size}, on a TPU multiples of {table.LANES}" if uneven else None
+    gpu_refusal = gpu.refusal(q_BTHd, k_BSKd, causal, rows, slopes_H, sinks_H, softcap)
 
-    def local(q: Any, k: Any, v: Any, rows: Any, slopes: Any, sinks: Any) -> tuple[jax.Array, jax.Array]:
-        if name == "gpu":
-            return gpu.attention(q, k, v, scale)
-        if name == "xla":
-            return reference.attention(
-                q, k, v, rows, slopes, sinks, mask=mask, offset=offset, scale=scale, softcap=softcap
-            )
-        vmem = common.CHIPS[chip].vmem if chip in common.CHIPS else None
-        how = common.interpret(name, interpret)
-        spec = Spec(mask, size["block_q"], size["block_k"], T, S, offset, scale, softcap, vmem, how)
-        return _tpu(spec, q, k, v, rows, slopes, sinks, tiles)
+    def local(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+        spec = Spec(
+            mask, size["block_q"], size["block_k"], T, S, offset, scale, softcap, common.vmem(chip), interpret=False
+        )
+        dense = functools.partial(reference.attention, mask=mask, offset=offset, scale=scale, softcap=softcap)
+        forms: dict[str, Callable[..., Any]] = {
+            "tpu": functools.partial(_tpu, spec, tiles),
+            "interpret": functools.partial(_tpu, dataclasses.replace(spec, interpret=interpret), tiles),
+            "gpu": functools.partial(gpu.attention, scale=scale),
+            "xla": jax.checkpoint(dense),  # nothing of size T S waits for the backward pass
+            "reference": functools.partial(_exact, dense),
+        }
+        return common.run(NAME, implementation, forms, refusal, *arrays, gpu_refusal=gpu_refusal)
 
     args = (q_BTHd, k_BSKd, v_BSKd, rows, slopes_H, sinks_H)
     if mesh is None:
@@ -107,8 +113,15 @@ def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
+def _exact(dense: Any, q: jax.Array, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    """All of it in float32, the output rounded at the end."""
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a, (q, *arrays))
+    out, lse = dense(*exact)
+    return out.astype(q.dtype), lse
+
+
 def _tpu(
-    spec: Spec, q: Any, k: Any, v: Any, rows: dict[str, jax.Array], slopes: Any, sinks: Any, tiles: Any
+    spec: Spec, tiles: Any, q: Any, k: Any, v: Any, rows: dict[str, jax.Array], slopes: Any, sinks: Any
 ) -> tuple[jax.Array, jax.Array]:
     """Heads lead and lengths are padded to whole blocks; the kernel; and back."""
     B, T, S = q.shape[0], spec.n_queries, spec.n_keys

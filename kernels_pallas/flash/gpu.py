@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lm.errors import UserError
+
 
 @jax.custom_vjp
 def _forward_only(lse: jax.Array) -> jax.Array:
@@ -19,7 +21,7 @@ def _forward_only(lse: jax.Array) -> jax.Array:
 
 
 def _refuse(_: Any, cotangent: Any) -> Any:
-    raise NotImplementedError("flash on gpu: cuDNN has no gradient through the log-sum-exp; use implementation='xla'")
+    raise UserError("flash: implementation 'gpu': cuDNN has no gradient through the log-sum-exp; valid: 'xla'")
 
 
 _forward_only.defvjp(lambda lse: (lse, None), _refuse)
@@ -38,11 +40,14 @@ def refusal(
         "a soft-cap": softcap is not None,
         f"dtype {q.dtype} (valid: bfloat16, float16)": q.dtype not in (jnp.bfloat16, jnp.float16),
         f"heads wider than 128 ({q.shape[-1]})": q.shape[-1] > 128,
+        "no GPU here, and cuDNN is asked for its version as soon as it is called": jax.default_backend() != "gpu",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def attention(q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+def attention(
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, *_: Any, scale: float
+) -> tuple[jax.Array, jax.Array]:
     """Causal attention by cuDNN: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]`` (no gradient)."""
     out, lse = jax.nn.dot_product_attention(
         q_BTHd, k_BSKd, v_BSKd, scale=scale, is_causal=True, implementation="cudnn", return_residual=True

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import Case, check_chip, precision, run
+from kernels_pallas.common import Case, check_chip, precision, run
 from kernels_pallas.int4_matmul import gpu, reference, tpu
 from kernels_pallas.int4_matmul.reference import Quantized
 from kernels_pallas.int4_matmul.tpu import Tiles

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.dispatch import precision
+from kernels_pallas.common import precision
 from kernels_pallas.int4_matmul.reference import Quantized, shape
 
 GROUPS = (32, 64, 128, 256)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import timing
-from kernels_pallas.dispatch import Case
+from kernels_pallas.common import Case
 from kernels_pallas.lightning.api import CASES, gradients, lightning
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.dispatch import precision
+from kernels_pallas.common import precision
 
 # Tokens of a chunk. Not tuned: no chip was at hand. The matrix unit of a v6e is 256 wide, the others' 128.
 CHUNKS = {None: 128, "v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}

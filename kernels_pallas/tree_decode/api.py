@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.dispatch import Case, check_chip, known_dtype, run
+from kernels_pallas.common import Case, check_chip, known_dtype, run
 from kernels_pallas.tree_decode import gpu, reference, tpu
 from lm.errors import UserError
 

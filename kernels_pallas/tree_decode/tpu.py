@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.dispatch import precision
+from kernels_pallas.common import precision
 from kernels_pallas.tree_decode.reference import NEG
 
 MIB = 2**20
