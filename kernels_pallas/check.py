@@ -23,7 +23,7 @@ import numpy as np
 from kernels_pallas.common import CHIPS, MIB, Case
 
 # Each has a `bench` with `cases(chip)`, `small_cases()` and `gpu_cases()`.
-KERNELS = ("flash",)
+KERNELS = ("flash", "int4_matmul", "lightning", "tree_decode")
 WIDTHS = (14, 40, 9, 26, 9, 9)
 HEAD = ("kernel", "case", "chip", "result", "tile MiB", "seconds")
 
@@ -34,7 +34,7 @@ def compile_for(case: Case, chip: str) -> str:
 
     device = topologies.get_topology_desc(CHIPS[chip].topology, "tpu").devices[0]
     here = jax.sharding.SingleDeviceSharding(device)
-    args = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here) for a in case.args]
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), case.args)
     program = jax.jit(case.fn).lower(*args).compile()
     memory = program.memory_analysis()
     return "compiled" if memory is None else f"compiled, {memory.temp_size_in_bytes / MIB:.0f} MiB HBM temp"

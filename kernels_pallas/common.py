@@ -73,6 +73,13 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "v5p": {"tile_m": 256, "tile_n": 512, "mib": 24},
         "v6e": {"tile_m": 256, "tile_n": 512, "mib": 24},
     },
+    # Slots of the cache per grid step, at most; fewer where many queries share them.
+    "tree_decode": {
+        "default": {"tile_s": 512},
+        "v5e": {"tile_s": 1024},
+        "v5p": {"tile_s": 1024},
+        "v6e": {"tile_s": 1024},
+    },
 }
 
 
@@ -147,13 +154,13 @@ def strict() -> pltpu.InterpretParams:
 
 
 def normal(rng: np.random.Generator, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Standard normal arrays of the given shapes and dtypes."""
-    return tuple(jax.numpy.asarray(rng.standard_normal(x.shape), x.dtype) for x in shapes)
+    """Standard normal arrays of the given shapes and dtypes; trees stay trees."""
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a check: `fn` of arrays shaped like `args`.
+    """One line of a check: `fn` of arrays shaped like `args`, a tuple of trees.
 
     `tile_bytes`: fast memory of one grid step (blocks in flight, scratch, intermediate tiles), an estimate. Small cases
     also have `reference`, which `fn` must equal to `tolerance` (RMS ratio over every output), on what `draw` returns.

@@ -6,21 +6,36 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from kernels_pallas.common import CHIPS, chip
 
-def parser(kernel: str) -> argparse.ArgumentParser:
-    """The options every bench has."""
-    out = argparse.ArgumentParser(prog=f"python -m kernels_pallas.{kernel}.bench")
-    out.add_argument("--json", type=Path, help="file to write the table to")
-    out.add_argument("--repeats", type=int, default=20, help="timed calls of each form (default 20)")
-    out.add_argument("--size", choices=("real", "small"), default="real", help="small: seconds on a CPU")
-    out.add_argument("--chip", help="chip whose tile sizes the TPU kernel uses: v4, v5e, v5p, v6e")
-    return out
+Forms = Mapping[str, Callable[[], Any]]
+
+
+def main(
+    kernel: str, base: str, forms: Callable[[bool, str | None], Iterable[tuple[str, Forms]]], argv: Any = None
+) -> None:
+    """Times every case of ``forms(small, chip)``: its name and its forms, `base` among them. Prints, and writes JSON."""
+    parser = argparse.ArgumentParser(prog=f"python -m kernels_pallas.{kernel}.bench")
+    parser.add_argument("--json", type=Path, help="file to write the table to")
+    parser.add_argument("--repeats", type=int, default=20, help="timed calls of each form (default 20)")
+    parser.add_argument("--size", choices=("real", "small"), default="real", help="small: seconds on a CPU")
+    parser.add_argument("--chip", choices=tuple(CHIPS), help="block sizes of the TPU kernel (default: the chip here)")
+    options = parser.parse_args(argv)
+    rows = []
+    for name, calls in forms(options.size == "small", options.chip or chip(jax.devices()[0])):
+        rows.append({"case": name, "seconds": seconds(calls, options.repeats)})
+    report(kernel, rows, base, options.json)
+
+
+def names() -> tuple[str, ...]:
+    """Implementations that can be timed here: XLA operations, and the TPU kernel where there is a TPU."""
+    return ("xla", "tpu") if jax.default_backend() == "tpu" else ("xla",)
 
 
 def seconds(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -34,11 +49,6 @@ def seconds(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
             jax.block_until_ready(form())
             times[name].append(time.perf_counter() - start)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def on_tpu() -> bool:
-    """Whether the TPU kernel can be timed here."""
-    return jax.default_backend() == "tpu"
 
 
 def report(kernel: str, rows: Sequence[Mapping[str, Any]], base: str, path: Path | None) -> None:

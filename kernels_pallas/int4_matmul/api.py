@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Case, check_chip, precision, run
+from kernels_pallas.common import check_chip, precision, run
 from kernels_pallas.int4_matmul import gpu, reference, tpu
 from kernels_pallas.int4_matmul.reference import Quantized
 from kernels_pallas.int4_matmul.tpu import Tiles
@@ -79,7 +79,7 @@ def int4_matmul(
     """``x @ w``: x [..., K] bfloat16 or float32, `weights` [K, N] -> [..., N] in the dtype of `x`.
 
     The weights are constants: the gradient goes to `x` alone, through XLA operations. `chip` and `tiles` choose the
-    tile sizes of the TPU kernel (``BUDGETS`` in tpu.py).
+    tile sizes of the TPU kernel (`kernels_pallas.common.BLOCKS`).
     Raises UserError for shapes or dtypes that do not fit each other, and for an implementation that cannot serve.
     """
     check_chip(NAME, chip)
@@ -87,27 +87,3 @@ def int4_matmul(
     K = x.shape[-1]
     y_MN = _matmul(x.reshape(-1, K), weights, K, implementation, chip, tiles)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
-
-
-def _case(M: int, K: int, N: int, bits: int = 4, group: int = 128, zeros: bool = False) -> Case:
-    array: Any = jax.ShapeDtypeStruct
-    scales = array((K // group, N), jnp.bfloat16)
-    weights = Quantized(array((K * bits // 8, N), jnp.int8), scales, scales if zeros else None)
-    x = array((M, K), jnp.bfloat16)
-    tiles = tpu.choose_tiles(x, weights, None)
-    assert tiles is not None
-    return Case(
-        f"int{bits}g{group}{'z' if zeros else ''}-{M}x{K}x{N}",
-        int4_matmul,
-        (x, weights),
-        tpu.memory(K, tiles, bits, group, x.dtype, zeros),
-        {"implementation": "tpu"},
-    )
-
-
-CASES = (
-    *(_case(M, K, N) for K, N in ((4096, 11008), (11008, 4096), (4096, 4096)) for M in (1, 8, 64)),
-    _case(2048, 4096, 11008),
-    *(_case(8, 4096, 4096, group=group, zeros=True) for group in (32, 64, 128, 256)),
-    *(_case(8, 4096, 11008, bits=8, group=group, zeros=zeros) for group, zeros in ((32, False), (128, True))),
-)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import precision
+from kernels_pallas.common import MIB, blocks, precision, vmem
 from kernels_pallas.int4_matmul.reference import Quantized, shape
 
 GROUPS = (32, 64, 128, 256)
@@ -29,26 +29,6 @@ class Tiles(NamedTuple):
 
     tile_m: int
     tile_n: int
-
-
-class Budget(NamedTuple):
-    """What a chip allows: rows, outputs, bytes of VMEM of one grid step, and with what the compiler adds."""
-
-    tile_m: int
-    tile_n: int
-    bytes: int
-    limit: int
-
-
-MIB = 2**20
-# VMEM is 16 MiB on v4 and 128 MiB (v5p: 64) on the others. Not tuned: no chip was at hand.
-BUDGETS = {
-    None: Budget(128, 512, 14 * MIB, 16 * MIB),
-    "v4": Budget(128, 512, 14 * MIB, 16 * MIB),
-    "v5e": Budget(128, 512, 24 * MIB, 40 * MIB),
-    "v5p": Budget(256, 512, 24 * MIB, 40 * MIB),
-    "v6e": Budget(256, 512, 24 * MIB, 40 * MIB),
-}
 
 
 def memory(K: int, tiles: Tiles, bits: int, group: int, dtype: Any, zeros: bool) -> int:
@@ -64,12 +44,12 @@ def choose_tiles(x_MK: Any, weights: Quantized, chip: str | None) -> Tiles | Non
     M, K = x_MK.shape
     N = weights.scales_GN.shape[1]
     bits, group = shape(weights, K)
-    budget = BUDGETS[chip]
+    most = blocks("int4_matmul", chip)
     rows = 8 if x_MK.dtype == jnp.float32 else 16
-    for tile_n in (budget.tile_n, 256, 128):
-        for tile_m in (budget.tile_m, 64, 16):
+    for tile_n in (most["tile_n"], 256, 128):
+        for tile_m in (most["tile_m"], 64, 16):
             tiles = Tiles(min(tile_m, -(-M // rows) * rows), min(tile_n, N))
-            if memory(K, tiles, bits, group, x_MK.dtype, weights.zeros_GN is not None) <= budget.bytes:
+            if memory(K, tiles, bits, group, x_MK.dtype, weights.zeros_GN is not None) <= most["mib"] * MIB:
                 return tiles
     return None
 
@@ -164,7 +144,7 @@ def int4_matmul(
         out_shape=jax.ShapeDtypeStruct((padded, N), x.dtype),
         scratch_shapes=[pltpu.VMEM((P, R, tile_n), x.dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=BUDGETS[chip].limit
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * padded * K * N, transcendentals=0, bytes_accessed=sum(a.nbytes for a in arrays) + 2 * padded * N

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Case, check_chip, known_dtype, run
+from kernels_pallas.common import check_chip, known_dtype, run
 from kernels_pallas.lightning import gpu, reference, tpu
 from lm.errors import UserError
 
@@ -98,7 +98,7 @@ def lightning(
     q, k [B, T, H, D] and v [B, T, H, E], all bfloat16 or all float32; decay [H] in (0, 1]; `state` is S_0 [B, H, D, E],
     zeros if None. The caller scales q. T need not be a multiple of anything; two calls with the state handed on are
     one call. Gradients to q, k, v and the initial state, from both results; the decay is a constant. `chunk` and
-    `chip` choose the tokens of a chunk (``CHUNKS`` in tpu.py). 'reference' goes token by token.
+    `chip` choose the tokens of a chunk (`kernels_pallas.common.BLOCKS`). 'reference' goes token by token.
     Raises UserError for shapes or dtypes that do not fit each other, and for an implementation that cannot serve.
     """
     check_chip(NAME, chip)
@@ -112,35 +112,3 @@ def lightning(
     heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     out, last = _attend((implementation, chip, chunk), *heads, jnp.log(decay), state)
     return jnp.swapaxes(out, 1, 2), last
-
-
-def gradients(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, state: jax.Array, **static: Any) -> Any:
-    """Both results and the gradients of their sum to q, k, v and the state: the training call of `CASES`."""
-
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return lightning(q, k, v, decay, state, **static)
-
-    out, pull = jax.vjp(both, q, k, v, state)
-    return out, pull(jax.tree.map(jnp.ones_like, out))
-
-
-def _case(T: int, train: bool, D: int = 128, H: int = 32, B: int = 1, dtype: Any = jnp.bfloat16) -> Case:
-    array: Any = jax.ShapeDtypeStruct
-    x = array((B, T, H, D), dtype)
-    return Case(
-        f"{'train' if train else 'forward'}-{T}x{H}x{D}{'' if dtype == jnp.bfloat16 else '-f32'}",
-        gradients if train else lightning,
-        (x, x, x, array((H,), jnp.float32), array((B, H, D, D), jnp.float32)),
-        max(tpu.memory(chunk, D, D, dtype) for chunk in tpu.CHUNKS.values()),
-        {"implementation": "tpu"},
-    )
-
-
-CASES = (
-    *(_case(T, train) for T in (8192, 32768, 131072) for train in (False, True)),
-    _case(8192, True, D=64),
-    _case(8192, True, D=96),
-    _case(8192, True, D=256, H=16),
-    _case(8000, True),  # the last chunk is not full
-    _case(8192, True, dtype=jnp.float32),
-)

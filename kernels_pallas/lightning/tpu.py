@@ -16,11 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import precision
-
-# Tokens of a chunk. Not tuned: no chip was at hand. The matrix unit of a v6e is 256 wide, the others' 128.
-CHUNKS = {None: 128, "v4": 128, "v5e": 128, "v5p": 128, "v6e": 256}
-MIB = 2**20
+from kernels_pallas.common import blocks, precision, vmem
 
 
 def memory(chunk: int, D: int, E: int, dtype: Any) -> int:
@@ -103,7 +99,7 @@ def chunked(
     """The same as `reference.chunked`. `interpret`: what `pallas_call` takes."""
     B, H, T, D = q_BHTD.shape
     E = v_BHTE.shape[-1]
-    C = min(chunk or CHUNKS[chip], T)
+    C = min(blocks("lightning", chip, chunk=chunk)["chunk"], T)
     steps = pl.cdiv(T, C)
 
     def tokens(width: int) -> pl.BlockSpec:
@@ -121,7 +117,9 @@ def chunked(
             jax.ShapeDtypeStruct((B, H, D, E), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((D, E), jnp.float32), pltpu.VMEM((C, C), jnp.float32)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
+        ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * (C * (D + E) + 2 * D * E),
             transcendentals=3 * products,

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import Case, check_chip, known_dtype, run
+from kernels_pallas.common import check_chip, known_dtype, run
 from kernels_pallas.tree_decode import gpu, reference, tpu
 from lm.errors import UserError
 
@@ -86,7 +86,7 @@ def tree_decode(
     cache yet. ancestors: bool [N, N], row i marks the nodes i sees, itself among them (``reference.ancestors_of``), or
     the same as bits, uint32 [N, ceil(N / 32)] (``reference.pack_mask``); with a leading B, one for each row. A node
     that sees nothing has output 0 and log-sum-exp -inf. `scale`: of the scores, 1 / sqrt(d) if None. `tile_s` and
-    `chip` choose the slots per grid step (``TILES`` in tpu.py).
+    `chip` choose the slots per grid step (`kernels_pallas.common.BLOCKS`).
     Raises UserError for shapes or dtypes that do not fit each other, for an implementation that cannot serve, and when
     differentiated.
     """
@@ -96,27 +96,3 @@ def tree_decode(
     mask = mask if mask.ndim == 3 else mask[None]
     static = (implementation, chip, tile_s, q.shape[-1] ** -0.5 if scale is None else float(scale))
     return _attend(static, q, k, v, lengths, new_k, new_v, mask)
-
-
-def _case(N: int, S: int, B: int = 1, H: int = 32, K: int = 8, d: int = 128, dtype: Any = jnp.bfloat16) -> Case:
-    array: Any = jax.ShapeDtypeStruct
-    cache, new = array((B, K, S, d), dtype), array((B, N, K, d), dtype)
-    mask = array((N, N), jnp.bool_)
-    rows = N * H // K
-    return Case(
-        f"{N}n-{S}-{B}x{H}:{K}x{d}{'' if dtype == jnp.bfloat16 else '-f32'}",
-        tree_decode,
-        (array((B, N, H, d), dtype), cache, cache, array((B,), jnp.int32), new, new, mask),
-        max(tpu.memory(tpu.choose_tile(S, rows, chip), rows, N, d, dtype) for chip in tpu.TILES),
-        {"implementation": "tpu"},
-    )
-
-
-CASES = (
-    *(_case(64, S, K=K) for S in (32768, 131072) for K in (8, 32)),
-    *(_case(N, 32768) for N in (8, 16, 256)),
-    _case(64, 32768, B=8),
-    _case(64, 32000),  # the last tile is not full
-    *(_case(64, 8192, H=16, K=16, d=d) for d in (64, 96, 256)),
-    _case(64, 8192, dtype=jnp.float32),
-)

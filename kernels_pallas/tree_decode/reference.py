@@ -12,7 +12,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-NEG = -1e30
+from kernels_pallas.common import NEG
+
 CHUNK = 2048
 
 

@@ -16,13 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import precision
-from kernels_pallas.tree_decode.reference import NEG
+from kernels_pallas.common import MIB, NEG, blocks, precision, vmem
 
-MIB = 2**20
 LANES = 128
-# Slots of the cache per grid step. Not tuned: no chip was at hand.
-TILES = {None: 512, "v4": 512, "v5e": 1024, "v5p": 1024, "v6e": 1024}
 SCORES = 4 * MIB  # bytes the scores of one step may take; many queries get narrower tiles
 ROWS = 2048  # queries G * N that fit
 
@@ -30,7 +26,7 @@ ROWS = 2048  # queries G * N that fit
 def choose_tile(S: int, rows: int, chip: str | None) -> int:
     """Slots per grid step: the chip's, fewer if the scores would not fit, all if there are no more."""
     fitting = max(LANES, SCORES // (4 * rows) // LANES * LANES)
-    return min(TILES[chip], fitting, S)
+    return min(blocks("tree_decode", chip)["tile_s"], fitting, S)
 
 
 def memory(tile_s: int, rows: int, N: int, d: int, dtype: Any) -> int:
@@ -43,7 +39,7 @@ def memory(tile_s: int, rows: int, N: int, d: int, dtype: Any) -> int:
 def refusal(q_BNHd: Any, k_BKSd: Any) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None."""
     _, N, H, d = q_BNHd.shape
-    rows = _padded(N) * (H // k_BKSd.shape[1])
+    rows = padded(N) * (H // k_BKSd.shape[1])
     if rows > ROWS:
         return f"{rows} queries per key head, the kernel holds up to {ROWS}"
     if d > 256:
@@ -51,7 +47,7 @@ def refusal(q_BNHd: Any, k_BKSd: Any) -> str | None:
     return None
 
 
-def _padded(N: int) -> int:
+def padded(N: int) -> int:
     return -(-N // 16) * 16  # rows of a bfloat16 tile
 
 
@@ -131,7 +127,7 @@ def tree_decode(
     """The same as `reference.reference`. `interpret`: what `pallas_call` takes."""
     B, nodes, H, d = q_BNHd.shape
     K, S = k_BKSd.shape[1:3]
-    G, N = H // K, _padded(nodes)
+    G, N = H // K, padded(nodes)
     rows = G * N
     more = ((0, 0), (0, N - nodes), (0, 0), (0, 0))
     q = jnp.pad(q_BNHd, more).reshape(B, N, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, rows, d)
@@ -173,7 +169,9 @@ def tree_decode(
             jax.ShapeDtypeStruct((B, K, rows, d), q.dtype),
             jax.ShapeDtypeStruct((B, K, rows, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
+        ),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * K * rows * S * d,
             transcendentals=B * K * rows * S,
