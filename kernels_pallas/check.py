@@ -1,4 +1,4 @@
-"""``python -m kernels_pallas.check --platform tpu|gpu|interpret [--kernel NAME] [--chip NAME]``.
+"""``python -m kernels_pallas.check --platform tpu|gpu|interpret [--kernel NAME] [--chip NAME] [--json FILE]``.
 
 ``tpu`` compiles every kernel at real sizes ahead of time for every chip of `kernels_pallas.common.CHIPS`, without a TPU
 (the extra ``aot`` has the compiler); ``gpu`` lowers for CUDA, or compiles and times where there is a GPU; ``interpret``
@@ -10,11 +10,15 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
+import json
 import os
+import platform as platform_module
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +28,7 @@ from kernels_pallas.common import CHIPS, MIB, Case
 
 # Each has a `bench` with `cases(chip)`, `small_cases()` and `gpu_cases()`.
 KERNELS = ("flash", "int4_matmul", "lightning", "tree_decode")
-WIDTHS = (14, 40, 9, 26, 9, 9)
+WIDTHS = (12, 36, 4, 27, 8, 8)
 HEAD = ("kernel", "case", "chip", "result", "tile MiB", "seconds")
 
 
@@ -89,23 +93,55 @@ def _work(
                     yield kernel, chip, case, functools.partial(compile_for, case, chip)
 
 
-def check(platform: str, kernels: tuple[str, ...] = KERNELS, chips: tuple[str, ...] = tuple(CHIPS)) -> int:
-    """Prints the table and returns the number of failures."""
+def environment() -> dict[str, str | None]:
+    """What the results depend on."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    # A folder on the path is not an installed distribution, and libtpu then says its version itself.
+    libtpu = version("libtpu") or getattr(sys.modules.get("libtpu"), "__version__", None)
+    device = jax.devices()[0].device_kind
+    packages = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
+    return {"python": platform_module.python_version(), **packages, "libtpu": libtpu, "device": device}
+
+
+def check(
+    platform: str,
+    kernels: tuple[str, ...] = KERNELS,
+    chips: tuple[str, ...] = tuple(CHIPS),
+    path: Path | None = None,
+) -> int:
+    """Prints the table, writes it to `path` as JSON, and returns the number of failures."""
 
     def line(*cells: object) -> None:
         print("  ".join(str(c).ljust(w) for c, w in zip(cells, WIDTHS, strict=True)).rstrip(), flush=True)
 
     line(*HEAD)
-    failures, n = 0, 0
+    failures = 0
+    rows: list[dict[str, Any]] = []
     for kernel, chip, case, work in _work(platform, kernels, chips):
-        start, n = time.perf_counter(), n + 1
+        start, passed = time.perf_counter(), True
         try:
             result = work()
         except Exception as error:  # a compiler's refusal may be of any type; every case gets its line
-            failures += 1
+            failures, passed = failures + 1, False
             result = "FAILED: " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        line(kernel, case.name, chip, result, f"{case.tile_bytes / MIB:.1f}", f"{time.perf_counter() - start:.1f}")
-    print(f"{n - failures} of {n} passed")
+        tile, seconds = case.tile_bytes / MIB, time.perf_counter() - start
+        line(kernel, case.name, chip, result, f"{tile:.1f}" if tile else "-", f"{seconds:.1f}")
+        rows.append(
+            {"kernel": kernel, "case": case.name, "chip": chip, "passed": passed, "result": result}
+            | {"tile_mib": round(tile, 2), "seconds": round(seconds, 2)}
+        )
+    print(f"{len(rows) - failures} of {len(rows)} passed")
+    if path is not None:
+        head = {"check": platform, "schema": 1, "environment": environment(), "passed": len(rows) - failures}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = ",\n".join("  " + json.dumps(row) for row in rows)  # a line per case, to be compared by a diff
+        path.write_text(json.dumps(head | {"cases": len(rows)}, indent=1)[:-2] + f',\n "rows": [\n{body}\n ]\n}}\n')
     return failures
 
 
@@ -114,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--platform", choices=("tpu", "gpu", "interpret"), required=True)
     parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
     parser.add_argument("--chip", choices=tuple(CHIPS), help="one TPU generation instead of all")
+    parser.add_argument("--json", type=Path, help="file to write the table to, with the versions it depends on")
     args = parser.parse_args(argv)
     if args.platform == "tpu":
         # Ordinary arrays live on the CPU; the compiler alone is loaded, and may be loaded by other processes as well.
@@ -130,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
             )
             return 2
     kernels = (args.kernel,) if args.kernel else KERNELS
-    return 1 if check(args.platform, kernels, (args.chip,) if args.chip else tuple(CHIPS)) else 0
+    chips = (args.chip,) if args.chip else tuple(CHIPS)
+    return 1 if check(args.platform, kernels, chips, args.json) else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Forms = Mapping[str, Callable[[], Any]]
 def main(
     kernel: str, base: str, forms: Callable[[bool, str | None], Iterable[tuple[str, Forms]]], argv: Any = None
 ) -> None:
-    """Times every case of ``forms(small, chip)``: its name and its forms, `base` among them. Prints, and writes JSON."""
+    """Times the cases of ``forms(small, chip)``: names, and forms with `base` among them. Prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog=f"python -m kernels_pallas.{kernel}.bench")
     parser.add_argument("--json", type=Path, help="file to write the table to")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each form (default 20)")

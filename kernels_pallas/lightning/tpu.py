@@ -21,8 +21,8 @@ from kernels_pallas.common import blocks, precision, vmem
 
 def memory(chunk: int, D: int, E: int, dtype: Any) -> int:
     """Bytes of VMEM of one grid step: two buffers of every block, the scratch, and the products of a chunk."""
-    blocks = chunk * 2 * (D + E) * jnp.dtype(dtype).itemsize + 2 * D * E * 4
-    return 2 * blocks + D * E * 4 + 3 * chunk * chunk * 4
+    buffers = chunk * 2 * (D + E) * jnp.dtype(dtype).itemsize + 2 * D * E * 4
+    return 2 * buffers + D * E * 4 + 3 * chunk * chunk * 4
 
 
 def refusal(q_BHTD: Any, v_BHTE: Any) -> str | None:

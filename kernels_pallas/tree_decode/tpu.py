@@ -32,8 +32,8 @@ def choose_tile(S: int, rows: int, chip: str | None) -> int:
 def memory(tile_s: int, rows: int, N: int, d: int, dtype: Any) -> int:
     """Bytes of VMEM of one grid step: two buffers of every block, the scratch, scores and weights."""
     size = jnp.dtype(dtype).itemsize
-    blocks = (2 * tile_s + 2 * N + 2 * rows) * d * size + 4 * N * max(N, LANES) + 4 * rows * LANES
-    return 2 * blocks + 4 * rows * (d + 2 * LANES) + 2 * 4 * rows * max(tile_s, N)
+    buffers = (2 * tile_s + 2 * N + 2 * rows) * d * size + 4 * N * max(N, LANES) + 4 * rows * LANES
+    return 2 * buffers + 4 * rows * (d + 2 * LANES) + 2 * 4 * rows * max(tile_s, N)
 
 
 def refusal(q_BNHd: Any, k_BKSd: Any) -> str | None:
