@@ -1,8 +1,13 @@
-"""What `kernels_pallas.check` compiles and runs of `flash`."""
+"""What `kernels_pallas.check` compiles and runs of `flash`; as a program, times.
+
+``python -m kernels_pallas.flash.bench``: all logits at once in XLA operations against the kernel on a TPU and cuDNN on a
+GPU, forward and backward.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas import common
+from kernels_pallas import common, timing
 from kernels_pallas.common import Case
 from kernels_pallas.flash import table
 from kernels_pallas.flash.api import flash
@@ -168,3 +173,31 @@ def gpu_cases() -> list[Case]:
     if jax.default_backend() == "gpu":
         out.append(Case("causal 4k, cuDNN forward", functools.partial(run["gpu"], causal=True), args))
     return out
+
+
+def _no_lse(attend: Any, *args: Any) -> Any:
+    """Gradients of a sum over the output alone to q, k and v: what cuDNN has a gradient for."""
+    return jax.grad(lambda *x: jnp.sin(attend(*x)[0].astype(jnp.float32)).sum(), (0, 1, 2))(*args)
+
+
+def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
+    T, dtype = (100, jnp.float32) if small else (4096, jnp.bfloat16)
+    for name, mask in {"causal": Band(), "window + sinks": Band(T // 8, 16)}.items():
+        args = _draw(np.random.default_rng(0), _shapes(1, T, T, (H, K), D, dtype, frozenset()))
+        cudnn = ("gpu",) if jax.default_backend() == "gpu" and mask == Band() else ()
+        for kind in ("forward", "backward"):
+            forms = {}
+            for form in (*timing.names(), *cudnn):
+                attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
+                call = attend if kind == "forward" else functools.partial(_no_lse, attend)
+                forms[form] = functools.partial(jax.jit(call), *args)
+            yield f"{name} {T} {kind}", forms
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times every case and prints the table."""
+    timing.main("flash", "xla", _forms, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -29,6 +29,7 @@ REAL: tuple[Size, ...] = (
     (8, 4096, 11008, 8, 32, False),
     (8, 4096, 11008, 8, 128, True),
 )
+FEED = (4096, 11008, 4, 128, False)
 SMALL: tuple[Size, ...] = ((1, 256, 512, 4, 128, False), (8, 512, 256, 4, 64, True), (20, 288, 200, 8, 32, False))
 
 
@@ -72,11 +73,8 @@ def cases(chip: str) -> list[Case]:
         run = functools.partial(fn, implementation="tpu", chip=chip)
         return Case(f"{_name(size)} {kind}", run, (x, weights), memory, draw=_draw)
 
-    back = (64, 4096, 11008, 4, 128, False), (2048, 4096, 11008, 4, 128, False)
-    return [
-        *(case(size, int4_matmul, "forward") for size in REAL),
-        *(case(size, gradients, "backward") for size in back),
-    ]
+    forward = [case(size, int4_matmul, "forward") for size in REAL]
+    return forward + [case(size, gradients, "backward") for size in REAL if size in ((64, *FEED), (2048, *FEED))]
 
 
 def small_cases() -> list[Case]:
@@ -94,19 +92,20 @@ def small_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """What a GPU runs: XLA operations."""
-    sizes = [(8, 4096, 11008, 4, 128, False), (2048, 4096, 11008, 4, 128, False)]
+    kinds = {"forward": int4_matmul, "backward": gradients}
     return [
-        Case(_name(size), functools.partial(int4_matmul, implementation="gpu"), _shapes(size), 0, draw=_draw)
-        for size in sizes
+        Case(f"{_name(size)} {kind}", functools.partial(fn, implementation="gpu"), _shapes(size), draw=_draw)
+        for size in REAL
+        if size in ((8, *FEED), (2048, *FEED))
+        for kind, fn in kinds.items()
     ]
 
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     for size in SMALL if small else REAL:
         x, weights = _draw(np.random.default_rng(0), _shapes(size))
-        forms: dict[str, Any] = {
-            "bfloat16": functools.partial(jax.jit(jnp.matmul), x, dequantize(weights, size[1]).astype(x.dtype))
-        }
+        w = dequantize(weights, size[1]).astype(x.dtype)
+        forms: dict[str, Any] = {"bfloat16": functools.partial(jax.jit(jnp.matmul), x, w)}
         for name in timing.names():
             forms[name] = functools.partial(
                 jax.jit(functools.partial(int4_matmul, implementation=name, chip=chip)), x, weights

@@ -48,7 +48,8 @@ def refusal(q_BNHd: Any, k_BKSd: Any) -> str | None:
 
 
 def padded(N: int) -> int:
-    return -(-N // 16) * 16  # rows of a bfloat16 tile
+    """Nodes as the kernel holds them: whole tiles of bfloat16, 16 rows each."""
+    return -(-N // 16) * 16
 
 
 def _kernel(
