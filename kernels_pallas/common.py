@@ -50,8 +50,8 @@ KINDS = {
 }
 
 
-def chip(device: jax.Device) -> str | None:
-    """The name in `CHIPS` of a device that is there, None if it has none; for callers, never for kernels."""
+def chip(device: Any) -> str | None:
+    """The name in `CHIPS` of a device (a mesh's abstract one, too), None if it has none; for callers, not for kernels."""
     return KINDS.get(device.device_kind) if device.platform == "tpu" else None
 
 

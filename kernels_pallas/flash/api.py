@@ -59,7 +59,8 @@ def flash(
     `causal` says that the mask is plain causal, for library kernels. `implementation`: see `kernels_pallas.common`;
     `interpret`: what `pallas_call` takes under 'interpret' (`common.strict`). `chip`: row of the block-size table;
     `block_q`, `block_k` win over it. With `mesh` the call sits in `jax.shard_map`: rows of the batch over `batch_axis`,
-    heads over `head_axis`. 'xla' and 'reference' hold all logits, O(T S) per head.
+    heads over `head_axis`. 'xla' and 'reference' hold all logits, O(T S) per head. 'gpu' rounds the log-sum-exp to the
+    dtype of q.
     Raises UserError for shapes that do not fit each other, and for an implementation that cannot serve.
     """
     common.check_chip(NAME, chip)

@@ -1,7 +1,7 @@
 """What `kernels_pallas.check` compiles and runs of `flash`; as a program, times.
 
-``python -m kernels_pallas.flash.bench``: all logits at once in XLA operations against the kernel on a TPU and cuDNN on a
-GPU, forward and backward.
+``python -m kernels_pallas.flash.bench``: all logits at once in XLA operations against the kernel on a TPU and cuDNN on
+a GPU, forward and backward.
 """
 
 from __future__ import annotations
@@ -166,17 +166,21 @@ def small_cases() -> list[Case]:
 
 
 def gpu_cases() -> list[Case]:
-    """XLA, which serves a GPU whatever the mask; and cuDNN, which can only be lowered where it is, on a GPU."""
+    """XLA, which serves a GPU whatever the mask; 'auto'; and cuDNN, which can only be lowered where it is, on a GPU."""
     args = _shapes(1, 4096, 4096, (H, K), D, jnp.bfloat16, frozenset())
-    run = {name: functools.partial(_attend, name, Band(), None, frozenset()) for name in ("xla", "gpu")}
-    out = _pair("causal 4k, XLA", run["xla"], args, {"block_q": 0, "block_k": 0})
-    if jax.default_backend() == "gpu":
-        out.append(Case("causal 4k, cuDNN forward", functools.partial(run["gpu"], causal=True), args))
+    cudnn = ("gpu",) if jax.default_backend() == "gpu" else ()
+    out = []
+    for name in ("xla", "auto", *cudnn):
+        attend = functools.partial(_attend, name, Band(), None, frozenset(), causal=True)
+        out += [
+            Case(f"causal 4k, {name} forward", attend, args),
+            Case(f"causal 4k, {name} backward", functools.partial(_gradient, attend), args),
+        ]
     return out
 
 
 def _no_lse(attend: Any, *args: Any) -> Any:
-    """Gradients of a sum over the output alone to q, k and v: what cuDNN has a gradient for."""
+    """Gradients of a sum over the output alone to q, k and v."""
     return jax.grad(lambda *x: jnp.sin(attend(*x)[0].astype(jnp.float32)).sum(), (0, 1, 2))(*args)
 
 

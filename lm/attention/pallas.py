@@ -2,8 +2,8 @@
 
 One call per branch: LM-Infinite is its window and its clamped sinks, two-range positions are their two ranges. Tiles
 are listed by the same `lm.attention.tiles.visit` that the blocked backend walks. On a CPU the TPU kernel is
-interpreted, which is slow and meant for tests. Under `jax.set_mesh` with an axis ``data`` each device computes its rows
-in `jax.shard_map`.
+interpreted, which is slow and meant for tests. Under `jax.set_mesh` the mesh says what it is compiled for, and with an
+axis ``data`` each device computes its rows in `jax.shard_map`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def attend(
     for branch in branches:
         if not isinstance(branch, Branch) or branch.gather_BHTn is not None:
             raise UserError(f"{KEY} serves plain branches, and this pattern lists keys at run time; {ELSE}")
-        out, lse = _branch(ctx, v_BSKd, branch, softcap, block_q, block_k)
+        # What cuDNN serves it returns with a rounded log-sum-exp, which a single branch does not need.
+        out, lse = _branch(ctx, v_BSKd, branch, softcap, block_q, block_k, alone=len(branches) == 1)
         rest = T - out.shape[1]
         outs.append(jnp.pad(out, ((0, 0), (rest, 0), (0, 0), (0, 0))))
         lses.append(jnp.pad(lse, ((0, 0), (rest, 0), (0, 0)), constant_values=NEG))
@@ -55,7 +56,13 @@ def attend(
 
 
 def _branch(
-    ctx: Context, v_BSKd: jax.Array, branch: Branch, softcap: float | None, block_q: int | None, block_k: int | None
+    ctx: Context,
+    v_BSKd: jax.Array,
+    branch: Branch,
+    softcap: float | None,
+    block_q: int | None,
+    block_k: int | None,
+    alone: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """One branch: output ``[B, rows, H, d]`` and log-sum-exp ``[B, rows, H]``."""
     T, H = ctx.q_BTHd.shape[1:3]
@@ -71,33 +78,30 @@ def _branch(
     def tiles(n_queries: int, n_keys: int, block_q: int, block_k: int) -> np.ndarray:
         return visit(branch.mask, Grid(n_queries, n_keys, block_q, block_k, T - rows, contiguous, aligned=T == S))
 
-    device = jax.devices()[0]
     mesh = jax.sharding.get_abstract_mesh()
+    device: Any = getattr(mesh, "abstract_device", None) or jax.devices()[0]
     # Shapes of parameters are found by tracing one row, which is never run.
     spread = "data" in mesh.axis_names and q.shape[0] % mesh.shape["data"] == 0
-    try:
-        return flash(
-            q,
-            k,
-            v_BSKd,
-            branch.mask,
-            tiles=tiles,
-            index=None if contiguous else (queries.index_BT[:, T - rows :], keys.index_BT),
-            segments=segments,
-            positions=(qp, kp),
-            slopes_H=_slopes(ctx.positions, H),
-            scale=ctx.scale,
-            softcap=softcap,
-            offset=T - rows,
-            causal=contiguous and branch.mask == Causal() and segments is None,
-            block_q=block_q,
-            block_k=block_k,
-            chip=common.chip(device),
-            implementation="interpret" if device.platform == "cpu" else None,
-            mesh=mesh if spread else None,
-        )
-    except NotImplementedError as error:
-        raise UserError(f"{KEY}: {error}; {ELSE}") from None
+    return flash(
+        q,
+        k,
+        v_BSKd,
+        branch.mask,
+        tiles=tiles,
+        index=None if contiguous else (queries.index_BT[:, T - rows :], keys.index_BT),
+        segments=segments,
+        positions=(qp, kp),
+        slopes_H=_slopes(ctx.positions, H),
+        scale=ctx.scale,
+        softcap=softcap,
+        offset=T - rows,
+        causal=alone and contiguous and branch.mask == Causal() and segments is None,
+        block_q=block_q,
+        block_k=block_k,
+        chip=common.chip(device),
+        implementation="interpret" if device.platform == "cpu" else "auto",
+        mesh=mesh if spread else None,
+    )
 
 
 def _slopes(positions: Any, n_heads: int) -> jax.Array | None:
