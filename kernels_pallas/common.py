@@ -51,7 +51,7 @@ KINDS = {
 
 
 def chip(device: Any) -> str | None:
-    """The name in `CHIPS` of a device (a mesh's abstract one, too), None if it has none; for callers, not for kernels."""
+    """The name in `CHIPS` of a device, a mesh's abstract one too; None if it has none. For callers, not for kernels."""
     return KINDS.get(device.device_kind) if device.platform == "tpu" else None
 
 

@@ -60,7 +60,7 @@ def tree(rng: np.random.Generator, N: int) -> jax.Array:
     return ancestors_of(jnp.asarray([int(rng.integers(-1, i)) if i else -1 for i in range(N)], jnp.int32))
 
 
-def _shapes(size: Size) -> tuple[Any, ...]:
+def shapes(size: Size) -> tuple[Any, ...]:
     array: Any = jax.ShapeDtypeStruct
     B, N, K, d = size.B, size.N, size.K, size.d
     cache, new = array((B, K, size.S, d), size.dtype), array((B, N, K, d), size.dtype)
@@ -68,9 +68,9 @@ def _shapes(size: Size) -> tuple[Any, ...]:
     return array((B, N, size.H, d), size.dtype), cache, cache, array((B,), jnp.int32), new, new, seen
 
 
-def draw(rng: np.random.Generator, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+def draw(rng: np.random.Generator, like: tuple[Any, ...]) -> tuple[Any, ...]:
     """Normal values; the first row's cache is full, every other row's shorter by a random length; one tree."""
-    q, k, v, lengths, new_k, new_v, seen = shapes
+    q, k, v, lengths, new_k, new_v, seen = like
     arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in (q, k, v, new_k, new_v)]
     full = k.shape[2]
     valid = jnp.asarray([full, *rng.integers(0, full, lengths.shape[0] - 1)], jnp.int32)
@@ -86,7 +86,7 @@ def cases(chip: str) -> list[Case]:
         tile = tpu.choose_tile(size.S, rows, chip)
         memory = tpu.memory(tile, rows, tpu.padded(size.N), size.d, size.dtype)
         run = functools.partial(tree_decode, implementation="tpu", chip=chip)
-        out.append(Case(str(size), run, _shapes(size), memory, draw=draw))
+        out.append(Case(str(size), run, shapes(size), memory, draw=draw))
     return out
 
 
@@ -95,7 +95,7 @@ def small_cases() -> list[Case]:
     run = functools.partial(tree_decode, implementation="interpret", tile_s=128)
     truth = functools.partial(tree_decode, implementation="reference")
     return [
-        Case(str(size), run, _shapes(size), 0, truth, 1e-5 if size.dtype == jnp.float32 else 1e-2, draw)
+        Case(str(size), run, shapes(size), 0, truth, 1e-5 if size.dtype == jnp.float32 else 1e-2, draw)
         for size in SMALL
     ]
 
@@ -103,12 +103,12 @@ def small_cases() -> list[Case]:
 def gpu_cases() -> list[Case]:
     """What a GPU runs: XLA operations in chunks."""
     run = functools.partial(tree_decode, implementation="gpu")
-    return [Case(str(size), run, _shapes(size), draw=draw) for size in (REAL[0], replace(REAL[0], B=8, packed=True))]
+    return [Case(str(size), run, shapes(size), draw=draw) for size in (REAL[0], replace(REAL[0], B=8, packed=True))]
 
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     for size in SMALL if small else REAL:
-        arrays = draw(np.random.default_rng(0), _shapes(size))
+        arrays = draw(np.random.default_rng(0), shapes(size))
         forms = {}
         for name in ("reference", *timing.names()):
             form = functools.partial(tree_decode, implementation=name, chip=chip)

@@ -99,7 +99,7 @@ def _branch(
         block_q=block_q,
         block_k=block_k,
         chip=common.chip(device),
-        implementation="interpret" if device.platform == "cpu" else "auto",
+        implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
         mesh=mesh if spread else None,
     )
 

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import common
 
 # Nothing may be read before it is written, nothing outside the blocks, nothing while another core writes it. Two cores:
 # what a kernel calls parallel runs in parallel, as on a v4 or v5p.
-STRICT = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
-)
+STRICT = common.strict()
 
 
 def without_races(call: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> Any:

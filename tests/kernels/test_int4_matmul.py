@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from kernel_checks import STRICT, assert_as_good, exact, lowered_for_tpu, rms_ratio, without_races
 
 from kernels_pallas.int4_matmul import bench, reference, tpu
-from kernels_pallas.int4_matmul.api import CASES, int4_matmul
+from kernels_pallas.int4_matmul.api import int4_matmul
 from kernels_pallas.int4_matmul.reference import Quantized, dequantize, pack, quantize, unpack
 from lm.compat import auto_mesh
 from lm.errors import UserError
@@ -112,16 +112,11 @@ def test_leading_axes_and_shards() -> None:
 
 
 def test_lowers_for_a_tpu() -> None:
-    for case in (CASES[0], CASES[-1]):
-        assert "tpu_custom_call" in lowered_for_tpu(case.bound("v5e"), *case.arguments)
-    auto = functools.partial(int4_matmul, implementation="auto")
-    assert "tpu_custom_call" in lowered_for_tpu(auto, *CASES[0].arguments)
-    assert "custom_call" not in jax.jit(auto).lower(*CASES[0].arguments).as_text()
-
-
-def test_cases_fit_the_fast_memory() -> None:
-    assert len({case.name for case in CASES}) == len(CASES) > 10
-    assert all(0 < case.memory <= tpu.BUDGETS["v4"].bytes for case in CASES)
+    cases = bench.cases("v5e")
+    for case in (cases[0], cases[-1]):
+        assert "tpu_custom_call" in lowered_for_tpu(case.fn, *case.args)
+    assert "tpu_custom_call" in lowered_for_tpu(int4_matmul, *cases[0].args)
+    assert "custom_call" not in jax.jit(int4_matmul).lower(*cases[0].args).as_text()
 
 
 @pytest.mark.parametrize(
@@ -163,4 +158,4 @@ def test_bench_writes_its_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     bench.main(["--size=small", "--repeats=1", f"--json={tmp_path}/t.json"])
     table = json.loads((tmp_path / "t.json").read_text())
     assert {"bfloat16", "xla"} <= set(table["rows"][0]["seconds"])
-    assert "int4g128-1x256x512" in capsys.readouterr().out
+    assert "int4g128 1x256x512" in capsys.readouterr().out

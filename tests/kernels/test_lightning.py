@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from kernel_checks import STRICT, assert_as_good, exact, lowered_for_tpu, rms_ratio, without_races
 
 from kernels_pallas.lightning import bench, reference, tpu
-from kernels_pallas.lightning.api import CASES, lightning
+from kernels_pallas.lightning.api import lightning
 from lm.compat import auto_mesh
 from lm.errors import UserError
 
@@ -126,11 +126,11 @@ def test_heads_over_eight_devices() -> None:
 
 
 def test_lowers_for_a_tpu() -> None:
-    forward, train = CASES[0], CASES[1]
-    assert lowered_for_tpu(forward.bound("v5e"), *forward.arguments).count("tpu_custom_call") == 1
-    assert lowered_for_tpu(train.bound("v6e"), *train.arguments).count("@tpu_custom_call") == 4
-    assert "tpu_custom_call" in lowered_for_tpu(lightning, *forward.arguments)
-    assert "custom_call" not in jax.jit(lightning).lower(*forward.arguments).as_text()
+    forward, train = bench.cases("v6e")[:2]
+    assert lowered_for_tpu(forward.fn, *forward.args).count("tpu_custom_call") == 1
+    assert lowered_for_tpu(train.fn, *train.args).count("@tpu_custom_call") == 4
+    assert "tpu_custom_call" in lowered_for_tpu(lightning, *forward.args)
+    assert "custom_call" not in jax.jit(lightning).lower(*forward.args).as_text()
 
 
 @pytest.mark.parametrize(
@@ -164,5 +164,5 @@ def test_wide_heads_run_on_xla() -> None:
 def test_bench_writes_its_table(tmp_path: Path) -> None:
     bench.main(["--size=small", "--repeats=1", f"--json={tmp_path}/t.json"])
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
-    assert [row["case"] for row in rows] == ["forward-100x2x16", "train-100x2x16"]
+    assert [row["case"] for row in rows[:2]] == ["100x2x16 float32 forward", "100x2x16 float32 backward"]
     assert all(row["seconds"]["xla"] > 0 for row in rows)
