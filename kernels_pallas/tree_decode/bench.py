@@ -61,6 +61,7 @@ def tree(rng: np.random.Generator, N: int) -> jax.Array:
 
 
 def shapes(size: Size) -> tuple[Any, ...]:
+    """Shapes of the arguments of `tree_decode`."""
     array: Any = jax.ShapeDtypeStruct
     B, N, K, d = size.B, size.N, size.K, size.d
     cache, new = array((B, K, size.S, d), size.dtype), array((B, N, K, d), size.dtype)

@@ -17,6 +17,7 @@ from kernels_pallas.common import NEG
 CHUNK = 2048
 
 
+@jax.jit
 def ancestors_of(parents_N: jax.Array) -> jax.Array:
     """bool [N, N]: row i marks node i and its ancestors. A parent comes before its children; a root has parent -1."""
     N = parents_N.shape[0]
@@ -29,6 +30,7 @@ def ancestors_of(parents_N: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, N, body, own)
 
 
+@jax.jit
 def pack_mask(mask: jax.Array) -> jax.Array:
     """bool [..., N, N] -> uint32 [..., N, ceil(N / 32)]: key j is bit ``j % 32`` of word ``j // 32``."""
     N = mask.shape[-1]
@@ -36,6 +38,7 @@ def pack_mask(mask: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
 
 
+@jax.jit
 def unpack_mask(words: jax.Array) -> jax.Array:
     """uint32 [..., N, ceil(N / 32)] -> bool [..., N, N]."""
     N = words.shape[-2]
