@@ -1,4 +1,5 @@
-"""``python -m kernels_pallas.check --platform tpu|gpu|interpret [--kernel NAME] [--chip NAME] [--json FILE]``.
+"""``python -m kernels_pallas.check --platform tpu|gpu|interpret [--kernel NAME] [--chip NAME] [--case TEXT] [--json
+FILE]``.
 
 ``tpu`` compiles every kernel at real sizes ahead of time for every chip of `kernels_pallas.common.CHIPS`, without a TPU
 (the extra ``aot`` has the compiler); ``gpu`` lowers for CUDA, or compiles and times where there is a GPU; ``interpret``
@@ -28,6 +29,13 @@ from kernels_pallas.common import CHIPS, MIB, Case
 
 # Each has a `bench` with `cases(chip)`, `small_cases()` and `gpu_cases()`.
 KERNELS = ("flash", "int4_matmul", "lightning", "tree_decode")
+# Ordinary arrays live on the CPU; libtpu serves as a compiler, and other processes may load it as well.
+COMPILER_ALONE = {
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 WIDTHS = (12, 36, 4, 27, 8, 8)
 HEAD = ("kernel", "case", "chip", "result", "tile MiB", "seconds")
 
@@ -102,11 +110,8 @@ def environment() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    # A folder on the path is not an installed distribution, and libtpu then says its version itself.
-    libtpu = version("libtpu") or getattr(sys.modules.get("libtpu"), "__version__", None)
-    device = jax.devices()[0].device_kind
-    packages = {name: version(name) for name in ("jax", "jaxlib", "numpy")}
-    return {"python": platform_module.python_version(), **packages, "libtpu": libtpu, "device": device}
+    packages = {name: version(name) for name in ("jax", "jaxlib", "libtpu", "numpy")}
+    return {"python": platform_module.python_version(), **packages, "device": jax.devices()[0].device_kind}
 
 
 def check(
@@ -114,8 +119,9 @@ def check(
     kernels: tuple[str, ...] = KERNELS,
     chips: tuple[str, ...] = tuple(CHIPS),
     path: Path | None = None,
+    text: str = "",
 ) -> int:
-    """Prints the table, writes it to `path` as JSON, and returns the number of failures."""
+    """The cases whose names contain `text`: prints the table, writes it to `path` as JSON, returns the failures."""
 
     def line(*cells: object) -> None:
         print("  ".join(str(c).ljust(w) for c, w in zip(cells, WIDTHS, strict=True)).rstrip(), flush=True)
@@ -124,6 +130,8 @@ def check(
     failures = 0
     rows: list[dict[str, Any]] = []
     for kernel, chip, case, work in _work(platform, kernels, chips):
+        if text not in case.name:
+            continue
         start, passed = time.perf_counter(), True
         try:
             result = work()
@@ -150,16 +158,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--platform", choices=("tpu", "gpu", "interpret"), required=True)
     parser.add_argument("--kernel", choices=KERNELS, help="one kernel instead of all")
     parser.add_argument("--chip", choices=tuple(CHIPS), help="one TPU generation instead of all")
+    parser.add_argument("--case", default="", help="only the cases whose names contain this")
     parser.add_argument("--json", type=Path, help="file to write the table to, with the versions it depends on")
     args = parser.parse_args(argv)
     if args.platform == "tpu":
-        # Ordinary arrays live on the CPU; the compiler alone is loaded, and may be loaded by other processes as well.
-        for name, value in (
-            ("JAX_PLATFORMS", "cpu"),
-            ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
-            ("TPU_SKIP_MDS_QUERY", "1"),
-            ("TPU_WORKER_HOSTNAMES", "localhost"),
-        ):
+        for name, value in COMPILER_ALONE.items():
             os.environ.setdefault(name, value)
         if importlib.util.find_spec("libtpu") is None:
             print(
@@ -168,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
     kernels = (args.kernel,) if args.kernel else KERNELS
     chips = (args.chip,) if args.chip else tuple(CHIPS)
-    return 1 if check(args.platform, kernels, chips, args.json) else 0
+    return 1 if check(args.platform, kernels, chips, args.json, args.case) else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ by outputs, or by inputs at a group's boundary, need no repacking.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def unpack(packed_RN: jax.Array, group: int) -> jax.Array:
     return jnp.concatenate([pairs & 15, (pairs >> 4) & 15], axis=1).reshape(2 * R, N)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "group", "symmetric"))
 def quantize(w_KN: jax.Array, bits: int = 4, group: int = 128, symmetric: bool = True) -> Quantized:
     """Round to nearest. Symmetric: codes spread over the largest magnitude of a group; else over its range."""
     K, N = w_KN.shape

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from kernels_pallas import check, common
+from kernels_pallas.flash.api import flash
+from lm.attention.masks import Causal
 
 
 @pytest.mark.parametrize("kernel", check.KERNELS)
@@ -39,9 +45,51 @@ def test_a_wrong_result_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "FAILED: AssertionError: RMS ratio inf" in out and "1 of 2 passed" in out
 
 
-def test_gpu_without_a_gpu_is_lowered(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main(["--platform", "gpu", "--kernel", "flash"]) == 0
-    assert capsys.readouterr().out.count("lowered") == 4
+def test_gpu_without_a_gpu_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel; the table of what was done, with the versions it depends on; only the cases asked for."""
+    file = tmp_path / "new" / "table.json"
+    assert check.main(["--platform", "gpu", "--json", str(file)]) == 0
+    table = json.loads(file.read_text())
+    assert capsys.readouterr().out.count("lowered") == table["cases"] == table["passed"] == len(table["rows"])
+    assert {row["kernel"] for row in table["rows"]} == set(check.KERNELS)
+    assert all(row["passed"] and row["result"] == "lowered" and row["seconds"] > 0 for row in table["rows"])
+    assert table["environment"]["jax"] == jax.__version__ and table["environment"]["device"] == "cpu"
+    assert check.main(["--platform", "gpu", "--kernel", "flash", "--case", "auto forward"]) == 0
+    assert "1 of 1 passed" in capsys.readouterr().out
+
+
+# Of every kernel: forward and backward where it has one, what is ragged, packed, or large.
+COMPILED = {
+    "flash": ("slopes, soft-cap, sinks 8k forward", "packed 8k backward", "1 query, 32k keys forward"),
+    "int4_matmul": ("int4g128 8x11008x4096 forward", "int4g32z 8x4096x4096 forward", "int8g128z 8x4096x11008 forward"),
+    "lightning": ("8000x32x128 forward", "8192x32x96 backward"),
+    "tree_decode": ("64n 32768 8x32:8x128 bits", "256n 32768 1x32:8x128", "64n 32000 1x32:8x128"),
+}
+
+
+@pytest.mark.parametrize("chip", ["v4", "v6e"])
+def test_the_compiler_of_the_chip_takes_every_kernel(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("libtpu", reason="the compiler for TPUs (extra 'aot') is not installed")
+    for name, value in check.COMPILER_ALONE.items():
+        monkeypatch.setenv(name, value)
+    assert set(COMPILED) == set(check.KERNELS)
+    for kernel, names in COMPILED.items():
+        cases = {c.name: c for c in importlib.import_module(f"kernels_pallas.{kernel}.bench").cases(chip)}
+        for name in names:
+            assert check.compile_for(cases[name], chip).startswith("compiled, "), name
+    x = jax.ShapeDtypeStruct((1, 4096, 1, 128), jnp.bfloat16)
+    large = functools.partial(flash, mask=Causal(), block_q=4096, block_k=4096, chip=chip, implementation="tpu")
+    with pytest.raises(Exception, match=r"(?i)vmem"):  # it is the compiler that speaks: this does not fit
+        check.compile_for(common.Case("large", large, (x, x, x)), chip)
+
+
+def test_the_table_in_the_repository_is_of_these_cases() -> None:
+    """Every case of every kernel for every chip, all compiled."""
+    table = json.loads((Path(check.__file__).parents[1] / "benchmarks/results/kernels_tpu_aot.json").read_text())
+    modules = {name: importlib.import_module(f"kernels_pallas.{name}.bench") for name in check.KERNELS}
+    want = {(k, c.name, chip) for chip in common.CHIPS for k, bench in modules.items() for c in bench.cases(chip)}
+    assert {(row["kernel"], row["case"], row["chip"]) for row in table["rows"]} == want
+    assert all(row["passed"] for row in table["rows"]) and table["cases"] == len(want)
 
 
 def test_tpu_needs_its_compiler(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

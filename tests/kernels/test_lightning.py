@@ -23,8 +23,7 @@ from lm.errors import UserError
 GRID = [
     (2, 40, 3, 16, 8, 16, jnp.float32),
     (1, 5, 3, 8, 24, 128, jnp.float32),
-    (1, 24, 3, 96, 64, 8, jnp.bfloat16),
-    (2, 37, 3, 16, 16, 16, jnp.bfloat16),
+    (2, 37, 3, 96, 64, 16, jnp.bfloat16),
 ]
 DECAY = (1.0, 0.9, 1e-3)
 
@@ -95,7 +94,7 @@ def test_without_decay_it_is_attention_without_softmax() -> None:
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_a_text_in_two_parts_is_the_text(implementation: str) -> None:
     q, k, v, decay, state = _arrays(1, 21, 3, 8, 8, jnp.float32)
-    call = functools.partial(lightning, decay=decay, implementation=implementation, chunk=8)
+    call = jax.jit(functools.partial(lightning, decay=decay, implementation=implementation, chunk=8))
     whole, last = call(q, k, v, state=state)
     first, handed = call(q[:, :13], k[:, :13], v[:, :13], state=state)
     second, end = call(q[:, 13:], k[:, 13:], v[:, 13:], state=handed)
