@@ -1,5 +1,4 @@
-"""``python -m kernels_pallas.check --platform tpu|gpu|interpret [--kernel NAME] [--chip NAME] [--case TEXT] [--json
-FILE]``.
+"""``python -m kernels_pallas.check --platform tpu|gpu|interpret``, also ``--kernel``, ``--chip``, ``--case``, ``--json``.
 
 ``tpu`` compiles every kernel at real sizes ahead of time for every chip of `kernels_pallas.common.CHIPS`, without a TPU
 (the extra ``aot`` has the compiler); ``gpu`` lowers for CUDA, or compiles and times where there is a GPU; ``interpret``
