@@ -1,4 +1,4 @@
-"""``python -m kernels_pallas.check --platform tpu|gpu|interpret``, also ``--kernel``, ``--chip``, ``--case``, ``--json``.
+"""``python -m kernels_pallas.check --platform tpu|gpu|interpret``; ``--help`` says what else.
 
 ``tpu`` compiles every kernel at real sizes ahead of time for every chip of `kernels_pallas.common.CHIPS`, without a TPU
 (the extra ``aot`` has the compiler); ``gpu`` lowers for CUDA, or compiles and times where there is a GPU; ``interpret``

@@ -7,7 +7,7 @@ against a product with bfloat16 weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -92,7 +92,7 @@ def small_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """What a GPU runs: XLA operations."""
-    kinds = {"forward": int4_matmul, "backward": gradients}
+    kinds: dict[str, Callable[..., Any]] = {"forward": int4_matmul, "backward": gradients}
     return [
         Case(f"{_name(size)} {kind}", functools.partial(fn, implementation="gpu"), _shapes(size), draw=_draw)
         for size in REAL

@@ -7,7 +7,7 @@ forward and in training.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ def gradients(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, state:
     return out, pull(jax.tree.map(jnp.ones_like, out))
 
 
-KINDS = {"forward": lightning, "backward": gradients}
+KINDS: dict[str, Callable[..., Any]] = {"forward": lightning, "backward": gradients}
 
 
 def _name(size: Size, kind: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 from plug_case import BASE, TOKENS, T, forward, gradient, logits, parameters, rms_ratio
 
 from kernels_pallas import common
+from kernels_pallas.check import COMPILER_ALONE
 from lm import caches, compat
 from lm.attention import TABLE, attend
 from lm.attention.branches import NEG, Branch, Context, Tokens
@@ -155,6 +156,32 @@ def test_rows_spread_over_8_devices() -> None:
         got = program.lower().compile()(params, jax.device_put(jnp.asarray(tokens), rows))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert rms_ratio(a, b) <= 1e-5
+
+
+def test_compiled_for_the_chips_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient for four v5e, lowered on a machine without any: the kernels, with the chip's block sizes."""
+    pytest.importorskip("libtpu", reason="the compiler for TPUs (extra 'aot') is not installed")
+    from jax.experimental import topologies
+
+    for name, value in COMPILER_ALONE.items():
+        monkeypatch.setenv(name, value)
+    devices = topologies.get_topology_desc(common.CHIPS["v5e"].topology, "tpu").devices
+    mesh = jax.sharding.Mesh(np.array(devices), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, everywhere = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
+    params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), parameters(BASE))
+    tokens = jax.ShapeDtypeStruct((8, 2048), jnp.int32, sharding=rows)
+
+    chosen = merge(_on("pallas", PLUGS["lm_infinite"]), {"attention": {"block_q": None, "block_k": None}}, "model")
+
+    def loss(params: Any, tokens: Any) -> jax.Array:
+        return Decoder(chosen).apply({"params": params}, tokens).logits_BTV.mean()
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss)).trace(params, tokens)
+        text = program.lower().as_text()
+    assert text.count("@tpu_custom_call") == 2 * 3  # branches; forward, dQ, dK with dV; layers are one loop
+    assert common.blocks("flash", "v5e")["block_k"] == 1024 != common.blocks("flash")["block_k"]
+    assert "[1024,8]" in str(program.jaxpr) and "[512,8]" in str(program.jaxpr)  # blocks of keys, of queries
 
 
 @pytest.mark.parametrize(
