@@ -52,6 +52,10 @@ GENERIC = {
 }
 
 
+# What kernels may use of the library: it imports nothing of ours.
+LEAVES = {"lm.compat", "lm.errors"}
+
+
 def _sources(*packages: str) -> list[Path]:
     return sorted(p for name in packages for p in (ROOT / name).rglob("*.py"))
 
@@ -143,9 +147,10 @@ def test_library_does_not_import_its_users() -> None:
         for name, targets in _graph().items()
         for m in targets
         if (name.split(".")[0] in ("lm", "kernels_pallas") and m.split(".")[0] in ("experiments", "configs"))
-        or (name.split(".")[0] == "kernels_pallas" and m.split(".")[0] == "lm")
+        or (name.split(".")[0] == "kernels_pallas" and m.split(".")[0] == "lm" and m not in LEAVES)
     ]
     assert wrong == []
+    assert {m: _graph()[m] for m in LEAVES} == {m: set() for m in LEAVES}
 
 
 def test_sockets_do_not_import_each_others_plugs() -> None:

@@ -4,6 +4,7 @@ A plug is a frozen dataclass with ``branches(ctx: Context) -> tuple[Branch, ...]
 and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold;
 ``summary`` (`lm.attention.blocks.Summary`), what a cache must keep of every block of keys; ``check(model_config)``;
 ``records(ctx, branches) -> {name: array[B, T, ...]}``, what the decoder's `records` collects of the layer.
+``lists_keys``: True where keys are listed at run time, which the backend ``pallas`` refuses.
 `attend` runs the branches on the chosen backend.
 """
 
@@ -13,7 +14,7 @@ from typing import Protocol
 
 import jax
 
-from lm.attention import blocked, dense
+from lm.attention import blocked, dense, pallas
 from lm.attention.branches import AnyBranch, BlockBranch, Context
 from lm.attention.causal import Bidirectional, Causal
 from lm.attention.lm_infinite import LMInfinite
@@ -37,7 +38,7 @@ TABLE = {
     "longheads": LongHeads,
 }
 
-BACKENDS = ("auto", "dense", "blocked")
+BACKENDS = ("auto", "dense", "blocked", "pallas")
 
 
 def attend(
@@ -53,12 +54,15 @@ def attend(
     """One softmax over the union of `branches`: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``.
 
     ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys, or several queries that
-    list blocks), else `dense`. Tile sizes that are None are chosen by `lm.attention.tiles.block`.
+    list blocks), else `dense`; `pallas`, the kernels of `lm.attention.pallas`, only by name. Tile sizes that are None
+    are chosen by `lm.attention.tiles.block`, those of the kernels by `kernels_pallas.common.BLOCKS`.
     """
     if backend not in BACKENDS:
         raise unknown("model.attention.backend", backend, BACKENDS)
     B, T, H, _ = ctx.q_BTHd.shape
     S = ctx.k_BSKd.shape[1]
+    if backend == "pallas":
+        return pallas.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
     chosen = block(B * H, jax.default_backend())
     block_q, block_k = block_q or chosen[0], block_k or chosen[1]
     listed = T > 1 and all(isinstance(branch, BlockBranch) for branch in branches)

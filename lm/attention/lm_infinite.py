@@ -60,6 +60,10 @@ class LMInfinite:
         """(sinks, window) a cache must hold; None = everything."""
         return None if self.window is None or self.top_k else (self.sinks, self.window)
 
+    @property
+    def lists_keys(self) -> bool:
+        return self.top_k > 0
+
     def branches(self, ctx: Context) -> tuple[Branch, ...]:
         seen: Mask = Causal()
         if self.window is not None:

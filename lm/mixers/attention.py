@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from lm.attention import BACKENDS, attend
+from lm.attention import BACKENDS, attend, pallas
 from lm.attention.branches import Context, Tokens
 from lm.config import ModelConfig
 from lm.errors import UserError, unknown
@@ -34,9 +34,10 @@ AXES = {
 class SoftmaxAttention:
     """Settings that do not change with the pattern.
 
-    `backend`: ``auto | dense | blocked``; `block_q`, `block_k`: tile of the blocked backend, tokens, None = by the
-    number of rows and heads (`lm.attention.tiles.block`); `softcap`: logits become ``c tanh(logits / c)``; `qk_norm`:
-    normalise queries and keys per head before positions; `scale`: logit scale, None = ``head_dim ** -0.5``.
+    `backend`: ``auto | dense | blocked | pallas``; `block_q`, `block_k`: tile of the last two, tokens, None = by the
+    number of rows and heads (`lm.attention.tiles.block`) or the kernel's own; `softcap`: logits become
+    ``c tanh(logits / c)``; `qk_norm`: normalise queries and keys per head before positions; `scale`: logit scale,
+    None = ``head_dim ** -0.5``.
     """
 
     backend: str = "auto"
@@ -51,6 +52,8 @@ class SoftmaxAttention:
     def check(self, cfg: ModelConfig) -> None:
         if self.backend not in BACKENDS:
             raise unknown("model.attention.backend", self.backend, BACKENDS)
+        if self.backend == "pallas":
+            pallas.check(cfg.pattern)
         for name in ("block_q", "block_k"):
             size = getattr(self, name)
             if size is not None and size < 1:

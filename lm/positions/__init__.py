@@ -6,7 +6,8 @@ A plug is a frozen dataclass with
   `positions` (float32, tokens, real-valued) broadcasts against ``x.shape[:-1]``; `length` is the traced
   number of positions in use (largest position + 1), which dynamic scalings need;
 * ``move(x, at, to, length) -> x``: what was rotated to `at`, rotated to `to` instead;
-* ``bias(q_positions, k_positions, n_heads) -> float32[n_heads, ..., T, S] | None``: added to the logits;
+* ``bias(q_positions, k_positions, n_heads) -> float32[n_heads, ..., T, S] | None``: added to the logits; where that is
+  linear in distance, also ``head_slopes(n_heads) -> tuple[float, ...]`` (minus its slopes), for the kernels;
 * ``table_size``: rows of a learned absolute table added to the embeddings (0 = none);
 * ``bind(model_config) -> plug``: fills in what the model knows (the trained length);
 * ``check(model_config)``: refuses impossible settings at config time.

@@ -37,8 +37,12 @@ class Alibi(NoPE):
 
     style: Literal["bloom", "mpt"] = "bloom"
 
+    def head_slopes(self, n_heads: int) -> tuple[float, ...]:
+        """The bias of head h is minus its slope times the distance."""
+        return slopes(n_heads, self.style)
+
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None:
         """``q_positions[..., T]``, ``k_positions[..., S]`` -> ``[..., n_heads, T, S]`` float32."""
         distance = q_positions[..., None, :, None] - k_positions[..., None, None, :]
-        m_H = jnp.asarray(slopes(n_heads, self.style), jnp.float32)
+        m_H = jnp.asarray(self.head_slopes(n_heads), jnp.float32)
         return -m_H[:, None, None] * distance

@@ -1,0 +1,175 @@
+"""What the kernels share: chips and their block sizes, how an implementation is chosen, and the cases of a check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+
+from lm.errors import UserError, unknown
+
+NEG = -1e30  # finite stand-in for -inf, the same as `lm.attention.branches.NEG`
+MIB = 2**20
+
+# "auto": see `run`. "tpu": Mosaic TPU. "gpu": see each gpu.py. "interpret": the TPU kernel interpreted, slowly. "xla":
+# plain XLA operations. "reference": the truth, in float32.
+IMPLEMENTATIONS = ("auto", "tpu", "gpu", "interpret", "xla", "reference")
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A TPU generation: a topology that ahead-of-time compilation knows, and the fast memory a program may ask for.
+
+    `vmem`: bytes a kernel may use (`vmem_limit_bytes`), below what the chip has because XLA keeps some of it. The chip
+    is always an argument, never looked up: a program may be compiled for a chip that is not there.
+    """
+
+    topology: str
+    vmem: int
+
+
+CHIPS = {
+    "v4": Chip("v4:2x2x1", 16 * MIB),
+    "v5e": Chip("v5e:2x2", 64 * MIB),
+    "v5p": Chip("v5p:2x2x1", 64 * MIB),
+    "v6e": Chip("v6e:2x2", 64 * MIB),
+}
+
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+}
+
+
+def chip(device: Any) -> str | None:
+    """The name in `CHIPS` of a device, a mesh's abstract one too; None if it has none. For callers, not for kernels."""
+    return KINDS.get(device.device_kind) if device.platform == "tpu" else None
+
+
+# kernel -> chip -> block sizes by name; "default" serves chips without a row. Sizes a caller gives win. Chosen by what
+# fits and by the width of the matrix unit (v6e: 256, the others: 128); not tuned, for no chip was at hand.
+BLOCKS: dict[str, dict[str, dict[str, int]]] = {
+    "flash": {
+        "default": {"block_q": 512, "block_k": 512},
+        "v5e": {"block_q": 512, "block_k": 1024},
+        "v5p": {"block_q": 512, "block_k": 1024},
+        "v6e": {"block_q": 512, "block_k": 1024},
+    },
+    # Tokens of a chunk.
+    "lightning": {"default": {"chunk": 128}, "v6e": {"chunk": 256}},
+    # Rows and outputs of a grid step, at most; fewer where a step would take more than `mib` of fast memory.
+    "int4_matmul": {
+        "default": {"tile_m": 128, "tile_n": 512, "mib": 14},
+        "v5e": {"tile_m": 128, "tile_n": 512, "mib": 24},
+        "v5p": {"tile_m": 256, "tile_n": 512, "mib": 24},
+        "v6e": {"tile_m": 256, "tile_n": 512, "mib": 24},
+    },
+    # Slots of the cache per grid step, at most; fewer where many queries share them.
+    "tree_decode": {
+        "default": {"tile_s": 512},
+        "v5e": {"tile_s": 1024},
+        "v5p": {"tile_s": 1024},
+        "v6e": {"tile_s": 1024},
+    },
+}
+
+
+def blocks(kernel: str, chip: str | None = None, **given: int | None) -> dict[str, int]:
+    """Block sizes of `kernel` on `chip`; those `given` that are not None win. `KeyError` for an unknown size."""
+    rows = BLOCKS[kernel]
+    out = dict(rows.get(chip or "default", rows["default"]))
+    for name, value in given.items():
+        own = out[name]
+        out[name] = own if value is None else value
+    return out
+
+
+def vmem(chip: str | None) -> int | None:
+    """`vmem_limit_bytes` on `chip`, or the compiler's own limit."""
+    return CHIPS[chip].vmem if chip in CHIPS else None
+
+
+def check_chip(kernel: str, chip: str | None) -> None:
+    """The chip's name selects block sizes; it is said, never looked up, because programs are compiled elsewhere."""
+    if chip is not None and chip not in CHIPS:
+        raise unknown(f"{kernel}: chip", chip, CHIPS)
+
+
+def known_dtype(kernel: str, **arrays: Any) -> None:
+    """Every array is bfloat16 or float32, all of them the same."""
+    kinds = {name: str(a.dtype) for name, a in arrays.items()}
+    if len(set(kinds.values())) > 1 or not set(kinds.values()) <= {"bfloat16", "float32"}:
+        found = ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+        raise UserError(f"{kernel}: found {found}; valid: all bfloat16 or all float32")
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Products of float32 arrays are float32 products, on a TPU too."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def run(
+    kernel: str,
+    implementation: str,
+    forms: Mapping[str, Callable[..., Any]],
+    refusal: str | None,
+    *args: Any,
+    gpu_refusal: str | None = None,
+) -> Any:
+    """Calls the implementation named, or for 'auto' the best one that serves the call.
+
+    `forms` maps 'tpu', 'gpu', 'interpret', 'xla' and 'reference' to functions of `args`; `refusal` says why the TPU
+    kernel cannot serve the call, if it cannot, `gpu_refusal` the same of 'gpu'. 'auto' becomes the TPU kernel where the
+    program is lowered for a TPU, whatever the machine that lowers it, 'gpu' where for CUDA, and XLA operations
+    elsewhere and where there is a refusal.
+    Raises UserError for an unknown name, or a kernel asked for by name that cannot serve the call.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown(f"{kernel}: implementation", implementation, IMPLEMENTATIONS)
+    reason = {"tpu": refusal, "interpret": refusal, "gpu": gpu_refusal}.get(implementation)
+    if reason:
+        raise UserError(f"{kernel}: implementation {implementation!r} cannot serve this call: {reason}; use 'auto'")
+    if implementation != "auto":
+        return forms[implementation](*args)
+    tpu, gpu = (forms["xla" if why else name] for name, why in (("tpu", refusal), ("gpu", gpu_refusal)))
+    if tpu is gpu is forms["xla"]:
+        return tpu(*args)
+    return jax.lax.platform_dependent(*args, tpu=tpu, cuda=gpu, default=forms["xla"])
+
+
+def strict() -> pltpu.InterpretParams:
+    """The TPU interpreter that looks for races (on two cores), reads outside a buffer and memory nobody wrote (NaN)."""
+    return pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
+    )
+
+
+def normal(rng: np.random.Generator, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Standard normal arrays of the given shapes and dtypes; trees stay trees."""
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), shapes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a check: `fn` of arrays shaped like `args`, a tuple of trees.
+
+    `tile_bytes`: fast memory of one grid step (blocks in flight, scratch, intermediate tiles), an estimate. Small cases
+    also have `reference`, which `fn` must equal to `tolerance` (RMS ratio over every output), on what `draw` returns.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    tile_bytes: int = 0
+    reference: Callable[..., Any] | None = None
+    tolerance: float = 1e-5
+    draw: Callable[[np.random.Generator, tuple[Any, ...]], tuple[Any, ...]] = field(default=normal)

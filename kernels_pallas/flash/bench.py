@@ -1,0 +1,207 @@
+"""What `kernels_pallas.check` compiles and runs of `flash`; as a program, times.
+
+``python -m kernels_pallas.flash.bench``: all logits at once in XLA operations against the kernel on a TPU and cuDNN on
+a GPU, forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import common, timing
+from kernels_pallas.common import Case
+from kernels_pallas.flash import table
+from kernels_pallas.flash.api import flash
+
+H, K, D = 32, 8, 128  # query heads, key heads, head width of the real sizes
+
+
+@dataclass(frozen=True)
+class Band:
+    """Causal, at most `window` keys back (None = all) or among the first `sinks`: the Λ shape."""
+
+    window: int | None = None
+    sinks: int = 0
+
+    def __call__(self, q: Any, k: Any) -> Any:
+        return (k <= q) if self.window is None else (k <= q) & ((q - k < self.window) | (k < self.sinks))
+
+    def tiles(self, n_queries: int, n_keys: int, block_q: int, block_k: int) -> np.ndarray:
+        """The non-empty tiles ``[n, 3]``; queries are the last `n_queries` keys."""
+        q0 = np.arange(0, n_queries, block_q)[:, None] + n_keys - n_queries
+        k0 = np.arange(0, n_keys, block_k)[None]
+        q1, k1 = np.minimum(q0 + block_q, n_keys) - 1, k0 + block_k - 1
+        window = n_keys + 1 if self.window is None else self.window
+        some = (k0 <= q1) & ((q0 - k1 < window) | (k0 < self.sinks))
+        whole = (k1 <= q0) & ((q1 - k0 < window) | (k1 < self.sinks)) & (k1 < n_keys)
+        i, j = np.nonzero(some)
+        return np.stack([i, j, whole[some]], 1).astype(np.int32)
+
+
+def _attend(
+    implementation: str, mask: Band, chip: str | None, features: frozenset[str], *args: Any, **given: Any
+) -> Any:
+    """`flash` of q, k, v and what `features` name, in their order: index, segments, slopes, sinks."""
+    q, k, v, *rest = args
+    extra: dict[str, Any] = {}
+    if "index" in features:
+        extra["index"], rest = (rest[0], rest[1]), rest[2:]
+    if "segments" in features:
+        extra["segments"], rest = (rest[0], rest[1]), rest[2:]
+    if "slopes" in features:
+        extra["positions"] = (
+            jnp.arange(q.shape[1], dtype=jnp.float32)[None],
+            jnp.arange(k.shape[1], dtype=jnp.float32)[None],
+        )
+        extra["slopes_H"], rest = rest[0], rest[1:]
+    if "sinks" in features:
+        extra["sinks_H"], rest = rest[0], rest[1:]
+    if "softcap" in features:
+        extra["softcap"] = 30.0
+    tiles = None if "index" in features else mask.tiles
+    offset = k.shape[1] - q.shape[1]
+    return flash(q, k, v, mask, tiles=tiles, offset=offset, chip=chip, implementation=implementation, **extra, **given)
+
+
+def _shapes(
+    B: int, T: int, S: int, heads: tuple[int, int], d: int, dtype: Any, features: frozenset[str]
+) -> tuple[Any, ...]:
+    x = jax.ShapeDtypeStruct
+    n, kv = heads
+    out = [x((B, T, n, d), dtype), x((B, S, kv, d), dtype), x((B, S, kv, d), dtype)]
+    for name in ("index", "segments"):
+        if name in features:
+            out += [x((B, T), jnp.int32), x((B, S), jnp.int32)]
+    out += [x((n,), jnp.float32) for name in ("slopes", "sinks") if name in features]
+    return tuple(out)
+
+
+def _gradient(attend: Any, *args: Any) -> Any:
+    """Gradients of a loss that weighs output and log-sum-exp unevenly, to every float argument."""
+    floats = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
+
+    def loss(*args: Any) -> jax.Array:
+        out, lse = attend(*args)
+        return jnp.sin(3 * out.astype(jnp.float32)).sum() + jnp.where(lse > common.NEG / 2, jnp.cos(lse), 0.0).sum()
+
+    return jax.grad(loss, floats)(*args)
+
+
+def _pair(name: str, attend: Any, args: tuple[Any, ...], size: dict[str, int], **more: Any) -> list[Case]:
+    d, bytes_ = args[0].shape[-1], args[0].dtype.itemsize
+    memory = [table.tile_bytes(size["block_q"], size["block_k"], d, bytes_, backward) for backward in (False, True)]
+    reference = more.pop("reference", None)
+    back = None if reference is None else functools.partial(_gradient, reference)
+    return [
+        Case(f"{name} forward", attend, args, memory[0], reference, **more),
+        Case(f"{name} backward", functools.partial(_gradient, attend), args, memory[1], back, **more),
+    ]
+
+
+def cases(chip: str) -> list[Case]:
+    """Real sizes for `chip`, forward and backward, to be compiled."""
+    size = common.blocks("flash", chip)
+    band, bf16 = Band(4096, 16), jnp.bfloat16
+    sizes: list[tuple[str, Band, tuple[int, int], int, Any, set[str]]] = [
+        ("causal 8k", Band(), (8192, 8192), D, bf16, set()),
+        ("causal 32k", Band(), (32768, 32768), D, bf16, set()),
+        ("causal 128k", Band(), (131072, 131072), D, bf16, set()),
+        ("window + sinks 32k", band, (32768, 32768), D, bf16, set()),
+        ("window + sinks 128k", band, (131072, 131072), D, bf16, set()),
+        ("slopes, soft-cap, sinks 8k", Band(), (8192, 8192), D, bf16, {"slopes", "softcap", "sinks"}),
+        ("packed 8k", Band(), (8192, 8192), D, bf16, {"index", "segments"}),
+        ("float32 8k", Band(), (8192, 8192), D, jnp.float32, set()),
+        ("1 query, 32k keys", Band(), (1, 32768), D, bf16, {"index"}),
+        *[(f"width {d} 8k", Band(), (8192, 8192), d, bf16, set()) for d in (64, 96, 256)],
+    ]
+    out = []
+    for name, mask, (T, S), d, dtype, features in sizes:
+        names = frozenset(features)
+        attend = functools.partial(_attend, "tpu", mask, chip, names)
+        out += _pair(name, attend, _shapes(1, T, S, (H, K), d, dtype, names), size)
+    return out
+
+
+def _draw(rng: np.random.Generator, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Normal floats; each pair of integers is two documents in a row, the queries being the last of the keys."""
+    out = []
+    for x in shapes:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            out.append(jnp.asarray(rng.standard_normal(x.shape), x.dtype))
+            continue
+        at = np.arange(100 - x.shape[1], 100)
+        first = not any(a.dtype == jnp.int32 for a in out) or sum(a.dtype == jnp.int32 for a in out) == 1
+        row = np.where(at < 60, at, at - 60) if first else (at >= 60)
+        out.append(jnp.asarray(np.broadcast_to(row, x.shape), jnp.int32))
+    return tuple(out)
+
+
+def small_cases() -> list[Case]:
+    """Sizes an interpreter can run, with the reference they must equal."""
+    sizes: list[tuple[str, Band, tuple[int, int], int, Any, set[str]]] = [
+        ("causal, ragged", Band(), (100, 100), 64, jnp.float32, set()),
+        ("window + sinks", Band(24, 3), (100, 100), 64, jnp.float32, set()),
+        ("slopes, soft-cap, sinks", Band(), (100, 100), 96, jnp.float32, {"slopes", "softcap", "sinks"}),
+        ("packed", Band(40), (100, 100), 128, jnp.float32, {"index", "segments"}),
+        ("last 37 queries", Band(), (37, 100), 64, jnp.float32, set()),
+        ("bfloat16", Band(), (100, 100), 64, jnp.bfloat16, set()),
+    ]
+    out = []
+    for name, mask, (T, S), d, dtype, features in sizes:
+        names = frozenset(features)
+        size = {"block_q": 32, "block_k": 16}
+        attend = functools.partial(_attend, "interpret", mask, None, names, **size)
+        reference = functools.partial(_attend, "xla", mask, None, names)
+        tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
+        args = _shapes(1, T, S, (4, 2), d, dtype, names)
+        out += _pair(name, attend, args, size, reference=reference, tolerance=tolerance, draw=_draw)
+    return out
+
+
+def gpu_cases() -> list[Case]:
+    """XLA, which serves a GPU whatever the mask; 'auto'; and cuDNN, which can only be lowered where it is, on a GPU."""
+    args = _shapes(1, 4096, 4096, (H, K), D, jnp.bfloat16, frozenset())
+    cudnn = ("gpu",) if jax.default_backend() == "gpu" else ()
+    out = []
+    for name in ("xla", "auto", *cudnn):
+        attend = functools.partial(_attend, name, Band(), None, frozenset(), causal=True)
+        out += [
+            Case(f"causal 4k, {name} forward", attend, args),
+            Case(f"causal 4k, {name} backward", functools.partial(_gradient, attend), args),
+        ]
+    return out
+
+
+def _no_lse(attend: Any, *args: Any) -> Any:
+    """Gradients of a sum over the output alone to q, k and v."""
+    return jax.grad(lambda *x: jnp.sin(attend(*x)[0].astype(jnp.float32)).sum(), (0, 1, 2))(*args)
+
+
+def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
+    T, dtype = (100, jnp.float32) if small else (4096, jnp.bfloat16)
+    for name, mask in {"causal": Band(), "window + sinks": Band(T // 8, 16)}.items():
+        args = _draw(np.random.default_rng(0), _shapes(1, T, T, (H, K), D, dtype, frozenset()))
+        cudnn = ("gpu",) if jax.default_backend() == "gpu" and mask == Band() else ()
+        for kind in ("forward", "backward"):
+            forms = {}
+            for form in (*timing.names(), *cudnn):
+                attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
+                call = attend if kind == "forward" else functools.partial(_no_lse, attend)
+                forms[form] = functools.partial(jax.jit(call), *args)
+            yield f"{name} {T} {kind}", forms
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times every case and prints the table."""
+    timing.main("flash", "xla", _forms, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Chunked linear attention with a decay per head, state in and out, forward and backward; see api.py."""

@@ -1,0 +1,126 @@
+"""What `kernels_pallas.check` compiles and runs of `tree_decode`; as a program, times.
+
+``python -m kernels_pallas.tree_decode.bench``: the running softmax over chunks in XLA operations, and the kernel where
+there is a TPU, against one softmax over everything in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import timing
+from kernels_pallas.common import Case
+from kernels_pallas.tree_decode import tpu
+from kernels_pallas.tree_decode.api import NAME, tree_decode
+from kernels_pallas.tree_decode.reference import ancestors_of, pack_mask
+
+
+@dataclass(frozen=True)
+class Size:
+    """B rows, N nodes, S slots of the cache, H query heads, K key heads, head width d; `packed`: ancestors as bits."""
+
+    N: int
+    S: int
+    B: int = 1
+    H: int = 32
+    K: int = 8
+    d: int = 128
+    dtype: Any = jnp.bfloat16
+    packed: bool = False
+
+    def __str__(self) -> str:
+        kind = "" if self.dtype == jnp.bfloat16 else " float32"
+        return f"{self.N}n {self.S} {self.B}x{self.H}:{self.K}x{self.d}{kind}{' bits' if self.packed else ''}"
+
+
+REAL = (
+    *(Size(64, S, K=K) for S in (32768, 131072) for K in (8, 32)),
+    *(Size(N, 32768) for N in (1, 8, 16, 256)),
+    Size(64, 32768, B=8, packed=True),
+    Size(64, 32000),  # the last tile is not full
+    *(Size(64, 8192, H=16, K=16, d=d) for d in (64, 96, 256)),
+    Size(64, 8192, dtype=jnp.float32),
+)
+SMALL = (
+    Size(8, 200, 2, 4, 2, 64, jnp.float32),
+    Size(40, 256, 2, 2, 2, 96, jnp.float32, packed=True),
+    Size(64, 300, 2, 4, 1, 128, jnp.bfloat16),
+)
+
+
+def tree(rng: np.random.Generator, N: int) -> jax.Array:
+    """Ancestors bool [N, N] of a tree drawn at random: a parent is any earlier node, now and then a new root."""
+    return ancestors_of(jnp.asarray([int(rng.integers(-1, i)) if i else -1 for i in range(N)], jnp.int32))
+
+
+def shapes(size: Size) -> tuple[Any, ...]:
+    """Shapes of the arguments of `tree_decode`."""
+    array: Any = jax.ShapeDtypeStruct
+    B, N, K, d = size.B, size.N, size.K, size.d
+    cache, new = array((B, K, size.S, d), size.dtype), array((B, N, K, d), size.dtype)
+    seen = array((N, -(-N // 32)), jnp.uint32) if size.packed else array((N, N), jnp.bool_)
+    return array((B, N, size.H, d), size.dtype), cache, cache, array((B,), jnp.int32), new, new, seen
+
+
+def draw(rng: np.random.Generator, like: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Normal values; the first row's cache is full, every other row's shorter by a random length; one tree."""
+    q, k, v, lengths, new_k, new_v, seen = like
+    arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in (q, k, v, new_k, new_v)]
+    full = k.shape[2]
+    valid = jnp.asarray([full, *rng.integers(0, full, lengths.shape[0] - 1)], jnp.int32)
+    mask = tree(rng, q.shape[1])
+    return *arrays[:3], valid, *arrays[3:], pack_mask(mask) if seen.dtype == jnp.uint32 else mask
+
+
+def cases(chip: str) -> list[Case]:
+    """Real sizes for `chip`, to be compiled. Inference: there is no backward."""
+    out = []
+    for size in REAL:
+        rows = tpu.padded(size.N) * size.H // size.K
+        tile = tpu.choose_tile(size.S, rows, chip)
+        memory = tpu.memory(tile, rows, tpu.padded(size.N), size.d, size.dtype)
+        run = functools.partial(tree_decode, implementation="tpu", chip=chip)
+        out.append(Case(str(size), run, shapes(size), memory, draw=draw))
+    return out
+
+
+def small_cases() -> list[Case]:
+    """Sizes an interpreter can run, with the reference they must equal."""
+    run = functools.partial(tree_decode, implementation="interpret", tile_s=128)
+    truth = functools.partial(tree_decode, implementation="reference")
+    return [
+        Case(str(size), run, shapes(size), 0, truth, 1e-5 if size.dtype == jnp.float32 else 1e-2, draw)
+        for size in SMALL
+    ]
+
+
+def gpu_cases() -> list[Case]:
+    """What a GPU runs: XLA operations in chunks."""
+    run = functools.partial(tree_decode, implementation="gpu")
+    return [Case(str(size), run, shapes(size), draw=draw) for size in (REAL[0], replace(REAL[0], B=8, packed=True))]
+
+
+def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
+    for size in SMALL if small else REAL:
+        arrays = draw(np.random.default_rng(0), shapes(size))
+        forms = {}
+        for name in ("reference", *timing.names()):
+            form = functools.partial(tree_decode, implementation=name, chip=chip)
+            forms[name] = functools.partial(jax.jit(form), *arrays)
+        yield str(size), forms
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Times every case and prints the table."""
+    timing.main(NAME, "reference", _forms, argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The backend ``pallas``: every branch by the kernel `kernels_pallas.flash`, branches merged by log-sum-exp.
+
+One call per branch: LM-Infinite is its window and its clamped sinks, two-range positions are their two ranges. Tiles
+are listed by the same `lm.attention.tiles.visit` that the blocked backend walks. On a CPU the TPU kernel is
+interpreted, which is slow and meant for tests. Under a layout (`lm.parallel`) its devices say what is compiled for, and
+each computes its rows and heads in `jax.shard_map`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas import common
+from kernels_pallas.flash.api import flash
+from lm.attention.branches import NEG, AnyBranch, Branch, Context, merge
+from lm.attention.masks import Causal
+from lm.attention.tiles import Grid, visit
+from lm.errors import UserError
+from lm.parallel import current
+
+KEY = "model.attention.backend: 'pallas'"
+ELSE = "valid: auto, dense, blocked"
+
+
+def check(pattern: Any) -> None:
+    """Refuses, by name and at config time, a pattern whose keys are listed while it runs."""
+    if getattr(pattern, "lists_keys", False):
+        raise UserError(
+            f"{KEY} serves plain branches, and this {type(pattern).__name__} lists keys at run time; {ELSE}"
+        )
+
+
+def attend(
+    ctx: Context,
+    v_BSKd: jax.Array,
+    branches: tuple[AnyBranch, ...],
+    softcap: float | None,
+    block_q: int | None,
+    block_k: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Same contract as `lm.attention.dense.attend`; `UserError` for what the kernel cannot serve."""
+    T = ctx.q_BTHd.shape[1]
+    outs, lses = [], []
+    for branch in branches:
+        if not isinstance(branch, Branch) or branch.gather_BHTn is not None:
+            raise UserError(f"{KEY} serves plain branches, and this pattern lists keys at run time; {ELSE}")
+        # What cuDNN serves it returns with a rounded log-sum-exp, which a single branch does not need.
+        out, lse = _branch(ctx, v_BSKd, branch, softcap, block_q, block_k, alone=len(branches) == 1)
+        rest = T - out.shape[1]
+        outs.append(jnp.pad(out, ((0, 0), (rest, 0), (0, 0), (0, 0))))
+        lses.append(jnp.pad(lse, ((0, 0), (rest, 0), (0, 0)), constant_values=NEG))
+    return merge(outs, lses)
+
+
+def _branch(
+    ctx: Context,
+    v_BSKd: jax.Array,
+    branch: Branch,
+    softcap: float | None,
+    block_q: int | None,
+    block_k: int | None,
+    alone: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """One branch: output ``[B, rows, H, d]`` and log-sum-exp ``[B, rows, H]``."""
+    T, H = ctx.q_BTHd.shape[1:3]
+    S = ctx.k_BSKd.shape[1]
+    rows = min(branch.rows or T, T)
+    (q, qp), (k, kp) = ctx.queries_at(branch.q_positions, rows), ctx.keys_at(branch.k_positions)
+    queries, keys = ctx.queries, ctx.keys
+    contiguous = queries.contiguous and keys.contiguous and T == S
+    segments = None
+    if queries.segments_BT is not None and keys.segments_BT is not None:
+        segments = (queries.segments_BT[:, T - rows :], keys.segments_BT)
+
+    def tiles(n_queries: int, n_keys: int, block_q: int, block_k: int) -> np.ndarray:
+        return visit(branch.mask, Grid(n_queries, n_keys, block_q, block_k, T - rows, contiguous, aligned=T == S))
+
+    device, where = _where(q.shape[0], H, k.shape[2])
+    return flash(
+        q,
+        k,
+        v_BSKd,
+        branch.mask,
+        tiles=tiles,
+        index=None if contiguous else (queries.index_BT[:, T - rows :], keys.index_BT),
+        segments=segments,
+        positions=(qp, kp),
+        slopes_H=_slopes(ctx.positions, H),
+        scale=ctx.scale,
+        softcap=softcap,
+        offset=T - rows,
+        causal=alone and contiguous and branch.mask == Causal() and segments is None,
+        block_q=block_q,
+        block_k=block_k,
+        chip=common.chip(device),
+        implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
+        **where,
+    )
+
+
+def _where(rows: int, n_heads: int, n_kv_heads: int) -> tuple[Any, dict[str, Any]]:
+    """A device that the program is for, and `flash`'s mesh and axes; no mesh where rows do not divide (shapes of
+    parameters are found by tracing one row, which is never run)."""
+    found = current()
+    if found is None:
+        return jax.devices()[0], {}
+    layout, mesh = found
+    sizes = dict(mesh.shape)
+    device = mesh.devices.flat[0]
+    if mesh.size == 1 or rows % layout.parts("batch", sizes):
+        return device, {}
+    cut = layout.axes_of("heads")
+    heads = cut == layout.axes_of("kv_heads") and not any(
+        n % layout.parts("heads", sizes) for n in (n_heads, n_kv_heads)
+    )
+    # Inside a ring over the length, some axes are taken: `shard_map` there wants the mesh that says so.
+    within = jax.sharding.get_abstract_mesh()
+    here: Any = within if within.axis_names == mesh.axis_names else mesh
+    return device, {"mesh": here, "batch_axis": layout.axes_of("batch"), "head_axis": cut if heads else None}
+
+
+def _slopes(positions: Any, n_heads: int) -> jax.Array | None:
+    if positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), n_heads) is None:
+        return None
+    if not hasattr(positions, "head_slopes"):
+        raise UserError(f"{KEY} serves biases linear in distance, and {type(positions).__name__} is not; {ELSE}")
+    return jnp.asarray(positions.head_slopes(n_heads), jnp.float32)
