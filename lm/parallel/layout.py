@@ -22,6 +22,8 @@ from lm.errors import UserError, nearest, unknown
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
 AXES = ("data", "fsdp", "expert", "sequence", "tensor")
 
+ATTENTION = ("ring", "gather")
+
 # Logical axis -> mesh axes, as many as apply. Not listed: on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
@@ -42,7 +44,8 @@ class Layout:
     `data`: rows of the batch, parameters on every device. `fsdp`: rows too, and parameters and optimizer state cut
     along the model width, gathered layer by layer when they are needed (ZeRO-3, arXiv 1910.02054). `tensor`: heads,
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
-    and rows elsewhere. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to several, or to None.
+    and rows elsewhere. `attention`, where tokens of a row are cut: ``ring`` sends keys round (`lm.attention.ring`),
+    ``gather`` brings all of them to every device. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to several, or to None.
     """
 
     data: int = -1
@@ -50,6 +53,7 @@ class Layout:
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    attention: str = "ring"
     rules: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,6 +65,8 @@ class Layout:
             raise UserError(
                 f"train.mesh: {', '.join(n for n, s in sizes.items() if s == -1)} are -1; valid: one axis at most"
             )
+        if self.attention not in ATTENTION:
+            raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}
         for logical, to in dict(self.rules).items():
             if logical not in RULES and logical not in _logical_names():

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import params
 from lm.config import ModelConfig
+from lm.decoder import Decoder
 from lm.errors import UserError
 from lm.parallel.layout import using
 from lm.train.config import TrainConfig
@@ -43,6 +44,10 @@ class Placement:
         axes = {name: params.logical_of(name) for name in self.shapes}
         self.layout.check({name: (shape, axes[name]) for name, shape in self.shapes.items()}, sizes)
         self.rows = self._sharding(("batch", "length"))
+        if n > 1:  # what a layer cannot do in parts is said before anything is compiled
+            tokens = jax.ShapeDtypeStruct((1, train.data.seq_len), "int32")
+            with using(self.layout, self.mesh):
+                jax.eval_shape(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False), params.abstract(cfg), tokens)
 
     def _sharding(self, names: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.layout.spec(names))
