@@ -20,7 +20,7 @@ from lm import compat
 from lm.errors import UserError, nearest, unknown
 
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
 
 ATTENTION = ("ring", "gather")
 
@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "layers": ("stage",),
 }
 
 
@@ -45,14 +46,17 @@ class Layout:
     along the model width, gathered layer by layer when they are needed (ZeRO-3, arXiv 1910.02054). `tensor`: heads,
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
     and rows elsewhere. `attention`, where tokens of a row are cut: ``ring`` sends keys round (`lm.attention.ring`),
-    ``gather`` brings all of them to every device. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to several, or to None.
+    ``gather`` brings all of them to every device. `stage`: layers, run as a pipeline of `microbatches` (None = as many
+    as stages; `lm.parallel.pipeline`). `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to several, or to None.
     """
 
     data: int = -1
+    stage: int = 1
     fsdp: int = 1
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    microbatches: int | None = None
     attention: str = "ring"
     rules: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,6 +69,8 @@ class Layout:
             raise UserError(
                 f"train.mesh: {', '.join(n for n, s in sizes.items() if s == -1)} are -1; valid: one axis at most"
             )
+        if self.microbatches is not None and self.microbatches < 1:
+            raise UserError(f"train.mesh.microbatches: must be at least 1 or None, found {self.microbatches}")
         if self.attention not in ATTENTION:
             raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}
@@ -115,6 +121,10 @@ class Layout:
         """Into how many parts an axis is cut."""
         return math.prod(sizes[a] for a in self.axes_of(logical))
 
+    def in_flight(self, stages: int) -> int:
+        """Microbatches of a pipeline."""
+        return self.microbatches or stages
+
     def check(self, shapes: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], sizes: Mapping[str, int]) -> None:
         """Raises `UserError` for the first tensor (``{name: (shape, logical axes)}``) that does not divide."""
         for name, (shape, names) in shapes.items():
@@ -141,7 +151,7 @@ class _Rules(dict[str, tuple[str, ...]]):
 def _logical_names() -> set[str]:
     from lm.params import AXES as tables  # imports every plug, which import this module
 
-    return {name for names in tables.values() for name in names} | {"batch", "length"}
+    return {name for names in tables.values() for name in names} | {"batch", "length", "layers"}
 
 
 _CURRENT: contextvars.ContextVar[tuple[Layout, jax.sharding.Mesh] | None] = contextvars.ContextVar("layout")
