@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import weights
+from lm import auxiliary, weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 from lm.ffn.context import Call
@@ -157,7 +157,8 @@ class Decoder(nn.Module):
                     y, _, *said = step(x, rows, *of_layer)
                     return y, (y if taps else None, *said)
 
-                x, (ys, *many) = through(body, x, rows, (run, None if keys is None else keys[start : start + n]))
+                stack = (run, None if keys is None else keys[start : start + n])
+                x, (ys, *many) = through(body, x, rows, stack, auxiliary.joined)
                 streams.append(ys)
                 for said, all_of in zip((seen, reports), many, strict=True):
                     said += [jax.tree.map(lambda a, i=i: a[i], all_of) for i in range(n)]

@@ -27,6 +27,7 @@ from lm.errors import UserError
 from lm.parallel.layout import constrain, current, parts
 
 Body = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+Join = Callable[[Any], Any]
 
 
 def bubble(stages: int, microbatches: int) -> float:
@@ -63,12 +64,13 @@ def check(layers: Sequence[Any], stages: int, rows: int, row_parts: int, microba
         )
 
 
-def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any) -> tuple[jax.Array, Any]:
+def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> tuple[jax.Array, Any]:
     """``body(x, rows, of_layer) -> (x, said)`` for every layer of `stack` (leading axis L): the last x, and what the
     layers said, stacked.
 
     `rows`: a tree of arrays ``[B, …]`` that belong to the rows of x. In stages where the current layout cuts the
-    layers; raises `UserError` there for layers that say anything. One row, which only says what shapes are, is not cut.
+    layers: there `join` makes ``[L, …]`` of what layers said of each microbatch, ``[M, L, …]``, and random numbers of a
+    layer are the same for all of them. One row, which only says what shapes are, is not cut.
     """
     stages, B = parts("layers"), x_BTD.shape[0]
     if stages == 1 or B == 1:
@@ -93,24 +95,23 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any) -> tuple[jax.Ar
         first = (jnp.arange(S) == 0).reshape(S, *(1,) * new.ndim)
         return _placed(jnp.where(first, new, moved), "layers")
 
-    def tick(held: Any, new: Any) -> tuple[Any, jax.Array]:
+    def tick(held: Any, new: Any) -> tuple[Any, Any]:
         x, rows = jax.tree.map(shift, held, new)
         x, said = jax.vmap(stage)(by_stage, x, rows)
-        if jax.tree.leaves(said):
-            raise UserError(
-                "train.mesh.stage: layers that report beside their output (mixtures of experts), and taps and records "
-                "of layers, do not run in stages; valid: train.mesh.stage=1"
-            )
         x = _placed(x, "layers")
-        return (x, rows), x[-1]
+        return (x, rows), (x[-1], said)
+
+    def of_microbatches(a: jax.Array) -> jax.Array:
+        """``[ticks, S, L / S, …]`` -> ``[M, L, …]``: stage s is at microbatch m in tick ``m + s``."""
+        at = jnp.arange(M)[:, None] + jnp.arange(S)
+        return a[at, jnp.arange(S)].reshape(M, -1, *a.shape[3:])
 
     new = jax.tree.map(split, (x_BTD, rows))
     # Idle stages compute on rows that there are, so that nothing is infinite; none of it is used.
     held = jax.tree.map(lambda a: _placed(jnp.broadcast_to(a[:1], (S, *a.shape[1:])), "layers"), new)
-    _, out = jax.lax.scan(tick, held, new)
+    _, (out, said) = jax.lax.scan(tick, held, new)
     out = jnp.moveaxis(_placed(out[S - 1 :], None), 0, 1).reshape(x_BTD.shape)
-    nothing = jax.eval_shape(lambda: body(x_BTD, rows, jax.tree.map(lambda p: p[0], stack)))[1]
-    return constrain(out, "batch", "length", None), nothing
+    return constrain(out, "batch", "length", None), join(jax.tree.map(of_microbatches, said))
 
 
 def _placed(a: jax.Array, first: str | None) -> jax.Array:

@@ -46,7 +46,7 @@ CASES = [
     *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x fsdp x tensor")),
     *(("dense", name) for name in ("data x stage", "data x stage x tensor")),
     *(("untied", name) for name in ("data x sequence x tensor", "stage x sequence")),
-    *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor")),
+    *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor", "data x stage")),
 ]
 assert {name for _, name in CASES} == set(LAYOUTS)
 

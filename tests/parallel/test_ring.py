@@ -148,7 +148,7 @@ def test_a_step_sends_parts_of_keys_and_gathers_none() -> None:
     ("pattern", "said"),
     [
         ({"name": "lm_infinite", "window": 8, "top_k": 2, "top_k_from_layer": 0}, "its keys are listed one by one"),
-        ({"name": "longheads", "chunk": 4, "attention_length": 12, "begin_selective_length": 8}, "its keys are listed by block"),
+        ({"name": "longheads", "chunk": 4, "attention_length": 16}, "its keys are listed by block"),
     ],
 )
 def test_patterns_that_no_ring_can_do_are_refused_with_the_reason(pattern: dict[str, Any], said: str) -> None:
