@@ -1,7 +1,7 @@
 """Megatron-Turing NLG 530B (arXiv 2201.11990): 105 layers of width 20,480, 128 heads, 2,048 positions.
 
-A replica is 280 devices, 8 of tensor parallelism in each of 35 stages of three layers (section 2.3); the paper trains 8,
-10 or 12 replicas on batches of 1,920 rows. Slices of TPUs whose sizes have no factor 7 take 21, 15, 5 or 3 stages.
+A replica is 280 devices, 8 of tensor parallelism in each of 35 stages of three layers; the paper trains 8, 10 or 12
+replicas on batches of 1,920 rows. Slices of TPUs whose sizes have no factor 7 take 21, 15, 5 or 3 stages.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ class _Ring:
             after = self.send(here)  # on its way while this part is computed
 
             def meet(here: Any) -> Any:
-                o, l = self.meet(q, *here[:2], rows, here[2], length, apart=True)
-                return merge([out, o.astype(jnp.float32)], [lse, l])
+                o, own = self.meet(q, *here[:2], rows, here[2], length, apart=True)
+                return merge([out, o.astype(jnp.float32)], [lse, own])
 
             return (*jax.lax.cond(seen[me], meet, lambda _: (out, lse), here), after), None
 
@@ -201,8 +201,8 @@ class _Ring:
         """
 
         def pull(k: Any, v: Any, cols: _Rows, apart: bool) -> Any:
-            (o, l), back = jax.vjp(lambda q, k, v: self.meet(q, k, v, rows, cols, length, apart), q, k, v)
-            w = jnp.where(l <= NEG / 2, 0.0, jnp.exp(l - lse))
+            (o, own), back = jax.vjp(lambda q, k, v: self.meet(q, k, v, rows, cols, length, apart), q, k, v)
+            w = jnp.where(own <= NEG / 2, 0.0, jnp.exp(own - lse))
             d_l = w * ((d_out * (o.astype(jnp.float32) - out)).sum(-1) + d_lse)
             return tuple(g.astype(jnp.float32) for g in back(((w[..., None] * d_out).astype(o.dtype), d_l)))
 

@@ -47,7 +47,8 @@ class Layout:
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
     and rows elsewhere. `attention`, where tokens of a row are cut: ``ring`` sends keys round (`lm.attention.ring`),
     ``gather`` brings all of them to every device. `stage`: layers, run as a pipeline of `microbatches` (None = as many
-    as stages; `lm.parallel.pipeline`). `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to several, or to None.
+    as stages; `lm.parallel.pipeline`). `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
+    several, or to None.
     """
 
     data: int = -1

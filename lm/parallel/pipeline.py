@@ -49,8 +49,8 @@ def check(layers: Sequence[Any], stages: int, rows: int, row_parts: int, microba
             names = (f.name for f in dataclasses.fields(layer))
             name = next(n for n in names if getattr(layer, n) != getattr(layers[0], n))
             raise UserError(
-                f"train.mesh.stage: layer {i} differs from layer 0 in model.{name}, and stages are equal layers; valid: "
-                "equal layers, or train.mesh.stage=1"
+                f"train.mesh.stage: layer {i} differs from layer 0 in model.{name}, and stages are equal layers; "
+                "valid: equal layers, or train.mesh.stage=1"
             )
     if len(layers) % stages:
         valid = ", ".join(str(n) for n in range(1, len(layers) + 1) if len(layers) % n == 0)
