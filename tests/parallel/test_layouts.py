@@ -25,7 +25,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **SIZES,
         "head": {"name": "linear", "tie": False},
         "attention": {"name": "softmax", "backend": "blocked", "softcap": 3.0},
-        "pattern": {"name": "lm_infinite", "window": 3, "sinks": 1, "ceiling": 3.0},
+        "pattern": {"name": "sliding_window", "window": 3},
     },
     "moe": {**SIZES, "ffn": {"name": "moe", "experts": 4, "d_expert": 16, "shared": 16, "router_z_loss": 1e-3}},
 }

@@ -30,8 +30,8 @@ def train(batch: int = 8, **mesh: Any) -> TrainConfig:
 
 @pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 4), (4, 2), (4, None)])
 def test_layers_in_order_and_rows_with_what_belongs_to_them(stages: int, microbatches: int | None) -> None:
-    """``x -> a x + r`` does not commute: eight layers, and a number r for every row. What layers say, ``a sum x``, adds up
-    over microbatches. Gradients too."""
+    """``x -> a x + r`` does not commute: eight layers, and a number r for every row. What layers say, ``a sum x``,
+    adds up over microbatches. Gradients too."""
     a = jnp.linspace(0.5, 1.5, 8)
     x = jax.random.normal(jax.random.key(0), (8, 3, 2))
     r = jnp.arange(8.0)[:, None] + jnp.arange(3.0)
@@ -44,7 +44,7 @@ def test_layers_in_order_and_rows_with_what_belongs_to_them(stages: int, microba
 
     def both(x: jax.Array, a: jax.Array) -> Any:
         y, pull = jax.vjp(run, x, a)
-        return y, pull(jax.tree.map(jnp.cos, y))
+        return y, pull(jax.tree.map(lambda y: jnp.cos(y / 100), y))
 
     want = jax.jit(lambda x, a: both(x, a))(x, a)
     expected = np.asarray(x)
@@ -57,7 +57,7 @@ def test_layers_in_order_and_rows_with_what_belongs_to_them(stages: int, microba
     with using(layout, layout.mesh()):
         compiled = jax.jit(lambda x, a: both(x, a)).lower(x, a).compile()
     for got, one in zip(jax.tree.leaves(compiled(x, a)), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(got, one, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(got, one, rtol=1e-5, atol=1e-5)
 
 
 def test_a_stage_holds_its_layers_and_passes_on_its_rows() -> None:
@@ -67,7 +67,8 @@ def test_a_stage_holds_its_layers_and_passes_on_its_rows() -> None:
     whole = params.abstract(cfg)
     where = place.shardings(whole)
     shares = {
-        s.shard_shape(leaf.shape)[0] for leaf, s in zip(*map(jax.tree.leaves, (whole["blocks"], where["blocks"])))
+        s.shard_shape(leaf.shape)[0]
+        for leaf, s in zip(*map(jax.tree.leaves, (whole["blocks"], where["blocks"])), strict=True)
     }
     assert shares == {1}
 
@@ -111,7 +112,7 @@ OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_wind
         (
             {"n_layers": 6},
             {"stage": 4},
-            r"train\.mesh\.stage: 4 does not divide model\.n_layers = 6; valid: 1, 2, 3, 6",
+            r"train\.mesh\.stage: 4 does not divide model\.n_layers = 6; valid: 1, 2, 3",
         ),
         ({"scan_layers": False}, {"stage": 2}, r"train\.mesh\.stage: 2 stages need stacked layers; valid: model\.scan"),
         (
