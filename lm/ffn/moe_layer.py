@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
+from lm.ffn import exchange
 from lm.ffn.context import Call
 from lm.ffn.glu import GeGLU, GeGLUTanh, SwiGLU
 from lm.ffn.grouped import mixture
@@ -42,12 +43,13 @@ class _Stack(nn.Module):
 
 class _Experts(nn.Module):
     """All experts: on buffers ``[E, C, D]``, or, with `rows`, on tokens ``[N, D]``, sorted and summed by
-    `lm.ffn.grouped.mixture` with gates, order, places and sizes."""
+    `lm.ffn.grouped.mixture` with gates, order, places and sizes; or, with `sends`, on tokens ``[B, T, D]`` of several
+    devices by `lm.ffn.exchange.send` with experts, gates and the two bounds."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, rows: tuple[jax.Array, ...] | None = None) -> jax.Array:
+    def __call__(self, x: Any, rows: tuple[jax.Array, ...] | None = None, sends: Any = None) -> Any:
         cfg, moe = self.cfg, self.cfg.ffn
         E, D, F = moe.experts, cfg.d_model, moe.d_expert or cfg.d_ff
         act = KINDS[moe.expert].activation
@@ -55,6 +57,8 @@ class _Experts(nn.Module):
         if not issubclass(KINDS[moe.expert], SwiGLU):
             del shapes["gate"]
         weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
+        if sends is not None:
+            return exchange.send(x, weights, *sends[:2], act, moe.implementation, *sends[2:])
         if rows is not None:
             gates_Nk, order_M, place_Nk, sizes_E = rows
             return mixture(x, weights, gates_Nk, order_M, place_Nk, sizes_E, act, moe.implementation)
@@ -130,7 +134,7 @@ class MoELayer(nn.Module):
             y, stats = _by_expert(experts, flat, decision)
         else:
             places = moe.places(B * T // G, call.key is not None)
-            y, stats = _by_token(experts, flat, decision, mask.reshape(G, -1), places, moe)
+            y, stats = _by_token(experts, x_BTD, decision, mask.reshape(G, -1), places, moe)
         if moe.shared:
             inner = dataclasses.replace(cfg, d_ff=moe.shared, ffn=KINDS[moe.expert](bias=False))
             own = inner.ffn.module(inner, name="shared")(flat)
@@ -145,10 +149,11 @@ class MoELayer(nn.Module):
 
 
 def _by_token(
-    experts: Any, x_ND: jax.Array, choice: TokenChoice, mask_GT: jax.Array, places: int | None, moe: Any
+    experts: Any, x_BTD: jax.Array, choice: TokenChoice, mask_GT: jax.Array, places: int | None, moe: Any
 ) -> tuple[jax.Array, dict[str, Any]]:
-    """Tokens choose: assignments sorted by expert, every array of M = N k rows or fewer."""
-    E, k, N, G = moe.experts, choice.experts_Tk.shape[-1], x_ND.shape[0], mask_GT.shape[0]
+    """Tokens choose: assignments sorted by expert, every array of M = N k rows or fewer. Output ``[N, D]``."""
+    (B, T, D), G = x_BTD.shape, mask_GT.shape[0]
+    E, k, N = moe.experts, choice.experts_Tk.shape[-1], B * T
     live = mask_GT[..., None] & (choice.gates_Tk != 0)
     keep = live if places is None else jax.vmap(lambda c, m: limit(c, m, places, moe.priority))(choice, mask_GT)
     gates_M = choice.gates_Tk.reshape(-1)
@@ -157,6 +162,11 @@ def _by_token(
     else:
         expert_M = jnp.where(keep.reshape(-1), choice.experts_Tk.reshape(-1), E)  # E: dropped, sorted behind all others
         gates_Nk = jnp.where(keep.reshape(-1), gates_M, 0.0 * gates_M).reshape(N, k)  # NaN stays NaN
+    if moe.dispatch != "buffers" and exchange.wanted(E, B, T):
+        bounds = (places, None) if moe.group == "sequence" else (None, places)
+        y, sent = experts(x_BTD, sends=(expert_M.reshape(B, T, k), gates_Nk.reshape(B, T, k), *bounds))
+        return y.reshape(N, D), _stats(choice, live, keep & sent.reshape(keep.shape), E)
+    x_ND = x_BTD.reshape(N, D)
     order_M = jnp.argsort(expert_M, stable=True)
     place_M = jnp.zeros_like(order_M).at[order_M].set(jnp.arange(N * k, dtype=order_M.dtype), unique_indices=True)
     sizes_E = (expert_M[:, None] == jnp.arange(E)).sum(0).astype(jnp.int32)
@@ -171,7 +181,11 @@ def _by_token(
         y = jnp.einsum("nkd,nk->nd", out_Nk, gates_Nk.astype(out_Nk.dtype))
     else:
         y = experts(x_ND, (gates_Nk, order_M, place_M.reshape(N, k), sizes_E))
-    return y, {
+    return y, _stats(choice, live, keep, E)
+
+
+def _stats(choice: TokenChoice, live: jax.Array, keep: jax.Array, E: int) -> dict[str, Any]:
+    return {
         "counts_E": _counts(choice.experts_Tk, live, E),
         "kept": keep.sum(),
         "chosen": live.sum(),

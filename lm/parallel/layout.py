@@ -47,7 +47,8 @@ class Layout:
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
     and rows elsewhere. `attention`, where tokens of a row are cut: ``ring`` sends keys round (`lm.attention.ring`),
     ``gather`` brings all of them to every device. `stage`: layers, run as a pipeline of `microbatches` (None = as many
-    as stages; `lm.parallel.pipeline`). `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
+    as stages; `lm.parallel.pipeline`). `exchange`: how many rows at most a device sends to each other one that has
+    experts, as a multiple of an even share; what does not fit is dropped (None: all fit; `lm.ffn.exchange`). `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
     several, or to None.
     """
 
@@ -59,6 +60,7 @@ class Layout:
     tensor: int = 1
     microbatches: int | None = None
     attention: str = "ring"
+    exchange: float | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +74,8 @@ class Layout:
             )
         if self.microbatches is not None and self.microbatches < 1:
             raise UserError(f"train.mesh.microbatches: must be at least 1 or None, found {self.microbatches}")
+        if self.exchange is not None and not self.exchange > 0:
+            raise UserError(f"train.mesh.exchange: must be positive, or None for no limit, found {self.exchange}")
         if self.attention not in ATTENTION:
             raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}

@@ -122,7 +122,7 @@ OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_wind
         ),
         ({}, {"microbatches": 4}, r"train\.mesh\.microbatches: 4 without stages; valid: None, or a stage above 1"),
         ({}, {"stage": 2, "microbatches": 0}, r"train\.mesh\.microbatches: must be at least 1 or None, found 0"),
-        ({}, {"stage": 3}, r"train\.mesh: stage 3 does not fit 8 devices"),
+        ({}, {"stage": 3}, r"train\.mesh: data -1 x stage 3 does not fit 8 devices"),
     ],
 )
 def test_what_does_not_fit_is_named(model: dict[str, Any], mesh: dict[str, Any], said: str) -> None:
