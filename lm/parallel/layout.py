@@ -45,11 +45,14 @@ class Layout:
     `data`: rows of the batch, parameters on every device. `fsdp`: rows too, and parameters and optimizer state cut
     along the model width, gathered layer by layer when they are needed (ZeRO-3, arXiv 1910.02054). `tensor`: heads,
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
-    and rows elsewhere. `attention`, where tokens of a row are cut: ``ring`` sends keys round (`lm.attention.ring`),
-    ``gather`` brings all of them to every device. `stage`: layers, run as a pipeline of `microbatches` (None = as many
-    as stages; `lm.parallel.pipeline`). `exchange`: how many rows at most a device sends to each other one that has
-    experts, as a multiple of an even share; what does not fit is dropped (None: all fit; `lm.ffn.exchange`). `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
+    and rows elsewhere. `stage`: layers. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
     several, or to None.
+
+    `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
+    (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round (`lm.attention.ring`),
+    ``gather`` brings all of them to every device. `exchange`: how many rows at most a device sends to each device with
+    other experts, as a multiple of an even share; what does not fit is dropped, so that this one setting can change a
+    result. None = all fit (`lm.ffn.exchange`).
     """
 
     data: int = -1

@@ -69,8 +69,8 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> 
     layers said, stacked.
 
     `rows`: a tree of arrays ``[B, …]`` that belong to the rows of x. In stages where the current layout cuts the
-    layers: there `join` makes ``[L, …]`` of what layers said of each microbatch, ``[M, L, …]``, and random numbers of a
-    layer are the same for all of them. One row, which only says what shapes are, is not cut.
+    layers: there `join` makes ``[L, …]`` of what layers said of each microbatch, ``[M, L, …]``, and random keys in
+    `stack` give every microbatch numbers of its own. One row, which only says what shapes are, is not cut.
     """
     stages, B = parts("layers"), x_BTD.shape[0]
     if stages == 1 or B == 1:
@@ -95,9 +95,16 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> 
         first = (jnp.arange(S) == 0).reshape(S, *(1,) * new.ndim)
         return _placed(jnp.where(first, new, moved), "layers")
 
-    def tick(held: Any, new: Any) -> tuple[Any, Any]:
+    def own(p: Any, t: jax.Array) -> Any:
+        """Keys of a tick: within a stage, ticks are microbatches."""
+        if M == 1 or not jnp.issubdtype(p.dtype, jax.dtypes.prng_key):
+            return p
+        return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(p)
+
+    def tick(held: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+        new, t = xs
         x, rows = jax.tree.map(shift, held, new)
-        x, said = jax.vmap(stage)(by_stage, x, rows)
+        x, said = jax.vmap(stage)(jax.tree.map(lambda p: own(p, t), by_stage), x, rows)
         x = _placed(x, "layers")
         return (x, rows), (x[-1], said)
 
@@ -109,7 +116,7 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> 
     new = jax.tree.map(split, (x_BTD, rows))
     # Idle stages compute on rows that there are, so that nothing is infinite; none of it is used.
     held = jax.tree.map(lambda a: _placed(jnp.broadcast_to(a[:1], (S, *a.shape[1:])), "layers"), new)
-    _, (out, said) = jax.lax.scan(tick, held, new)
+    _, (out, said) = jax.lax.scan(tick, held, (new, jnp.arange(M + S - 1)))
     out = jnp.moveaxis(_placed(out[S - 1 :], None), 0, 1).reshape(x_BTD.shape)
     return constrain(out, "batch", "length", None), join(jax.tree.map(of_microbatches, said))
 

@@ -50,9 +50,7 @@ class Placement:
         axes = {name: params.logical_of(name) for name in self.shapes}
         self.layout.check({name: (shape, axes[name]) for name, shape in self.shapes.items()}, sizes)
         self.rows = self._sharding(("batch", "length"))
-        if (
-            stages > 1 or self.layout.parts("length", sizes) > 1
-        ):  # what layers cannot do in parts, said while it is cheap
+        if stages > 1 or self.layout.parts("length", sizes) > 1:  # what layers cannot do in parts is said now
             tokens = jax.ShapeDtypeStruct((train.batch // train.accumulate, train.data.seq_len), "int32")
             with using(self.layout, self.mesh):
                 jax.eval_shape(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False), whole, tokens)

@@ -60,6 +60,19 @@ def test_layers_in_order_and_rows_with_what_belongs_to_them(stages: int, microba
         np.testing.assert_allclose(got, one, rtol=1e-5, atol=1e-5)
 
 
+def test_random_layers_draw_anew_for_every_microbatch() -> None:
+    """Four layers that add a number of their own: four microbatches get four sums, a whole batch gets one."""
+    keys, x = jax.random.split(jax.random.key(0), 4), jnp.zeros((8, 2, 1))
+
+    def run(x: jax.Array) -> jax.Array:
+        return through(lambda x, _, key: (x + jax.random.normal(key), None), x, (), keys, lambda said: said)[0]
+
+    assert len(np.unique(jax.jit(lambda x: run(x))(x))) == 1
+    layout = Layout(data=1, stage=4, tensor=2)
+    with using(layout, layout.mesh()):
+        assert len(np.unique(np.asarray(jax.jit(lambda x: run(x))(x)).round(4))) == 4
+
+
 def test_a_stage_holds_its_layers_and_passes_on_its_rows() -> None:
     """Parameters are not gathered over stages; what is passed on is a microbatch of hidden states, M + S - 1 times."""
     cfg, settings = model_config(SIZES), train(data=1, stage=4, tensor=2, microbatches=4)
