@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ModelConfig
+from lm.errors import UserError
 
 Reports = tuple[dict[str, Any], ...]  # one per layer
 Sums = tuple[dict[str, Any], ...]
@@ -42,6 +43,16 @@ def add(reports: Reports, loss: jax.Array, sums: dict[str, Any]) -> tuple[jax.Ar
     if any("sums" in r for r in reports):
         sums = {**sums, "aux": jax.tree.map(jax.lax.stop_gradient, tuple(r.get("sums", {}) for r in reports))}
     return loss, sums
+
+
+def joined(said: Any) -> Any:
+    """``(taps, records, report)`` of stacked layers, from those of the parts of a batch on a leading axis: losses are
+    means over the parts, sums add up. Raises `UserError` where taps or records were asked for."""
+    taps, records, reports = said
+    if jax.tree.leaves((taps, records, reports.get("taps"))):
+        raise UserError("train.mesh.stage: taps and records of layers do not come from stages; valid: 1")
+    how = {"loss": jnp.mean, "sums": jnp.sum}
+    return taps, records, {name: jax.tree.map(lambda a, f=how[name]: f(a, axis=0), x) for name, x in reports.items()}
 
 
 def moved(cfg: ModelConfig, old: Any, new: Any, sums: Sums) -> Any:

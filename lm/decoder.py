@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm import weights
+from lm import auxiliary, weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 from lm.ffn.context import Call
-from lm.parallel import constrain
+from lm.parallel import constrain, through
 
 Params = dict[str, Any]
 
@@ -133,11 +133,13 @@ class Decoder(nn.Module):
         reports: list[dict[str, Any]] = []
         keys = None if call.key is None else jax.random.split(call.key, len(layers))
         params, stacked = self._block_params(x.shape, layers)
+        rows = (seq, dataclasses.replace(call, key=None))
         start = 0
         for n in _runs(layers, self.cfg.scan_layers and stacked and cache is None):
             cfg = layers[start]
 
-            def layer(x: Any, p: Params, key: Any, c: Any = None, cfg: ModelConfig = cfg) -> Any:
+            def layer(x: Any, rows: Any, p: Params, key: Any, c: Any = None, cfg: ModelConfig = cfg) -> Any:
+                seq, call = rows
                 (x, c, report), made = Block(cfg).apply(
                     {"params": p},
                     *(x, seq, length, c, dataclasses.replace(call, key=key)),
@@ -151,18 +153,19 @@ class Decoder(nn.Module):
             if n > 1:
                 run = jax.tree.map(lambda p, a=start, b=start + n: p[a:b], params)
 
-                def body(x: Any, of_layer: Any, step: Any = step) -> Any:
-                    y, _, *said = step(x, *of_layer)
+                def body(x: Any, rows: Any, of_layer: Any, step: Any = step) -> Any:
+                    y, _, *said = step(x, rows, *of_layer)
                     return y, (y if taps else None, *said)
 
-                x, (ys, *many) = jax.lax.scan(body, x, (run, None if keys is None else keys[start : start + n]))
+                stack = (run, None if keys is None else keys[start : start + n])
+                x, (ys, *many) = through(body, x, rows, stack, auxiliary.joined)
                 streams.append(ys)
                 for said, all_of in zip((seen, reports), many, strict=True):
                     said += [jax.tree.map(lambda a, i=i: a[i], all_of) for i in range(n)]
             else:
                 p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
                 key = None if keys is None else keys[start]
-                x, c, made, report = step(x, p, key, None if cache is None else cache[start])
+                x, c, made, report = step(x, rows, p, key, None if cache is None else cache[start])
                 streams.append(x[None])
                 caches.append(c)
                 seen.append(made)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from lm import weights
 from lm.config import ModelConfig
+from lm.parallel import parts
 
 
 class Project(nn.Module):
@@ -27,12 +28,18 @@ class Project(nn.Module):
         init = nn.initializers.normal(cfg.init_std)
         kernel = weights.param(self, "kernel", init, self.shape, cfg.param_dtype)
         rows, lead = x.shape[: x.ndim - split], self.shape[split:]
-        # One axis of rows: the weights' gradient then sums over one axis, which the CPU does without a transposed copy.
-        flat = weights.product(x.reshape(-1, math.prod(self.shape[:split])), kernel, split)
+        flat = weights.product(x.reshape(*merged(rows), math.prod(self.shape[:split])), kernel, split)
         y = flat.reshape(*rows, *lead)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)
         return y
+
+
+def merged(rows: tuple[int, ...]) -> tuple[int, ...]:
+    """Axes of rows as a matrix product takes them: one, because the weights' gradient then sums over one axis, which
+    the CPU does without a transposed copy. A layout that cuts tokens as well as rows keeps them apart: devices would
+    have to gather the tokens to merge them."""
+    return (-1,) if parts("length") == 1 else rows
 
 
 def uniform(bound: float) -> nn.initializers.Initializer:

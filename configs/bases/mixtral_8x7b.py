@@ -28,4 +28,4 @@ def model() -> dict[str, Any]:
 
 def train() -> dict[str, Any]:
     """4 M tokens a step; the report says nothing of its training."""
-    return {"batch": 512, "data": {"seq_len": 8192}, "mesh": {"data": 1, "fsdp": -1, "expert": 8}}
+    return {"batch": 512, "data": {"seq_len": 8192}, "mesh": {"data": 1, "fsdp": -1, "expert": 8, "exchange": 2.0}}

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import jax
 
-from lm.attention import blocked, dense, pallas
+from lm.attention import blocked, dense, pallas, ring
 from lm.attention.branches import AnyBranch, BlockBranch, Context
 from lm.attention.causal import Bidirectional, Causal
 from lm.attention.lm_infinite import LMInfinite
@@ -55,10 +55,32 @@ def attend(
 
     ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys, or several queries that
     list blocks), else `dense`; `pallas`, the kernels of `lm.attention.pallas`, only by name. Tile sizes that are None
-    are chosen by `lm.attention.tiles.block`, those of the kernels by `kernels_pallas.common.BLOCKS`.
+    are chosen by `lm.attention.tiles.block`, those of the kernels by `kernels_pallas.common.BLOCKS`. Where the layout
+    cuts the length, parts of the keys go round the devices (`lm.attention.ring`), each meeting on the backend.
+
+    Raises `UserError` for an unknown backend, and for branches that no ring can do under ``train.mesh.attention=ring``.
     """
     if backend not in BACKENDS:
         raise unknown("model.attention.backend", backend, BACKENDS)
+
+    def local(ctx: Context, v_BSKd: jax.Array, branches: tuple[AnyBranch, ...]) -> tuple[jax.Array, jax.Array]:
+        return _here(ctx, v_BSKd, branches, softcap, backend, block_q, block_k)
+
+    if ring.wanted(ctx, branches):
+        return ring.attend(ctx, v_BSKd, branches, local)
+    return local(ctx, v_BSKd, branches)
+
+
+def _here(
+    ctx: Context,
+    v_BSKd: jax.Array,
+    branches: tuple[AnyBranch, ...],
+    softcap: float | None,
+    backend: str,
+    block_q: int | None,
+    block_k: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """`attend` with all keys at hand."""
     B, T, H, _ = ctx.q_BTHd.shape
     S = ctx.k_BSKd.shape[1]
     if backend == "pallas":

@@ -85,8 +85,9 @@ def _branch(
     B, T, H, d = ctx.q_BTHd.shape
     S, K = ctx.k_BSKd.shape[1:3]
     rows = min(branch.rows or T, T)
-    contiguous = ctx.queries.contiguous and ctx.keys.contiguous and T == S
-    grid = Grid(rows, S, min(block_q, rows), min(block_k, S), T - rows, contiguous, aligned=T == S)
+    aligned = T == S and not ctx.apart
+    contiguous = ctx.queries.contiguous and ctx.keys.contiguous and aligned
+    grid = Grid(rows, S, min(block_q, rows), min(block_k, S), T - rows, contiguous, aligned)
     (q, qp), (k, kp) = ctx.queries_at(branch.q_positions, rows), ctx.keys_at(branch.k_positions)
     q = q * ctx.scale
     qs, ks = ctx.queries.segments_BT, ctx.keys.segments_BT

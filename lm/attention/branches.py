@@ -80,7 +80,8 @@ class Context:
     """What a pattern may look at to form its branches: queries, keys, values, and both sides' tokens.
 
     Queries and keys are raw (unrotated); with `rotated` the keys already carry the rotation to ``keys.positions_BT``.
-    `blocks`: what a cache knows about its blocks (`lm.attention.blocks.BlockTable`), None without one.
+    `blocks`: what a cache knows about its blocks (`lm.attention.blocks.BlockTable`), None without one. `apart`: as many
+    queries as keys, yet of different tokens (two parts of a text), so rows say nothing about distances.
     """
 
     q_BTHd: jax.Array
@@ -93,6 +94,7 @@ class Context:
     rotated: bool = False
     v_BSKd: jax.Array | None = None
     blocks: Any = None
+    apart: bool = False
 
     def queries_at(self, where: Where, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
         """The last `rows` queries rotated to `where` ``[B, rows, H, d]``, and those positions ``[B, rows]``."""

@@ -2,9 +2,11 @@
 
 Under a layout (`lm.parallel`) every device sorts its own tokens, in `jax.shard_map`: sorting is not something that the
 compiler can cut. Where experts are cut, a row goes to the device that has its expert by one all-to-all and comes back
-by another (GShard, arXiv 2006.16668). Shapes are static, so a device has room for `factor` times its even share of rows
-for every other device; rows beyond that are dropped and counted. Letters: n tokens of a device, k experts each, M = n k
-rows, E experts, e of them on a device, p devices that share the experts, C places for each of them.
+by another (GShard, arXiv 2006.16668). All-to-alls have one size, so C rows go to every device, whatever is in them: by
+default as many as there can be, all assignments of the device or the capacity of the experts over there if that is
+fewer; with ``train.mesh.exchange`` at most so many times an even share, and rows beyond that are dropped and counted.
+Letters: n tokens of a device, k experts each, M = n k rows, E experts, e of them on a device, p devices that share the
+experts.
 """
 
 from __future__ import annotations
@@ -20,11 +22,7 @@ from jax.sharding import PartitionSpec as P
 from lm.ffn.grouped import Activation, Weights, mixture
 from lm.parallel import Layout, current
 
-NAMES = {
-    "up": ("experts", None, "mlp"),
-    "gate": ("experts", None, "mlp"),
-    "down": ("experts", "mlp", None),
-}
+AXES = {"up": ("experts", None, "mlp"), "gate": ("experts", None, "mlp"), "down": ("experts", "mlp", None)}
 
 
 def sorted_rows(expert_M: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -43,47 +41,53 @@ def to_experts(
     weights: Weights,
     activation: Activation,
     implementation: str,
-    factor: float | None,
+    per_row: int | None = None,
+    in_all: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The weighted sum of every token's experts ``[B, T, D]``, and how many rows found no place on the way.
+    """The weighted sum of every token's experts ``[B, T, D]``, and bool ``[B, T, k]``: what found a place on the way.
 
-    `experts`: int32, E for an assignment that is nobody's. `weights`: see `lm.ffn.grouped`. `factor` None: room for
-    every row a device could send.
+    `experts`: int32, E for an assignment that is nobody's. `weights`: see `lm.ffn.grouped`. An expert is known to take
+    at most `per_row` tokens of a row of the batch and `in_all` of all (None = any number).
     """
-    spread = _spread(x_BTD, len(weights["up"]))
-    if spread is None:
-        B, T, D = x_BTD.shape
-        k = experts_BTk.shape[-1]
-        y = _here(
-            x_BTD.reshape(B * T, D), experts_BTk.reshape(-1, k), gates_BTk.reshape(-1, k), weights, activation,
-            implementation,
-        )  # fmt: skip
-        return y.reshape(B, T, D), jnp.zeros((), jnp.int32)
-    layout, mesh = spread
-    over = layout.axes_of("experts") if layout.parts("experts", dict(mesh.shape)) > 1 else ()
-    devices = math.prod(mesh.shape[a] for a in over)
-    inner = layout.axes_of("mlp")
-    tokens = (*layout.axes_of("batch"), *layout.axes_of("length"))
+    found, E = _spread(x_BTD, len(weights["up"])), len(weights["up"])
+    if found is None:
+        x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, gates_BTk))
+        return _here(x, experts, gates, weights, activation, implementation).reshape(x_BTD.shape), experts_BTk < E
+    layout, mesh = found
+    sizes, k = dict(mesh.shape), experts_BTk.shape[-1]
+    batch, length, over, inner = (
+        tuple(a for a in layout.axes_of(name) if sizes[a] > 1) for name in ("batch", "length", "experts", "mlp")
+    )
+    p = math.prod(sizes[a] for a in over)
+    b, t = (n // layout.parts(name, sizes) for n, name in zip(x_BTD.shape[:2], ("batch", "length"), strict=True))
+    bounds = [b * t * k]
+    if per_row is not None:
+        bounds.append(b * per_row * (E // p))
+    if in_all is not None:
+        bounds.append(in_all * (E // p))
+    if layout.exchange is not None:
+        bounds.append(math.ceil(layout.exchange * b * t * k / p))
+    C = min(bounds)
 
     def local(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
-        b, t, D = x.shape
-        k = experts.shape[-1]
-        flat, experts, gates = x.reshape(b * t, D), experts.reshape(b * t, k), gates.reshape(b * t, k)
-        lost = jnp.zeros((), jnp.int32)
+        x_nD, experts_nk, gates_nk = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
         if over:
-            y, lost = _away(flat, experts, gates, weights, activation, implementation, over, devices, factor)
+            y, fits = _away(x_nD, experts_nk, gates_nk, weights, activation, implementation, over, p, C)
         else:
-            y = _here(flat, experts, gates, weights, activation, implementation)
+            y, fits = _here(x_nD, experts_nk, gates_nk, weights, activation, implementation), experts_nk < E
         if inner:
             y = jax.lax.psum(y, inner)  # every device has a part of an expert's channels
-        return y.reshape(b, t, D), jax.lax.psum(lost, tokens) if tokens else lost
+        return y.reshape(x.shape), fits.reshape(experts.shape)
 
-    rows = layout.spec(("batch", "length", None))
+    rows = P(batch, length)
+    names: dict[str | None, Any] = {"experts": over or None, "mlp": inner or None}
+    cut = {name: P(*(names.get(axis) for axis in AXES[name])) for name in weights}
     run = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, rows, rows, {name: layout.spec(NAMES[name]) for name in weights}),
-        out_specs=(rows, P()),
+        in_specs=(rows, rows, rows, cut),
+        out_specs=(rows, rows),
+        axis_names={*batch, *length, *over, *inner},
         check_vma=False,  # `mixture` has a gradient of its own, whose loops start from plain zeros
     )
     return run(x_BTD, experts_BTk, gates_BTk, weights)
@@ -96,10 +100,11 @@ def _spread(x_BTD: jax.Array, E: int) -> tuple[Layout, jax.sharding.Mesh] | None
         return None
     layout, mesh = found
     sizes: Mapping[str, int] = dict(mesh.shape)
-    whole = any(
-        n % layout.parts(name, sizes)
-        for n, name in zip((*x_BTD.shape[:2], E), ("batch", "length", "experts"), strict=True)
-    )
+    taken = {*layout.axes_of("batch"), *layout.axes_of("length")}
+    if not any(sizes[a] > 1 for a in taken):
+        return None
+    named = zip((*x_BTD.shape[:2], E), ("batch", "length", "experts"), strict=True)
+    whole = any(n % layout.parts(name, sizes) for n, name in named)
     apart = all(a in layout.axes_of("batch") for a in layout.axes_of("experts") if sizes[a] > 1)
     return None if whole or not apart else found
 
@@ -118,11 +123,10 @@ def _away(
     implementation: str,
     over: tuple[str, ...],
     p: int,
-    factor: float | None,
+    C: int,
 ) -> tuple[jax.Array, jax.Array]:
     (n, k), e, D = experts_nk.shape, len(weights["up"]), x.shape[-1]
     M = n * k
-    C = M if factor is None else min(M, math.ceil(factor * M / p))
     expert_M = experts_nk.reshape(-1)
     order, place, _ = sorted_rows(expert_M, e * p)
     to_M = expert_M // e  # p: nobody
@@ -143,4 +147,4 @@ def _away(
     found_nk = ((to_M < p) & (at_M < C)).reshape(n, k)
     mine = back[jnp.clip(to_M * C + at_M, 0, p * C - 1).reshape(n, k)]
     gates = jnp.where(found_nk, gates_nk, 0.0 * gates_nk)  # NaN stays NaN
-    return jnp.einsum("nkd,nk->nd", mine, gates.astype(mine.dtype)), ((to_M < p) & (at_M >= C)).sum()
+    return jnp.einsum("nkd,nk->nd", mine, gates.astype(mine.dtype)), found_nk

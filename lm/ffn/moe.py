@@ -53,10 +53,6 @@ class MoE:
 
     `dispatch`: ``sorted`` (rows sorted by expert, grouped products), ``buffers`` (``[E, C, D]``, needs a capacity),
     None: sorted. `implementation` of grouped products: ``auto | ragged | blocks`` (`lm.ffn.grouped`).
-
-    `exchange_factor`: with experts over devices, a device sends each of the others at most so many times its even share
-    of rows; more are dropped and counted. None = all that may come, which takes as many times the memory as there are
-    devices that share the experts.
     """
 
     experts: int = 8
@@ -79,7 +75,6 @@ class MoE:
     balance_over: str = "batch"
     dispatch: str | None = None
     implementation: str = "auto"
-    exchange_factor: float | None = None
     reports: ClassVar[bool] = True
 
     def check(self, cfg: ModelConfig) -> None:
@@ -97,8 +92,6 @@ class MoE:
                 raise UserError(f"model.ffn.{name}: must be positive, or None for no limit, found {factor}")
             if factor is not None and not self.router.capacity:
                 raise UserError(f"model.ffn.{name}: found {factor}; router {self.name_of_router!r} takes None only")
-        if self.exchange_factor is not None and not 0 < self.exchange_factor < math.inf:
-            raise UserError(f"model.ffn.exchange_factor: must be positive, or None, found {self.exchange_factor}")
         for name in ("load_balance_loss", "router_z_loss"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"model.ffn.{name}: must be finite and 0 or more, found {getattr(self, name)}")

@@ -42,13 +42,13 @@ class _Stack(nn.Module):
 
 
 class _Experts(nn.Module):
-    """All experts: on buffers ``[E, C, D]``, or, with `chosen` (experts and gates ``[B, T, k]``), on tokens
+    """All experts: on buffers ``[E, C, D]``, or, with `chosen` (experts, gates, two bounds), on tokens
     ``[B, T, D]``, by `lm.ffn.exchange.to_experts`."""
 
     cfg: ModelConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array, chosen: tuple[jax.Array, jax.Array] | None = None) -> Any:
+    def __call__(self, x: jax.Array, chosen: tuple[Any, ...] | None = None) -> Any:
         cfg, moe = self.cfg, self.cfg.ffn
         E, D, F = moe.experts, cfg.d_model, moe.d_expert or cfg.d_ff
         act = KINDS[moe.expert].activation
@@ -57,7 +57,8 @@ class _Experts(nn.Module):
             del shapes["gate"]
         weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
         if chosen is not None:
-            return to_experts(x, *chosen, weights, act, moe.implementation, moe.exchange_factor)
+            experts_BTk, gates_BTk, per_row, in_all = chosen
+            return to_experts(x, experts_BTk, gates_BTk, weights, act, moe.implementation, per_row, in_all)
 
         def product(x_ECK: jax.Array, name: str) -> jax.Array:
             return jnp.einsum("eck,ekn->ecn", x_ECK, weights[name])
@@ -150,7 +151,7 @@ def _by_token(
     """Tokens choose: assignments sorted by expert, every array of M = N k rows or fewer."""
     (B, T, D), E, k, G = x_BTD.shape, moe.experts, choice.experts_Tk.shape[-1], mask_GT.shape[0]
     live = mask_GT[..., None] & (choice.gates_Tk != 0)
-    keep, expert, gates, lost = live, choice.experts_Tk, choice.gates_Tk, 0
+    keep, expert, gates = live, choice.experts_Tk, choice.gates_Tk
     # Without places, padding is routed like everything else: nobody reads its output, and nobody has to wait.
     if places is not None:
         keep = jax.vmap(lambda c, m: limit(c, m, places, moe.priority))(choice, mask_GT)
@@ -159,10 +160,12 @@ def _by_token(
     if moe.dispatch == "buffers" and places is not None and current() is None:
         y = _buffers(experts, x_BTD.reshape(B * T, D), expert.reshape(-1), gates.reshape(-1, k), G * places, E)
     else:
-        y, lost = experts(x_BTD, (expert.reshape(B, T, k), gates.reshape(B, T, k)))
+        bounds = (places, None) if moe.group == "sequence" else (None, places)
+        y, fits = experts(x_BTD, (expert.reshape(B, T, k), gates.reshape(B, T, k), *bounds))
+        keep = keep & fits.reshape(keep.shape)
     return y.reshape(B * T, D), {
         "counts_E": _counts(choice.experts_Tk, live, E),
-        "kept": keep.sum() - lost,
+        "kept": keep.sum(),
         "chosen": live.sum(),
         "taps": {"experts": choice.experts_Tk, "kept": keep, "gates": choice.gates_Tk},
     }

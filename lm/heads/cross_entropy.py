@@ -22,16 +22,33 @@ Sums = dict[str, jax.Array]
 def pieces(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
     """``[B, T, …]`` -> ``[n, B, t, …]`` with ``b t <= chunk`` where b allows (0 = one piece), the last piece filled up
     with zeros; b are the rows of one device, all where there is no layout. Rows stay whole, so that a batch sharded
-    over devices is cut on every device alike."""
+    over devices is cut on every device alike. Where a layout cuts the length into s parts, every part counts as a row:
+    ``[n, s B, t / s, …]``, so that a piece has tokens of all devices."""
     B, T = arrays_BT[0].shape[:2]
-    t = min(max(chunk // max(B // parts("batch"), 1), 1), T) if chunk else T
-    n = -(-T // t)
+    s = _parts_of(T)
+    t = min(max(chunk // max(B // parts("batch"), 1), 1), T // s) if chunk else T // s
+    n = -(-T // (s * t))
 
     def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, n * t - T)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, n, t, *x.shape[2:]), 1, 0)
+        rest = x.shape[2:]
+        if s > 1:
+            x = jnp.moveaxis(x.reshape(B, s, T // s, *rest), 1, 0).reshape(s * B, T // s, *rest)
+        x = jnp.pad(x, [(0, 0), (0, n * t - T // s)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(x.reshape(s * B, n, t, *rest), 1, 0)
 
     return tuple(cut(x) for x in arrays_BT)
+
+
+def whole(x: jax.Array, B: int, T: int) -> jax.Array:
+    """``[B, T, …]`` of what `pieces` has cut."""
+    s = _parts_of(T)
+    x = jnp.moveaxis(x, 0, 1).reshape(s * B, -1, *x.shape[3:])[:, : T // s]
+    return x if s == 1 else jnp.moveaxis(x.reshape(s, B, *x.shape[1:]), 0, 1).reshape(B, T, *x.shape[2:])
+
+
+def _parts_of(T: int) -> int:
+    s = parts("length")
+    return s if T % s == 0 else 1
 
 
 def linear_loss(
@@ -98,7 +115,7 @@ def _loss(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weigh
 
 def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> Any:
     softcap, z_loss, chunk, biased = settings
-    B, T, D = hidden.shape
+    B, T, _ = hidden.shape
     # Once: devices fetch what others hold of the matrix, and every product of the loop reads it as it lies in memory.
     matrix = constrain(table.astype(hidden.dtype), "vocab", None)
     table_DV = matrix.T
@@ -123,8 +140,7 @@ def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, we
     d_table = constrain(jnp.zeros(table_DV.shape, jnp.float32), "embed", "vocab")
     carry = (zero, d_table, jnp.zeros(bias.shape, jnp.float32))
     (sums, d_table_DV, d_bias), d_h = jax.lax.scan(step, carry, pieces(chunk, hidden, targets, weights))
-    d_h = jnp.moveaxis(d_h, 0, 1).reshape(B, -1, D)[:, :T]
-    return _total(settings, sums), (d_h, d_table_DV.T.astype(table.dtype), d_bias.astype(bias.dtype))
+    return _total(settings, sums), (whole(d_h, B, T), d_table_DV.T.astype(table.dtype), d_bias.astype(bias.dtype))
 
 
 def _backward(settings: Any, saved: Any, cotangents: Any) -> Any:

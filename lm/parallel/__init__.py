@@ -1,9 +1,11 @@
 """One mesh, logical axis names, one table of rules: where every array of a training lives.
 
 `layout.Layout` is the configuration (``train.mesh``): how many devices each mesh axis has, and which logical axis goes
-over which mesh axis. `layout.constrain` states where an activation lives, and does nothing outside a layout.
+over which mesh axis. `layout.constrain` states where an activation lives, and does nothing outside a layout;
+`pipeline.through` runs a stack of layers, in stages where the layout has them.
 """
 
 from lm.parallel.layout import AXES, RULES, Layout, constrain, current, parts
+from lm.parallel.pipeline import through
 
-__all__ = ["AXES", "RULES", "Layout", "constrain", "current", "parts"]
+__all__ = ["AXES", "RULES", "Layout", "constrain", "current", "parts", "through"]

@@ -20,7 +20,9 @@ from lm import compat
 from lm.errors import UserError, nearest, unknown
 
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
-AXES = ("data", "fsdp", "expert", "sequence", "tensor")
+AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
+
+ATTENTION = ("ring", "gather")
 
 # Logical axis -> mesh axes, as many as apply; none: whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
@@ -32,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     "experts": ("expert",),
+    "layers": ("stage",),
     "head_dim": (),
     "positions": (),
     "routes": (),
@@ -48,14 +51,25 @@ class Layout:
     `data`: rows of the batch, parameters on every device. `fsdp`: rows too, and parameters and optimizer state cut
     along the model width, gathered layer by layer when they are needed (ZeRO-3, arXiv 1910.02054). `tensor`: heads,
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
-    and rows elsewhere. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to several, or to None.
+    and rows elsewhere. `stage`: layers. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
+    several, or to None.
+
+    `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
+    (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round
+    (`lm.attention.ring`), ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
+    sends to each device with other experts, as a multiple of an even share; what does not fit is dropped, so this one
+    setting can change a result. None = all fit (`lm.ffn.exchange`).
     """
 
     data: int = -1
+    stage: int = 1
     fsdp: int = 1
     expert: int = 1
     sequence: int = 1
     tensor: int = 1
+    microbatches: int | None = None
+    attention: str = "ring"
+    exchange: float | None = None
     rules: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,6 +81,12 @@ class Layout:
             raise UserError(
                 f"train.mesh: {', '.join(n for n, s in sizes.items() if s == -1)} are -1; valid: one axis at most"
             )
+        if self.microbatches is not None and self.microbatches < 1:
+            raise UserError(f"train.mesh.microbatches: must be at least 1 or None, found {self.microbatches}")
+        if self.exchange is not None and not self.exchange > 0:
+            raise UserError(f"train.mesh.exchange: must be positive, or None for no limit, found {self.exchange}")
+        if self.attention not in ATTENTION:
+            raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}
         for logical, to in dict(self.rules).items():
             if logical not in RULES:
@@ -114,6 +134,10 @@ class Layout:
     def parts(self, logical: str, sizes: Mapping[str, int]) -> int:
         """Into how many parts an axis is cut."""
         return math.prod(sizes[a] for a in self.axes_of(logical))
+
+    def in_flight(self, stages: int) -> int:
+        """Microbatches of a pipeline."""
+        return self.microbatches or stages
 
     def check(self, shapes: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], sizes: Mapping[str, int]) -> None:
         """Raises `UserError` for the first tensor (``{name: (shape, logical axes)}``) that does not divide."""

@@ -57,7 +57,8 @@ class TrainConfig:
     never), and over all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and
     at the end; the newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many
     non-finite steps in a row end the run. `profile`: (first, last) step of a profiler window. `mesh`: how state and
-    batches lie on the devices; the result does not depend on it beyond the order of additions.
+    batches lie on the devices; the result does not depend on it beyond the order of additions
+    (but for ``mesh.exchange``).
     """
 
     steps: int = 1000

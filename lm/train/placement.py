@@ -11,7 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import params
 from lm.config import ModelConfig
+from lm.decoder import Decoder
 from lm.errors import UserError
+from lm.parallel import pipeline
 from lm.parallel.layout import using
 from lm.train.config import TrainConfig
 from lm.train.step import Batch, State, step
@@ -39,10 +41,19 @@ class Placement:
                 f"train.data.seq_len: {train.data.seq_len} tokens are not divisible by {n} devices "
                 f"({_said(self.layout.axes_of('length'), sizes)}); valid: a multiple of {n}"
             )
-        self.shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
+        n, stages = self.layout.parts("batch", sizes), self.layout.parts("layers", sizes)
+        pipeline.check(
+            cfg.layers(), stages, train.batch // train.accumulate, n, self.layout.in_flight(stages), cfg.scan_layers
+        )
+        whole = params.abstract(cfg)
+        self.shapes = {name: leaf.shape for name, leaf in params.names(whole).items()}
         axes = {name: params.logical_of(name) for name in self.shapes}
         self.layout.check({name: (shape, axes[name]) for name, shape in self.shapes.items()}, sizes)
         self.rows = self._sharding(("batch", "length"))
+        if stages > 1 or self.layout.parts("length", sizes) > 1:  # what layers cannot do in parts is said now
+            tokens = jax.ShapeDtypeStruct((train.batch // train.accumulate, train.data.seq_len), "int32")
+            with using(self.layout, self.mesh):
+                jax.eval_shape(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False), whole, tokens)
 
     def _sharding(self, names: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.layout.spec(names))

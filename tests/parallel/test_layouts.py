@@ -24,7 +24,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "untied": {
         **SIZES,
         "head": {"name": "linear", "tie": False},
-        "attention": {"name": "softmax", "backend": "blocked"},
+        "attention": {"name": "softmax", "backend": "blocked", "softcap": 3.0},
+        "pattern": {"name": "sliding_window", "window": 3},
     },
     "moe": {**SIZES, "ffn": {"name": "moe", "experts": 4, "d_expert": 16, "shared": 16, "router_z_loss": 1e-3}},
 }
@@ -37,11 +38,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
     "data x sequence x tensor": {"data": 2, "sequence": 2, "tensor": 2},
     "fsdp x expert x tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
+    "data x stage": {"stage": 2, "microbatches": 1},
+    "data x stage x tensor": {"data": 2, "stage": 2, "tensor": 2, "microbatches": 4},
+    "stage x sequence": {"data": 2, "stage": 2, "sequence": 2},
 }
 CASES = [
     *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x fsdp x tensor")),
-    ("untied", "data x sequence x tensor"),
-    *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor")),
+    *(("dense", name) for name in ("data x stage", "data x stage x tensor")),
+    *(("untied", name) for name in ("data x sequence x tensor", "stage x sequence")),
+    *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor", "data x stage")),
 ]
 assert {name for _, name in CASES} == set(LAYOUTS)
 
@@ -167,7 +172,7 @@ def test_rows_and_tokens_that_do_not_spread_are_refused() -> None:
 
 def test_the_layout_is_no_part_of_a_runs_identity() -> None:
     assert train().determines() == train(fsdp=8).determines()
-    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {"batch", "length"}
+    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {"batch", "length", "layers"}
     assert all(set(axes) <= set(AXES) for axes in RULES.values())
 
 

@@ -1,0 +1,126 @@
+"""How a stack of equal layers is run: one after the other, or in stages over the mesh axis ``stage`` (GPipe).
+
+The rows of a batch are cut into M microbatches (GPipe, arXiv 1811.06965); stage s holds layers ``s L / S`` and on. In
+tick t stage s works on microbatch ``t - s``: a buffer with one microbatch per stage is shifted by one stage, the next
+microbatch enters at the front, and all stages run at once as one mapped function whose mapped axis lies over the
+devices, so that the compiler makes the shift a permute (GSPMD, arXiv 2105.04663, section 3.3). Of ``M + S - 1`` ticks
+every stage is idle in S - 1, a share ``(S - 1) / (M + S - 1)`` (`bubble`).
+
+The schedule is GPipe's and not 1F1B (arXiv 2104.04473) because the backward pass is the derivative of this loop, and
+so its mirror image: it starts when the last microbatch is through. 1F1B has the same bubble and holds S instead of M
+microbatches' activations, but starts each backward pass by itself, which the derivative of one loss cannot say. What a
+stage holds of a microbatch is the inputs of its layers under ``model.remat``.
+
+Embeddings, final norm and head are outside the stages; every stage's devices compute them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm.errors import UserError
+from lm.parallel.layout import constrain, current, parts
+
+Body = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
+Join = Callable[[Any], Any]
+
+
+def bubble(stages: int, microbatches: int) -> float:
+    """The share of a step in which a stage has nothing to do."""
+    return (stages - 1) / (microbatches + stages - 1)
+
+
+def check(layers: Sequence[Any], stages: int, rows: int, row_parts: int, microbatches: int, scanned: bool) -> None:
+    """Raises `UserError` for layers (their configurations) that are no `stages` equal stages, and for `rows` on
+    `row_parts` groups of devices that are no equal microbatches."""
+    if stages == 1:
+        if microbatches > 1:
+            raise UserError(f"train.mesh.microbatches: {microbatches} without stages; valid: None, or a stage above 1")
+        return
+    if not scanned:
+        raise UserError(f"train.mesh.stage: {stages} stages need stacked layers; valid: model.scan_layers=True")
+    for i, layer in enumerate(layers):
+        if layer != layers[0]:
+            names = (f.name for f in dataclasses.fields(layer))
+            name = next(n for n in names if getattr(layer, n) != getattr(layers[0], n))
+            raise UserError(
+                f"train.mesh.stage: layer {i} differs from layer 0 in model.{name}, and stages are equal layers; "
+                "valid: equal layers, or train.mesh.stage=1"
+            )
+    if len(layers) % stages:
+        valid = ", ".join(str(n) for n in range(1, len(layers) + 1) if len(layers) % n == 0)
+        raise UserError(f"train.mesh.stage: {stages} does not divide model.n_layers = {len(layers)}; valid: {valid}")
+    if rows % (microbatches * row_parts):
+        each = rows // row_parts
+        valid = ", ".join(str(n) for n in range(1, each + 1) if each % n == 0)
+        raise UserError(
+            f"train.mesh.microbatches: {microbatches} does not divide the {each} rows of a device (train.batch over "
+            f"train.accumulate and {row_parts} devices); valid: {valid}"
+        )
+
+
+def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> tuple[jax.Array, Any]:
+    """``body(x, rows, of_layer) -> (x, said)`` for every layer of `stack` (leading axis L): the last x, and what the
+    layers said, stacked.
+
+    `rows`: a tree of arrays ``[B, …]`` that belong to the rows of x. In stages where the current layout cuts the
+    layers: there `join` makes ``[L, …]`` of what layers said of each microbatch, ``[M, L, …]``, and random keys in
+    `stack` give every microbatch numbers of its own. One row, which only says what shapes are, is not cut.
+    """
+    stages, B = parts("layers"), x_BTD.shape[0]
+    if stages == 1 or B == 1:
+        return jax.lax.scan(lambda x, of_layer: body(x, rows, of_layer), x_BTD, stack)
+    found = current()
+    assert found is not None
+    M, S = found[0].in_flight(stages), stages
+
+    def split(a: jax.Array) -> jax.Array:
+        """Rows of one microbatch are spread over the batch, so that every device holds its share of each."""
+        a = jnp.moveaxis(a.reshape(B // M, M, *a.shape[1:]), 1, 0)
+        a = _placed(a, None)
+        return jnp.concatenate([a, jnp.broadcast_to(a[-1:], (S - 1, *a.shape[1:]))])
+
+    by_stage = jax.tree.map(lambda p: p.reshape(S, p.shape[0] // S, *p.shape[1:]), stack)
+
+    def stage(layers: Any, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
+        return jax.lax.scan(lambda x, of_layer: body(x, rows, of_layer), x, layers)
+
+    def shift(held: jax.Array, new: jax.Array) -> jax.Array:
+        moved = jnp.concatenate([held[-1:], held[:-1]])  # what the compiler knows as a rotation
+        first = (jnp.arange(S) == 0).reshape(S, *(1,) * new.ndim)
+        return _placed(jnp.where(first, new, moved), "layers")
+
+    def own(p: Any, t: jax.Array) -> Any:
+        """Keys of a tick: within a stage, ticks are microbatches."""
+        if M == 1 or not jnp.issubdtype(p.dtype, jax.dtypes.prng_key):
+            return p
+        return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(p)
+
+    def tick(held: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
+        new, t = xs
+        x, rows = jax.tree.map(shift, held, new)
+        x, said = jax.vmap(stage)(jax.tree.map(lambda p: own(p, t), by_stage), x, rows)
+        x = _placed(x, "layers")
+        return (x, rows), (x[-1], said)
+
+    def of_microbatches(a: jax.Array) -> jax.Array:
+        """``[ticks, S, L / S, …]`` -> ``[M, L, …]``: stage s is at microbatch m in tick ``m + s``."""
+        at = jnp.arange(M)[:, None] + jnp.arange(S)
+        return a[at, jnp.arange(S)].reshape(M, -1, *a.shape[3:])
+
+    new = jax.tree.map(split, (x_BTD, rows))
+    # Idle stages compute on rows that there are, so that nothing is infinite; none of it is used.
+    held = jax.tree.map(lambda a: _placed(jnp.broadcast_to(a[:1], (S, *a.shape[1:])), "layers"), new)
+    _, (out, said) = jax.lax.scan(tick, held, (new, jnp.arange(M + S - 1)))
+    out = jnp.moveaxis(_placed(out[S - 1 :], None), 0, 1).reshape(x_BTD.shape)
+    return constrain(out, "batch", "length", None), join(jax.tree.map(of_microbatches, said))
+
+
+def _placed(a: jax.Array, first: str | None) -> jax.Array:
+    """``[S or M, b, T, …]`` where it belongs."""
+    return constrain(a, first, "batch", "length", *(None,) * (a.ndim - 3))
