@@ -165,6 +165,7 @@ def local(tree: Any) -> Any:
         return tree
 
     def one(x: jax.Array) -> Any:
+        assert isinstance(x.sharding, jax.sharding.NamedSharding)
         everywhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
         whole = jax.jit(lambda y: y, out_shardings=everywhere)(x)
         return np.asarray(whole.addressable_data(0)) if jax.process_index() == 0 else None

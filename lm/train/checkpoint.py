@@ -95,7 +95,7 @@ class Checkpoints:
 
         `check(about)` may raise `UserError` for a checkpoint of something else. Damaged ones are told and put aside.
         """
-        while (step := hosts.shared((self.steps or [None])[-1])) is not None:
+        while (step := hosts.shared(max(self.steps, default=None))) is not None:
             about, why = hosts.shared(self._about(step) if jax.process_index() == 0 else None)
             if not why:
                 check(about)
