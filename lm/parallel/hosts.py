@@ -31,7 +31,7 @@ GRACE = 3.0  # seconds that process 0, whose end ends all, leaves the others to 
 _LOST = re.compile(
     r"gloo|nccl|\bpeer\b|connection|coordinat|heartbeat|barrier|UNAVAILABLE|ABORTED|DEADLINE_EXCEEDED", re.I
 )
-_meetings = itertools.count()
+_meetings, _calls = itertools.count(), itertools.count(1)
 _joined: list[int] = []  # this process's number, once the others have been met
 
 
@@ -174,12 +174,14 @@ def local(tree: Any) -> Any:
     return jax.tree.map(jax.numpy.asarray, found) if jax.process_index() == 0 else None
 
 
-def asked_to_stop(step: int) -> bool:
+def asked_to_stop() -> bool:
     """Whether all processes stop after this step, because one of them received SIGTERM: JAX's runtime, which then
-    handles that signal, has them agree on a step. To be called by all at every step."""
+    handles that signal, has them agree on a call of this function. To be called by all at every step."""
     from jax.experimental import multihost_utils
 
-    return bool(multihost_utils.reached_preemption_sync_point(step))
+    # Calls are counted from 1 over the life of the process, and not by the run's steps: after a signal that comes
+    # before the first one the runtime waits for number 1, and no other.
+    return bool(multihost_utils.reached_preemption_sync_point(next(_calls)))
 
 
 @contextlib.contextmanager

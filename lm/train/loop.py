@@ -230,7 +230,7 @@ class _Run:
                     if waiting is not None:
                         self._read(*waiting)  # of the step before, while this one runs
                     waiting = (i, metrics)
-                    stops = asked(i)
+                    stops = asked()
                     last = i + 1 == total or stops
                     if (
                         last
@@ -378,15 +378,15 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminations() -> Iterator[Callable[[int], bool]]:
+def _terminations() -> Iterator[Callable[[], bool]]:
     """Whether the run ends after a step: once SIGTERM has come, for as long as the context lasts (main thread only:
     others get no signals). Several processes agree on the step."""
     asked = threading.Event()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield hosts.asked_to_stop if jax.process_count() > 1 else lambda step: False
+        yield hosts.asked_to_stop if jax.process_count() > 1 else lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     try:
-        yield lambda step: asked.is_set()
+        yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -28,10 +28,11 @@ from lm.parallel import hosts
 from lm.train.ledger import read
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = 16
 SETTINGS = [
     "--config=configs/pretrain.py:smoke",
-    *(f"--config.train.{kv}" for kv in (f"steps={STEPS}", "save_every=10", "keep_every=10", "eval_every=30")),
+    *(f"--config.train.{kv}" for kv in (f"steps={STEPS}", "save_every=4", "keep_every=4", "eval_every=8")),
+    "--config.model.n_layers=1",
 ]
 FSDP = ["--config.train.mesh.fsdp=2", "--config.train.mesh.data=1"]
 ENDS = 60.0  # seconds: a bound for tests, on a busy machine; Gloo notices at once
@@ -80,7 +81,7 @@ class Pair:
     def until(self, path: Path) -> None:
         """Waits for a checkpoint."""
         deadline = time.monotonic() + 300
-        while not list(path.glob("trained/*/checkpoints/[1-9]0")):
+        while not any(p.name.isdigit() for p in path.glob("trained/*/checkpoints/*")):
             assert all(p.poll() is None for p in self.processes), self.err(0) + self.err(1)
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -125,8 +126,8 @@ def test_two_processes_train_as_one(unbroken: tuple[Pair, Path], tmp_path: Path)
     for name in ("loss", "grad_norm", "held_out_nll", "final_nll", "tokens"):
         pairs = np.array([(g[name], w[name]) for g, w in zip(got, want, strict=True) if name in w])
         assert len(pairs) >= 1
-        np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-5)
-    assert want[0]["held_out_nll"] - want[-1]["final_nll"] > 0.5  # they learned something
+        np.testing.assert_allclose(pairs[:, 0], pairs[:, 1], rtol=1e-4 if name == "grad_norm" else 1e-5)
+    assert want[0]["held_out_nll"] - want[-1]["final_nll"] > 0.2  # they learned something
 
 
 def test_one_process_writes_and_prints(unbroken: tuple[Pair, Path]) -> None:
@@ -145,13 +146,13 @@ def test_one_process_on_another_layout_goes_on_from_what_two_saved(
     """Parameters in halves by fsdp over two processes, then whole on eight devices of one."""
     _, cache = unbroken
     shutil.copytree(cache, tmp_path / "cache", ignore=shutil.ignore_patterns("points"))
-    for step in ("40", "50", "60"):
+    for step in ("12", "16"):
         shutil.rmtree(training(tmp_path / "cache") / "checkpoints" / step)
     alone(tmp_path / "cache", tmp_path / "run")
-    assert "going on from step 30 of" in capsys.readouterr().err
+    assert "going on from step 8 of" in capsys.readouterr().err
     got, want = ([x["loss"] for x in losses(c) if "loss" in x] for c in (tmp_path / "cache", cache))
-    assert got[:30] == want[:30]
-    np.testing.assert_allclose(got[30:], want[30:], rtol=1e-5)
+    assert got[:8] == want[:8]
+    np.testing.assert_allclose(got[8:], want[8:], rtol=1e-5)
     assert len(got) == STEPS
 
 
