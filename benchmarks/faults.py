@@ -59,10 +59,11 @@ class Job:
     """The processes of one run, forked from this one, which has imported everything and started nothing."""
 
     def __init__(self, cache: Path, settings: Sequence[str], n: int = 1, devices: int = 1, **mesh: int) -> None:
-        self.cache = cache
+        self.cache, self.born = cache, time.time()
         self.pids: list[int] = []
         self.codes: list[int | None] = [None] * n
         cache.mkdir(parents=True, exist_ok=True)
+        (cache / "output0").write_text("")
         args = [*CONFIG, *settings, *(f"--config.train.mesh.{k}={v}" for k, v in mesh.items())]
         args += [f"--workdir={cache / 'run'}", f"--heartbeat={HEARTBEAT}"]
         flags = [f"--coordinator=127.0.0.1:{_port()}", f"--processes={n}"] if n > 1 else []
@@ -135,15 +136,25 @@ def log(cache: Path) -> list[Any]:
 
 def strike(job: Job, victim: int, moment: str, rng: random.Random) -> bool:
     """Kills one process at a random time, or while a checkpoint is being written; False when the run was quicker."""
-    folder = job.cache / "trained"
-    until = time.monotonic() + rng.uniform(0.3, 4.0 if len(job.pids) == 1 else 12.0)
+    folder, delay, until = job.cache / "trained", rng.uniform(0.3, 6.0), None
     while job.alive():
-        saving = moment == "save" and any(folder.glob(f"*/checkpoints/{SAVING}"))
-        if saving or (moment == "random" and time.monotonic() > until):
+        if until is None and (job.cache / "output0").stat().st_size:  # the processes have met
+            until = time.monotonic() + delay
+        # What an earlier kill left behind is older than this job.
+        fresh = (p for p in folder.glob(f"*/checkpoints/{SAVING}") if _touched(p) > job.born)
+        saving = moment == "save" and any(True for _ in fresh)
+        if saving or (moment == "random" and until is not None and time.monotonic() > until):
             os.kill(job.pids[victim], signal.SIGKILL)
             return True
         time.sleep(0.002)
     return False
+
+
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # it has just been renamed
+        return 0.0
 
 
 def kills(folder: Path, n: int, processes: int, steps: int, rng: random.Random) -> dict[str, Any]:
@@ -307,12 +318,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kills, one of two processes: {survived} of {kills} survived, {in_a_save} in a save; the other one ended "
             "after at most {others_ended_after_s_max} s".format(**out["pair_kills"])
         )
-        out["frozen"] = frozen(folder / "frozen")
-        _write(options.out, out)
-        print("a process that hangs: the other one ended after {other_ended_after_s} s".format(**out["frozen"]))
         out["restores"] = restores(folder / "restores")
         print("restores on other layouts and processes: {same} of {restores}".format(**out["restores"]))
         _write(options.out, out)
+        out["frozen"] = frozen(folder / "frozen")
+        _write(options.out, out)
+        print("a process that hangs: the other one ended after {other_ended_after_s} s".format(**out["frozen"]))
         out["damages"] = damages(folder / "damages", rng)
         print(
             "damaged files of a checkpoint: {damages}; older one used and told {older_used_and_told}, refused "
