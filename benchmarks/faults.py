@@ -1,6 +1,6 @@
 """What a training survives, counted by doing it: kills, lost processes, other layouts, damaged checkpoints.
 
-    python -m benchmarks.faults [--kills=12] [--pair-kills=4] [--seed=0] [--out=FILE.json]
+    python -m benchmarks.faults [--kills=12] [--pair-kills=4] [--seed=0] [--only=restores,frozen] [--out=FILE.json]
 
 Every run is the training command (`experiments.run`) in processes of its own, on CPU devices. Each count is N of N:
 runs killed by SIGKILL at random moments and in the middle of a save, alone and as one of two processes, that ended with
@@ -21,7 +21,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,43 +296,70 @@ def _write(path: Path | None, out: dict[str, Any]) -> None:
         path.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
 
 
+# In this order: the last one starts a backend in this process, which may not fork from then on.
+PARTS: dict[str, tuple[Callable[[Path, random.Random, Any], dict[str, Any]], str]] = {
+    "kills": (
+        lambda folder, rng, options: kills(folder, options.kills, 1, 150, rng),
+        "kills, one process: {survived} of {kills} survived, {in_a_save} in a save",
+    ),
+    "pair_kills": (
+        lambda folder, rng, options: kills(folder, options.pair_kills, 2, 30, rng),
+        "kills, one of two processes: {survived} of {kills} survived, {in_a_save} in a save; the other one ended after "
+        "at most {others_ended_after_s_max} s",
+    ),
+    "restores": (
+        lambda folder, rng, options: restores(folder),
+        "restores on other layouts and processes: {same} of {restores}",
+    ),
+    "frozen": (
+        lambda folder, rng, options: frozen(folder),
+        "a process that hangs: the other one ended after {other_ended_after_s} s",
+    ),
+    "damages": (
+        lambda folder, rng, options: damages(folder, rng),
+        "damaged files of a checkpoint: {damages}; older one used and told {older_used_and_told}, refused {refused}, "
+        "no effect {harmless}, wrong state used {wrong}",
+    ),
+}
+GOOD: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "kills": lambda x: x["log_identical"],
+    "pair_kills": lambda x: x["log_identical"],
+    "restores": lambda x: x["same"] == x["restores"],
+    "damages": lambda x: not x["wrong"],
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--kills", type=int, default=12, help="of a run of one process")
     parser.add_argument("--pair-kills", type=int, default=4, help="of one process of two")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="some of " + ", ".join(PARTS) + "; the rest of FILE stays")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
     os.chdir(ROOT)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles faster; no speed is measured here
-    rng, start = random.Random(options.seed), time.monotonic()
-    out: dict[str, Any] = {"benchmark": "faults", "seed": options.seed}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        out["kills"] = kills(folder / "one", options.kills, 1, 150, rng)
-        print("kills, one process: {survived} of {kills} survived, {in_a_save} in a save".format(**out["kills"]))
+    chosen = options.only.split(",") if options.only else list(PARTS)
+    if unknown := [name for name in chosen if name not in PARTS]:
+        raise SystemExit(f"error: --only: found {unknown[0]!r}; valid: {', '.join(PARTS)}")
+    out: dict[str, Any] = {"benchmark": "faults"}
+    if options.only and options.out is not None and options.out.is_file():
+        out = json.loads(options.out.read_text(encoding="utf-8"))
+    environment = None
+    for name in (part for part in PARTS if part in chosen):
+        rng, start = random.Random(options.seed), time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            part, text = PARTS[name]
+            found = part(Path(folder), rng, options)
+        out[name] = {**found, "seed": options.seed, "seconds": round(time.monotonic() - start, 1)}
+        print(text.format(**found), flush=True)
         _write(options.out, out)  # a long run: what is measured is kept
-        out["pair_kills"] = kills(folder / "two", options.pair_kills, 2, 30, rng)
-        print(
-            "kills, one of two processes: {survived} of {kills} survived, {in_a_save} in a save; the other one ended "
-            "after at most {others_ended_after_s_max} s".format(**out["pair_kills"])
-        )
-        out["restores"] = restores(folder / "restores")
-        print("restores on other layouts and processes: {same} of {restores}".format(**out["restores"]))
-        _write(options.out, out)
-        out["frozen"] = frozen(folder / "frozen")
-        _write(options.out, out)
-        print("a process that hangs: the other one ended after {other_ended_after_s} s".format(**out["frozen"]))
-        out["damages"] = damages(folder / "damages", rng)
-        print(
-            "damaged files of a checkpoint: {damages}; older one used and told {older_used_and_told}, refused "
-            "{refused}, no effect {harmless}, wrong state used {wrong}".format(**out["damages"])
-        )
-    out |= {"seconds": round(time.monotonic() - start, 1), "environment": describe()}
-    _write(options.out, out)
-    good = out["kills"]["log_identical"] and out["pair_kills"]["log_identical"] and not out["damages"]["wrong"]
-    return 0 if good and out["restores"]["same"] == out["restores"]["restores"] else 1
+    if "damages" in chosen:  # only now may this process start a backend: forks of one that has do not work
+        environment = describe()
+    _write(options.out, {**out, **({"environment": environment} if environment else {})})
+    bad = [n for n, good in GOOD.items() if n in out and not good(out[n])]
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
