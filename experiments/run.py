@@ -5,6 +5,10 @@
 ``--config=RUN_FOLDER/config.json`` repeats a run. Any key of the config can be set: ``--config.seeds=(0,1)``,
 ``--config.model.pattern=lm_infinite``, ``--config.measures.nll.tokens=4096`` or
 ``--config.arms.window.model.pattern.window=512``. Finished points are kept: an interrupted run goes on where it was.
+
+On several hosts the same command runs on each of them, in a folder that all see, and they train together; a Slurm step
+and a TPU pod are found by themselves, elsewhere ``--coordinator=HOST:PORT --processes=N --process=I`` says who is who.
+Process 0 measures, prints and writes.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments import cli, registry, results, summary
 from experiments.arms import Arm
 from experiments.cache import Cache, Point, write_json
@@ -24,7 +30,10 @@ from experiments.plan import Job, Plan, Workdir, identities, make, prepare
 from experiments.progress import Progress, duration
 from experiments.settings import Text
 from experiments.trained import Trainer
+from lm.errors import UserError
 from lm.measures import Subject
+from lm.parallel import hosts
+from lm.train.errors import Terminated, TrainingStopped
 
 PROG = "python -m experiments.run"
 
@@ -53,6 +62,16 @@ def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the plan, load and write nothing"
     )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where several train together")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many (1: alone, whatever the scheduler says)")
+    parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
+    parser.add_argument(
+        "--heartbeat",
+        type=int,
+        default=hosts.HEARTBEAT,
+        metavar="SECONDS",
+        help="silence after which one counts as dead",
+    )
     parsed, unknown = parser.parse_known_args(rest)
     parser.refuse(unknown)
     return parsed, overrides
@@ -61,6 +80,8 @@ def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
 def run(argv: Sequence[str]) -> int:
     """Everything from the arguments to the report; raises `UserError` for any mistake in the input."""
     args, overrides = arguments(argv)
+    if not args.dry_run:
+        hosts.start(args.coordinator, args.processes, args.process, args.heartbeat)
     source, settings = registry.find(args.config)
     plan = prepare(settings, overrides, args.arms, absent_is_fine=args.dry_run)
     workdir = Workdir(args.workdir or Path("runs") / f"{plan.exp.name}-{plan.exp.scale}", source.place, plan)
@@ -68,8 +89,15 @@ def run(argv: Sequence[str]) -> int:
     if args.dry_run:
         print(summary.plan(plan, workdir.path))
         return 0
-    runner = Runner(plan, source, workdir, args.fresh)
-    runner.all()
+    try:
+        runner = Runner(plan, source, workdir, args.fresh)
+        with hosts.watched():
+            runner.all()
+    except (UserError, TrainingStopped, Terminated):
+        raise
+    except Exception:
+        hosts.unexpected()
+        raise
     return 0
 
 
@@ -102,11 +130,20 @@ class Runner:
         return self.trainer.what(self.plan.arms[job.arm], job.seed)
 
     def all(self) -> dict[str, Any]:
-        """Measures what is missing, writes results and report, prints the summary; gives results.json's content."""
-        todo = [j for j in self.what if j.arm in self.plan.chosen and j not in self.points]
+        """Measures what is missing, writes results and report, prints the summary; gives results.json's content
+        (of several processes, the first one does; the others take part in the trainings)."""
+        jobs = list(self.what)
+        missing = [i for i, j in enumerate(jobs) if j.arm in self.plan.chosen and j not in self.points]
+        todo = [jobs[i] for i in hosts.shared(missing)]
         if self.base.random or any(j.trains for j in todo):  # one set of parameters is in memory at a time
             order = {name: i for i, name in enumerate(self.plan.arms)}
             todo.sort(key=lambda j: (j.seed or 0, order[j.arm] if j.trains else 0))
+        if jax.process_index() != 0:
+            for job in todo:
+                if job.trains:
+                    self.trainer.params(self.plan.arms[job.arm], job.seed or 0, lambda f, text: None, lambda text: None)
+            hosts.meet()
+            return {}
         n = sum(j.arm in self.plan.chosen for j in self.what)
         if any(not j.trains for j in todo):
             self.base.load()
@@ -137,6 +174,7 @@ class Runner:
         written = report.write(out, self.workdir.path)
         print(summary.end(out, self.workdir.path, written))
         print(f"\n{duration(time.monotonic() - self.start)}")
+        hosts.meet()
         return out
 
     def measure(self, job: Job, progress: Progress) -> Point:
@@ -180,7 +218,7 @@ class Runner:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.main(run, argv)
+    return hosts.leave(cli.main(run, argv))
 
 
 if __name__ == "__main__":

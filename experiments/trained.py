@@ -18,10 +18,14 @@ from lm import compat
 from lm.config import to_dict
 from lm.data.tokenizers import check_vocab
 from lm.errors import UserError
+from lm.parallel import hosts
 from lm.train import loop
 from lm.train.config import DataConfig
 from lm.train.data import Data, prepare
 from lm.train.placement import Placement
+
+Report = Callable[[float, str], None]
+Tell = Callable[[str], None]
 
 
 class Trainer:
@@ -31,7 +35,8 @@ class Trainer:
         self.base = base
         self._data: dict[DataConfig, Data] = {}
         self._checked: set[Any] = set()
-        self._last: tuple[str, Any] | None = None
+        self._last: tuple[str, Any] | None = None  # where its devices have it
+        self._whole: tuple[str, Any] | None = None  # the same as this process's own
 
     def data(self, arm: Arm) -> Data:
         """The arm's data; raises `UserError` for texts, tokenizers, vocabularies and batches that do not fit."""
@@ -42,7 +47,8 @@ class Trainer:
         Placement(arm.trained, arm.train)
         if settings not in self._data:
             own = None if self.base.random else self.base.tokenizer
-            self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
+            with hosts.first():
+                self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
         data.loader(arm.train, 0)
@@ -76,18 +82,24 @@ class Trainer:
         before = 0.0 if arm.start is None or left < arm.train.steps else self.cost(arm.start, seed)
         return before + 3.0 * left * arm.train.tokens_per_step
 
-    def params(
-        self, arm: Arm, seed: int, report: Callable[[float, str], None], tell: Callable[[str], None]
-    ) -> tuple[Any, Path]:
-        """The trained parameters and the folder of their training, which runs now unless it has."""
+    def params(self, arm: Arm, seed: int, report: Report, tell: Tell) -> tuple[Any, Path]:
+        """The trained parameters and the folder of their training, which runs now unless it has. Of several processes,
+        all train and the first one gets the parameters (the others None)."""
+        trained, folder = self._trained(arm, seed, report, tell)
+        if self._whole is None or self._whole[0] != folder.name:
+            self._whole = (folder.name, hosts.local(trained))
+        return self._whole[1], folder
+
+    def _trained(self, arm: Arm, seed: int, report: Report, tell: Tell) -> tuple[Any, Path]:
         assert arm.train is not None and arm.trained is not None
         folder = self.folder(arm, seed)
         if self._last is None or self._last[0] != folder.name:
-            self._last = None  # one set of parameters at a time
+            self._last = self._whole = None  # one set of parameters at a time
+            hosts.meet()  # one process has been measuring
             compat.keep_compiled(shared_folder() / "compiled")
             start, identity, place = None, self.base.identity, self.base.place
             if arm.start is not None:
-                start, begun = self.params(arm.start, seed, report, tell)
+                start, begun = self._trained(arm.start, seed, report, tell)
                 identity, place = key(self.what(arm.start, seed)), str(begun.absolute())
             elif not self.base.random:
                 self.base.load()

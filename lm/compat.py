@@ -17,6 +17,13 @@ def auto_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices: Any = Non
     return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
 
 
+def on_tpu_vm() -> bool:
+    """Whether this machine has TPUs and their library; starts no backend, for which there is no public name."""
+    from jax._src import cloud_tpu_init
+
+    return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
+
+
 def keep_compiled(folder: Path) -> None:
     """Compiled programs are kept in `folder` and found there by the next process."""
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from lm.errors import UserError
+from lm.parallel import hosts
 from lm.train.errors import TrainingStopped
 
 
@@ -87,11 +88,6 @@ class Checkpoints:
     def _complete(self) -> list[int]:
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
 
-    def about(self, step: int) -> dict[str, Any]:
-        """What the checkpoint of `step` belongs to."""
-        args = ocp.args.Composite(about=ocp.args.JsonRestore())
-        return dict(self.manager.restore(step, args=args)["about"])
-
     def newest(
         self, like: Any, check: Callable[[dict[str, Any]], None], tell: Callable[[str], None]
     ) -> tuple[int, Any] | None:
@@ -99,27 +95,38 @@ class Checkpoints:
 
         `check(about)` may raise `UserError` for a checkpoint of something else. Damaged ones are told and put aside.
         """
-        while self.steps:
-            step = self.steps[-1]
-            try:
-                about = self.about(step)
-            except Exception as e:  # any error of any reader: the file is not what was written
-                self._put_aside(step, _first_line(e), tell)
-                continue
-            check(about)
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(like)))
-                state = self.manager.restore(step, args=args)["state"]
-            except Exception as e:
-                self._put_aside(step, _first_line(e), tell)
-                continue
-            found = _marks(state)
-            wrong = [k for k, v in about["fingerprints"].items() if found.get(k) != v]
-            if wrong:
-                self._put_aside(step, f"{wrong[0]} is not what was saved", tell)
-                continue
-            return step, state
+        while (step := hosts.shared(max(self.steps, default=None))) is not None:
+            about, why = hosts.shared(self._about(step) if jax.process_index() == 0 else None)
+            if not why:
+                check(about)
+                state, why = self._state(step, like)
+                # What one process cannot read is damaged for all, and nobody waits for it in a collective.
+                why = next(filter(None, hosts.everyones(why)), "")
+            if not why:
+                found = _marks(state)
+                wrong = [k for k, v in about["fingerprints"].items() if found.get(k) != v]
+                why = f"{wrong[0]} is not what was saved" if wrong else ""
+            if not why:
+                return step, state
+            self._put_aside(step, why, tell)
         return None
+
+    def _about(self, step: int) -> tuple[dict[str, Any], str]:
+        """What the checkpoint of `step` belongs to, and why it cannot be read."""
+        try:
+            about = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "about", args=ocp.args.JsonRestore())
+            return {**about, "fingerprints": dict(about["fingerprints"])}, ""
+        except Exception as e:  # any error of any reader: the file is not what was written
+            return {}, _first_line(e)
+
+    def _state(self, step: int, like: Any) -> tuple[Any, str]:
+        """Its state, and why it cannot be read. The manager's own reading waits for the other processes, who wait for
+        this one for minutes when it fails."""
+        try:
+            args = ocp.args.StandardRestore(_abstract(like))
+            return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / "state", args=args), ""
+        except Exception as e:
+            return None, _first_line(e)
 
     def _put_aside(self, step: int, why: str, tell: Callable[[str], None]) -> None:
         older = [s for s in self.steps if s < step]
@@ -129,7 +136,10 @@ class Checkpoints:
         while aside.exists():
             n, aside = n + 1, self.folder.parent / f"damaged-{step}-{n}"
         self.manager.close()
-        (self.folder / str(step)).rename(aside)
+        hosts.meet()
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(aside)
+        hosts.meet()
         self._open()
         tell(f"{self.folder / str(step)}: damaged ({why}); moved to {aside.name}, {then}")
 

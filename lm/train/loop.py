@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import UserError
 from lm.interop import reader, run_folder, to_huggingface
+from lm.parallel import hosts
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
@@ -30,7 +32,7 @@ from lm.train.data import Data
 from lm.train.errors import Terminated, TrainingStopped
 from lm.train.ledger import KINDS, Ledger, Log, NoLog, read
 from lm.train.placement import Placement
-from lm.train.step import draws, evaluator, initial, transformation
+from lm.train.step import draws, initial, transformation
 
 __all__ = ["KINDS", "Trained", "run", "steps_done"]
 
@@ -79,9 +81,11 @@ def run(
     with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         this = _Run(cfg, train, data, folder, about, seed, start_source, report, tell)
         try:
-            return this.all(start)
+            with hosts.watched():
+                return this.all(start)
         finally:
-            this.checkpoints.close()  # waits for what is being written, also after an exception
+            if jax.process_count() == 1 or isinstance(sys.exception(), (type(None), Terminated)):
+                this.checkpoints.close()  # waits for what is being written, unless others would have to finish it
 
 
 def steps_done(folder: Path) -> int:
@@ -112,7 +116,7 @@ class _Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", train.keep_last, train.keep_every)
         self.schedule = train.schedule.factor(train.steps)
         self.per_token = flops.per_token(cfg, train.data.seq_len, frozen=train.surgery.adds)
-        self.evaluate_fn = evaluator(cfg, train)
+        self.evaluate_fn = self.placement.evaluator()
         self.clock = 0.0
         self.newest: tuple[int, Any] = (0, None)  # steps done, and the state after them
 
@@ -120,7 +124,7 @@ class _Run:
         train, ledger = self.train, self.ledger
         with ledger.during("init"):
             state, done = self._state(start)
-            if done == train.steps and (self.data.held_out is None or self._evaluated()):
+            if done == train.steps and (self.data.held_out is None or hosts.shared(self._evaluated())):
                 return self._trained(state)
             self.peak, source = flops.peak(self.cfg.dtype)
             writes = jax.process_index() == 0
@@ -150,6 +154,8 @@ class _Run:
         """The newest checkpoint's state and step, or the initial ones."""
 
         surgery, rng = self.train.surgery, jax.random.key(self.seed)
+        if jax.process_count() > 1 and all(getattr(x, "is_fully_addressable", True) for x in jax.tree.leaves(start)):
+            start = jax.device_get(start)  # what every process has read by itself goes anywhere as host arrays
         if surgery.adds:
             start = params.init(self.cfg, rng) if start is None else start
             self.base = start = jax.device_put(start, self.placement.shardings(start))
@@ -224,7 +230,8 @@ class _Run:
                     if waiting is not None:
                         self._read(*waiting)  # of the step before, while this one runs
                     waiting = (i, metrics)
-                    last = i + 1 == total or asked.is_set()
+                    stops = asked()
+                    last = i + 1 == total or stops
                     if (
                         last
                         or (i + 1) % train.save_every == 0
@@ -241,7 +248,7 @@ class _Run:
                     with ledger.during("save"):
                         self.checkpoints.save(i + 1, state, self.about)
                     self.clock = time.perf_counter()
-                if asked.is_set() and i + 1 < total:
+                if stops and i + 1 < total:
                     self._finish()
                     raise Terminated(f"step {i + 1} of {total} saved in {self.folder}; the same command goes on")
         return state
@@ -371,14 +378,15 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminations() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, for as long as the context lasts (main thread only: others get no signals)."""
+def _terminations() -> Iterator[Callable[[], bool]]:
+    """Whether the run ends after a step: once SIGTERM has come, for as long as the context lasts (main thread only:
+    others get no signals). Several processes agree on the step."""
     asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield hosts.asked_to_stop if jax.process_count() > 1 else lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     try:
-        yield asked
+        yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -16,7 +16,7 @@ from lm.errors import UserError
 from lm.parallel import pipeline
 from lm.parallel.layout import using
 from lm.train.config import TrainConfig
-from lm.train.step import Batch, State, step
+from lm.train.step import Batch, State, evaluator, step
 
 
 class Placement:
@@ -96,6 +96,19 @@ class Placement:
         """The step ``(state, batch, base) -> (state, metrics)`` ahead of time; its state argument is donated. Arrays or
         `jax.ShapeDtypeStruct`."""
         return self.lower(state, batch, base).compile()
+
+    def evaluator(self) -> Any:
+        """``(trained, batch, base) -> sums`` of the objective: every process has the whole batch and computes with its
+        own rows."""
+        fn = evaluator(self.cfg, self.train, NamedSharding(self.mesh, PartitionSpec()))
+
+        def evaluate(trained: Any, batch: dict[str, np.ndarray], base: Any = None) -> dict[str, Any]:
+            cut = {k: jax.make_array_from_callback(v.shape, self.rows, v.__getitem__) for k, v in batch.items()}
+            with using(self.layout, self.mesh):
+                out: dict[str, Any] = fn(trained, cut, base)
+            return out
+
+        return evaluate
 
     def lower(self, state: State, batch: Batch, base: Any = None) -> Any:
         """`compile` without the last step."""

@@ -111,8 +111,9 @@ def step(
     return new, {**metrics, "grad_norm": norm, "ok": ok, "skipped": new["skipped"], "run": new["run"]}
 
 
-def evaluator(cfg: ModelConfig, train: TrainConfig) -> Any:
-    """Jitted ``(trained, batch, base) -> sums`` of the objective, without gradients."""
+def evaluator(cfg: ModelConfig, train: TrainConfig, where: Any = None) -> Any:
+    """Jitted ``(trained, batch, base) -> sums`` of the objective, without gradients; `where`: the sums' sharding."""
     return jax.jit(
-        lambda trained, batch, base: train.objective.loss(cfg, train.surgery.attach(cfg, base, trained), batch)[1]
+        lambda trained, batch, base: train.objective.loss(cfg, train.surgery.attach(cfg, base, trained), batch)[1],
+        out_shardings=where,
     )
