@@ -217,7 +217,8 @@ class _Ring:
                 after = self.send(here)
 
                 def meet(here: Any) -> Any:
-                    return jax.tree.map(jnp.add, (dq, *grads), pull(*here, True))
+                    k, v, cols = here
+                    return jax.tree.map(jnp.add, (dq, *grads), pull(k, v, cols, True))
 
                 dq, *own = jax.lax.cond(seen[me], meet, lambda _: (dq, *grads), here)
                 return (dq, self.send(tuple(own)), after), None
