@@ -103,16 +103,22 @@ def test_bubble() -> None:
 
 
 def test_the_layout_of_a_published_pipeline_divides() -> None:
-    """MT-NLG 530B on 2,240 devices: three layers and a row a stage, the bubble that its config states."""
+    """MT-NLG 530B on its slice: 21 layers a stage, a row a microbatch, the bubble that its config states; and the
+    paper's own layout of 8 replicas of 35 stages."""
     cfg, settings = model_config(mt_nlg_530b.model()), build(TrainConfig, mt_nlg_530b.train(), "train")
-    sizes = settings.mesh.sizes(2240)
-    assert (sizes["data"], sizes["stage"], sizes["tensor"]) == (8, 35, 8)
-    layout, M = settings.mesh, settings.mesh.in_flight(35)
-    check(cfg.layers(), 35, settings.batch // settings.accumulate, layout.parts("batch", sizes), M, cfg.scan_layers)
+    sizes = settings.mesh.sizes(2560)
+    assert sizes == {"data": 8, "stage": 5, "fsdp": 8, "expert": 1, "sequence": 1, "tensor": 8}
     shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
-    layout.check({name: (shape, params.logical_of(name)) for name, shape in shapes.items()}, sizes)
-    assert cfg.n_layers // 35 == 3 and settings.batch // settings.accumulate // 8 // M == 1
-    assert bubble(35, M) == 34 / 154
+    names = {name: (shape, params.logical_of(name)) for name, shape in shapes.items()}
+    for layout, devices, stages, parts in ((settings.mesh, 2560, 5, 1), (Layout(stage=35, tensor=8), 2240, 35, 2)):
+        sizes = layout.sizes(devices)
+        M, rows = layout.in_flight(stages), settings.batch // parts
+        layout.check(names, sizes)
+        if stages == 5:
+            check(cfg.layers(), stages, rows, layout.parts("batch", sizes), M, cfg.scan_layers)
+            assert rows // layout.parts("batch", sizes) // M == 1 and bubble(stages, M) == 4 / 34
+        else:
+            assert sizes["data"] == 8 and cfg.n_layers // stages == 3
 
 
 OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_window", "window": 4}},)}
