@@ -185,7 +185,8 @@ class _Ring:
             after = self.send(here)  # on its way while this part is computed
 
             def meet(here: Any) -> Any:
-                o, own = self.meet(q, *here[:2], rows, here[2], length, apart=True)
+                k, v, cols = here
+                o, own = self.meet(q, k, v, rows, cols, length, apart=True)
                 return merge([out, o.astype(jnp.float32)], [lse, own])
 
             return (*jax.lax.cond(seen[me], meet, lambda _: (out, lse), here), after), None
@@ -216,7 +217,8 @@ class _Ring:
                 after = self.send(here)
 
                 def meet(here: Any) -> Any:
-                    return jax.tree.map(jnp.add, (dq, *grads), pull(*here, apart=True))
+                    k, v, cols = here
+                    return jax.tree.map(jnp.add, (dq, *grads), pull(k, v, cols, apart=True))
 
                 dq, *own = jax.lax.cond(seen[me], meet, lambda _: (dq, *grads), here)
                 return (dq, self.send(tuple(own)), after), None

@@ -58,7 +58,8 @@ class _Experts(nn.Module):
             del shapes["gate"]
         weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
         if sends is not None:
-            return exchange.send(x, weights, *sends[:2], act, moe.implementation, *sends[2:])
+            experts_BTk, gates_BTk, per_row, in_all = sends
+            return exchange.send(x, weights, experts_BTk, gates_BTk, act, moe.implementation, per_row, in_all)
         if rows is not None:
             gates_Nk, order_M, place_Nk, sizes_E = rows
             return mixture(x, weights, gates_Nk, order_M, place_Nk, sizes_E, act, moe.implementation)
