@@ -24,7 +24,7 @@ AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
 
 ATTENTION = ("ring", "gather")
 
-# Logical axis -> mesh axes, as many as apply. Not listed: on every device.
+# Logical axis -> mesh axes, as many as apply; none: whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
@@ -35,6 +35,12 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
     "layers": ("stage",),
+    "head_dim": (),
+    "positions": (),
+    "routes": (),
+    "freq": (),
+    "components": (),
+    "one": (),
 }
 
 
@@ -50,9 +56,9 @@ class Layout:
 
     `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
     (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round
-    (`lm.attention.ring`), ``gather`` brings all of them to every device. `exchange`: how many rows at most a device sends to each device with
-    other experts, as a multiple of an even share; what does not fit is dropped, so that this one setting can change a
-    result. None = all fit (`lm.ffn.exchange`).
+    (`lm.attention.ring`), ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
+    sends to each device with other experts, as a multiple of an even share; what does not fit is dropped, so that this
+    one setting can change a result. None = all fit (`lm.ffn.exchange`).
     """
 
     data: int = -1
@@ -83,8 +89,8 @@ class Layout:
             raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}
         for logical, to in dict(self.rules).items():
-            if logical not in RULES and logical not in _logical_names():
-                raise unknown(f"train.mesh.rules.{logical}", logical, {**RULES, **dict.fromkeys(_logical_names())})
+            if logical not in RULES:
+                raise unknown(f"train.mesh.rules.{logical}", logical, RULES)
             axes = () if to is None or to == "" else (to,) if isinstance(to, str) else tuple(to)
             for axis in axes:
                 if axis not in AXES:
@@ -154,12 +160,6 @@ class _Rules(dict[str, tuple[str, ...]]):
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(tuple(sorted(self.items())))
-
-
-def _logical_names() -> set[str]:
-    from lm.params import AXES as tables  # imports every plug, which import this module
-
-    return {name for names in tables.values() for name in names} | {"batch", "length", "layers"}
 
 
 _CURRENT: contextvars.ContextVar[tuple[Layout, jax.sharding.Mesh] | None] = contextvars.ContextVar("layout")

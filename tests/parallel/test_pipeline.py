@@ -102,17 +102,19 @@ def test_bubble() -> None:
     assert bubble(1, 8) == 0 and bubble(4, 4) == 3 / 7 and bubble(35, 280) == pytest.approx(34 / 314)
 
 
-def test_the_layout_of_a_published_pipeline_divides() -> None:
-    """MT-NLG 530B on 2,240 devices: three layers and a row a stage, the bubble that its config states."""
-    cfg, settings = model_config(mt_nlg_530b.model()), build(TrainConfig, mt_nlg_530b.train(), "train")
-    sizes = settings.mesh.sizes(2240)
-    assert (sizes["data"], sizes["stage"], sizes["tensor"]) == (8, 35, 8)
-    layout, M = settings.mesh, settings.mesh.in_flight(35)
-    check(cfg.layers(), 35, settings.batch // settings.accumulate, layout.parts("batch", sizes), M, cfg.scan_layers)
+@pytest.mark.parametrize(("stages", "data"), [(15, 16), (35, 8)])
+def test_the_layout_of_a_published_pipeline_divides(stages: int, data: int) -> None:
+    """MT-NLG 530B as its config has it on 1,920 devices, and as the paper has it on 2,240: one row a microbatch."""
+    cfg, own = model_config(mt_nlg_530b.model()), mt_nlg_530b.train()
+    M = 1920 // own["accumulate"] // data
+    settings = build(TrainConfig, {**own, "mesh": {**own["mesh"], "stage": stages, "microbatches": M}}, "train")
+    layout = settings.mesh
+    sizes = layout.sizes(data * stages * 8)
+    assert sizes["data"] == data and (stages != 15 or own["mesh"]["microbatches"] == M)
+    check(cfg.layers(), stages, 1920 // own["accumulate"], layout.parts("batch", sizes), M, cfg.scan_layers)
     shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
     layout.check({name: (shape, params.logical_of(name)) for name, shape in shapes.items()}, sizes)
-    assert cfg.n_layers // 35 == 3 and settings.batch // settings.accumulate // 8 // M == 1
-    assert bubble(35, M) == 34 / 154
+    assert bubble(15, 30) == 14 / 44
 
 
 OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_window", "window": 4}},)}
