@@ -20,7 +20,7 @@ from lm.ffn.grouped import Activation, Weights, mixture
 from lm.parallel.layout import current
 
 
-def wanted(E: int, B: int, T: int) -> bool:
+def exchanges(E: int, B: int, T: int) -> bool:
     """Whether the current layout puts experts on several devices that hold different tokens."""
     found = current()
     if found is None:

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
-from lm.ffn import exchange
 from lm.ffn.context import Call
+from lm.ffn.exchange import exchanges, send
 from lm.ffn.glu import GeGLU, GeGLUTanh, SwiGLU
 from lm.ffn.grouped import mixture
 from lm.ffn.mlp import Gelu, GeluTanh, Relu, Relu2
@@ -59,7 +59,7 @@ class _Experts(nn.Module):
         weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
         if sends is not None:
             experts_BTk, gates_BTk, per_row, in_all = sends
-            return exchange.send(x, weights, experts_BTk, gates_BTk, act, moe.implementation, per_row, in_all)
+            return send(x, weights, experts_BTk, gates_BTk, act, moe.implementation, per_row, in_all)
         if rows is not None:
             gates_Nk, order_M, place_Nk, sizes_E = rows
             return mixture(x, weights, gates_Nk, order_M, place_Nk, sizes_E, act, moe.implementation)
@@ -163,7 +163,7 @@ def _by_token(
     else:
         expert_M = jnp.where(keep.reshape(-1), choice.experts_Tk.reshape(-1), E)  # E: dropped, sorted behind all others
         gates_Nk = jnp.where(keep.reshape(-1), gates_M, 0.0 * gates_M).reshape(N, k)  # NaN stays NaN
-    if moe.dispatch != "buffers" and exchange.wanted(E, B, T):
+    if moe.dispatch != "buffers" and exchanges(E, B, T):
         bounds = (places, None) if moe.group == "sequence" else (None, places)
         y, sent = experts(x_BTD, sends=(expert_M.reshape(B, T, k), gates_Nk.reshape(B, T, k), *bounds))
         return y.reshape(N, D), _stats(choice, live, keep & sent.reshape(keep.shape), E)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-_OP = re.compile(rf" = (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>.*)$")
+_OP = re.compile(rf" = (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[fsuc]\d+\w*|bf16)\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
