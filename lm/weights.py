@@ -31,7 +31,7 @@ class Weight(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def product(self, x: jax.Array, n_in: int) -> jax.Array:
-        """``x[rows, in] -> [rows, out]``: `x` times the weight, whose first `n_in` axes are summed over."""
+        """``x[..., in] -> [..., out]``: `x` times the weight, whose first `n_in` axes are summed over."""
 
     def transposed(self, x: jax.Array) -> jax.Array:
         """``x[..., D] -> [..., V]`` float32, for a weight ``[V, D]``."""
@@ -58,7 +58,7 @@ def param(module: nn.Module, name: str, init: Callable[..., Any], *args: Any) ->
 
 
 def product(x: jax.Array, weight: Any, n_in: int, dtype: Any = None) -> jax.Array:
-    """``x[rows, in] @ weight[*in, *out] -> [rows, out]``, of type `dtype` (None = that of `x`)."""
+    """``x[..., in] @ weight[*in, *out] -> [..., out]``, of type `dtype` (None = that of `x`)."""
     if special(weight):
         return weight.product(x, n_in).astype(x.dtype if dtype is None else dtype)
     matrix = weight.astype(x.dtype).reshape(x.shape[-1], math.prod(weight.shape[n_in:]))

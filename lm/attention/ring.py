@@ -207,7 +207,7 @@ class _Ring:
             d_l = w * ((d_out * (o.astype(jnp.float32) - out)).sum(-1) + d_lse)
             return tuple(g.astype(jnp.float32) for g in back(((w[..., None] * d_out).astype(o.dtype), d_l)))
 
-        dq, dk, dv = pull(k, v, cols, False)
+        dq, dk, dv = pull(k, v, cols, apart=False)
         hops = len(self.seen)
         if hops > 1:
             me = jax.lax.axis_index(self.axes)
@@ -218,7 +218,7 @@ class _Ring:
 
                 def meet(here: Any) -> Any:
                     k, v, cols = here
-                    return jax.tree.map(jnp.add, (dq, *grads), pull(k, v, cols, True))
+                    return jax.tree.map(jnp.add, (dq, *grads), pull(k, v, cols, apart=True))
 
                 dq, *own = jax.lax.cond(seen[me], meet, lambda _: (dq, *grads), here)
                 return (dq, self.send(tuple(own)), after), None

@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-_OP = re.compile(rf" = (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?:-start)?\((?P<rest>.*)$")
+_OP = re.compile(rf" = (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
 _SHAPE = re.compile(r"\b(pred|[fsuc]\d+\w*|bf16)\[([\d,]*)\]")
 _CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+_BY_HAND = re.compile(r'op_name="[^"]*/(ppermute|all_to_all|ragged_all_to_all|all_gather|psum\w*|reduce_scatter)"')
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Collective:
 def collectives(text: str, n_devices: int) -> list[Collective]:
     """Every collective of a compiled program's text (``compiled.as_text()``).
 
-    A collective that the compiler has split into a start, steps and an end is one: they share a channel. A loop runs as
+    A collective that the compiler has split into a start, steps and an end is one: they share a channel. Those written
+    by hand (`jax.shard_map`) all have the same channel, and each is one. A loop runs as
     often as its text says, or as the constant that its condition compares with; once where it says neither.
     """
     bodies = dict(_computations(text))
@@ -44,9 +48,10 @@ def collectives(text: str, n_devices: int) -> list[Collective]:
             if m is None or name not in times:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
-            key = m["kind"], channel[1] if channel else f"{name}:{n}"
+            by_hand = _BY_HAND.search(line) is not None
+            key = m["kind"], channel[1] if channel and not by_hand else f"{name}:{n}"
             group = _group(line, n_devices)
-            one = Collective(m["kind"], times[name], group, _sent(m["kind"], m["out"], m["rest"], group))
+            one = Collective(m["kind"], times[name], group, _sent(m["kind"], m["out"], m["start"] is not None, group))
             # The steps of a split one may run inside a loop that it overlaps with; its start runs as often as it does.
             if key not in found or one.times < found[key].times:
                 found[key] = one
@@ -98,9 +103,10 @@ def _sizes(text: str) -> list[float]:
     return sizes
 
 
-def _sent(kind: str, out: str, rest: str, group: int) -> float:
+def _sent(kind: str, out: str, started: bool, group: int) -> float:
     sizes = _sizes(out)
-    size = sum(sizes) if kind == "all-reduce" else max(sizes)  # other kinds name what they read beside what they write
+    # All-reduces, and all-to-alls on CPUs, write several arrays; what has started names what it reads, too.
+    size = sum(sizes) if kind == "all-reduce" or (kind == "all-to-all" and not started) else max(sizes)
     if kind == "collective-permute":
         return size
     if kind == "reduce-scatter":  # its result is a part of what is reduced

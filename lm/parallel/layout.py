@@ -57,8 +57,8 @@ class Layout:
     `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
     (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round
     (`lm.attention.ring`), ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
-    sends to each device with other experts, as a multiple of an even share; what does not fit is dropped, so this one
-    setting can change a result. None = all fit (`lm.ffn.exchange`).
+    sends to each device with other experts, as a multiple of an even share; what does not fit is dropped, so that this
+    one setting can change a result. None = all fit (`lm.ffn.exchange`).
     """
 
     data: int = -1

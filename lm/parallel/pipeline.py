@@ -68,16 +68,15 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> 
     """``body(x, rows, of_layer) -> (x, said)`` for every layer of `stack` (leading axis L): the last x, and what the
     layers said, stacked.
 
-    `rows`: a tree of arrays ``[B, …]`` that belong to the rows of x. In stages where the current layout cuts the
+    `rows`: a tree of arrays ``[B, T, …]`` that belong to the rows of x. In stages where the current layout cuts the
     layers: there `join` makes ``[L, …]`` of what layers said of each microbatch, ``[M, L, …]``, and random keys in
-    `stack` give every microbatch numbers of its own. One row, which only says what shapes are, is not cut.
+    `stack` give every microbatch numbers of its own. Rows that are not M equal parts (one row, to see what shapes are)
+    pass layer by layer.
     """
-    stages, B = parts("layers"), x_BTD.shape[0]
-    if stages == 1 or B == 1:
+    S, B, found = parts("layers"), x_BTD.shape[0], current()
+    M = 1 if found is None else found[0].in_flight(S)
+    if S == 1 or B % M:
         return jax.lax.scan(lambda x, of_layer: body(x, rows, of_layer), x_BTD, stack)
-    found = current()
-    assert found is not None
-    M, S = found[0].in_flight(stages), stages
 
     def split(a: jax.Array) -> jax.Array:
         """Rows of one microbatch are spread over the batch, so that every device holds its share of each."""

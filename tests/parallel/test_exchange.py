@@ -71,6 +71,10 @@ def test_a_layer_on_several_devices_is_that_of_one(name: str) -> None:
     assert any(c.kind == "all-to-all" for c in found)
     if name == "dropless":
         whole = [f"f32[{B},{T},{D}]", f"f32[{B * T},{D}]", f"f32[{B // 2},{T},{D}]", f"f32[{B * T // 2},{D}]"]
+        there, n = 4, B * T // 8 * 2  # rows for four devices, all assignments of a device for each
+        rows, ids = there * n * D * 4, there * n * 4
+        sent = sum(c.times * c.sent for c in found if c.kind == "all-to-all")
+        assert sent == (4 * rows + ids) * 3 / 4  # there and back, the gradient back and there; ids once
         assert not any(" all-gather(" in line and any(s in line for s in whole) for line in text.splitlines())
 
 

@@ -102,23 +102,19 @@ def test_bubble() -> None:
     assert bubble(1, 8) == 0 and bubble(4, 4) == 3 / 7 and bubble(35, 280) == pytest.approx(34 / 314)
 
 
-def test_the_layout_of_a_published_pipeline_divides() -> None:
-    """MT-NLG 530B on its slice: 21 layers a stage, a row a microbatch, the bubble that its config states; and the
-    paper's own layout of 8 replicas of 35 stages."""
-    cfg, settings = model_config(mt_nlg_530b.model()), build(TrainConfig, mt_nlg_530b.train(), "train")
-    sizes = settings.mesh.sizes(2560)
-    assert sizes == {"data": 8, "stage": 5, "fsdp": 8, "expert": 1, "sequence": 1, "tensor": 8}
+@pytest.mark.parametrize(("stages", "data"), [(15, 16), (35, 8)])
+def test_the_layout_of_a_published_pipeline_divides(stages: int, data: int) -> None:
+    """MT-NLG 530B as its config has it on 1,920 devices, and as the paper has it on 2,240: one row a microbatch."""
+    cfg, own = model_config(mt_nlg_530b.model()), mt_nlg_530b.train()
+    M = 1920 // own["accumulate"] // data
+    settings = build(TrainConfig, {**own, "mesh": {**own["mesh"], "stage": stages, "microbatches": M}}, "train")
+    layout = settings.mesh
+    sizes = layout.sizes(data * stages * 8)
+    assert sizes["data"] == data and (stages != 15 or own["mesh"]["microbatches"] == M)
+    check(cfg.layers(), stages, 1920 // own["accumulate"], layout.parts("batch", sizes), M, cfg.scan_layers)
     shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
-    names = {name: (shape, params.logical_of(name)) for name, shape in shapes.items()}
-    for layout, devices, stages, parts in ((settings.mesh, 2560, 5, 1), (Layout(stage=35, tensor=8), 2240, 35, 2)):
-        sizes = layout.sizes(devices)
-        M, rows = layout.in_flight(stages), settings.batch // parts
-        layout.check(names, sizes)
-        if stages == 5:
-            check(cfg.layers(), stages, rows, layout.parts("batch", sizes), M, cfg.scan_layers)
-            assert rows // layout.parts("batch", sizes) // M == 1 and bubble(stages, M) == 4 / 34
-        else:
-            assert sizes["data"] == 8 and cfg.n_layers // stages == 3
+    layout.check({name: (shape, params.logical_of(name)) for name, shape in shapes.items()}, sizes)
+    assert bubble(15, 30) == 14 / 44
 
 
 OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_window", "window": 4}},)}
