@@ -52,7 +52,7 @@ def test_gpu_without_a_gpu_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixt
     table = json.loads(file.read_text())
     assert capsys.readouterr().out.count("lowered") == table["cases"] == table["passed"] == len(table["rows"])
     assert {row["kernel"] for row in table["rows"]} == set(check.KERNELS)
-    assert all(row["passed"] and row["result"] == "lowered" and row["seconds"] > 0 for row in table["rows"])
+    assert all(row["passed"] and row["result"] == "lowered" for row in table["rows"])
     assert table["environment"]["jax"] == jax.__version__ and table["environment"]["device"] == "cpu"
     assert check.main(["--platform", "gpu", "--kernel", "flash", "--case", "auto forward"]) == 0
     assert "1 of 1 passed" in capsys.readouterr().out
