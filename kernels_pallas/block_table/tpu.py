@@ -33,7 +33,7 @@ RUN, WHOLE = 1 << 30, 1 << 29
 LIMIT = 12 * MIB  # of fast memory for a step with one entry
 
 
-def rows(T: int, H: int, h: int, q_block: int) -> int:
+def rows(H: int, h: int, q_block: int) -> int:
     """Queries of a unit."""
     return q_block * (H // h)
 
@@ -57,7 +57,7 @@ def choose(n: int, w: int, R: int, d: int, dtype: Any, entries: int, mib: int, t
 
 def refusal(q: Any, k: Any, h: int, w: int, q_block: int, angles: Any) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None."""
-    (_, T, H, d), S = q.shape, k.shape[2]
+    (_, _, H, d), S = q.shape, k.shape[2]
     tile, turns = 32 // q.dtype.itemsize, 0 if angles is None else angles.shape[0]
     if w % tile:
         return f"blocks of {w} keys, the kernel needs multiples of {tile} in {q.dtype}"
@@ -67,7 +67,7 @@ def refusal(q: Any, k: Any, h: int, w: int, q_block: int, angles: Any) -> str | 
         return f"{-(-S // w)} key blocks, the kernel counts up to {1 << ID_BITS}"
     if turns > 1 << TURN_BITS:
         return f"{turns} turns, the kernel counts up to {1 << TURN_BITS}"
-    need = memory(1, w, rows(T, H, h, q_block), d, q.dtype, turns)
+    need = memory(1, w, rows(H, h, q_block), d, q.dtype, turns)
     if need > LIMIT:
         return f"a step takes {need / MIB:.1f} MiB of fast memory, the kernel may take {LIMIT // MIB}"
     return None
@@ -101,9 +101,14 @@ def _kernel(
     softcap: float | None,
     turned: bool,
 ) -> None:
-    q_ref, at_ref, *refs = refs
-    swapped_ref, cos_ref, sin_ref, *refs = refs if turned else (None, None, None, *refs)
-    keys, values, (o_ref, lse_ref, out, top, total) = refs[:entries], refs[entries : 2 * entries], refs[2 * entries :]
+    q_ref, at_ref = refs[:2]
+    swapped_ref, cos_ref, sin_ref = refs[2:5] if turned else (None, None, None)
+    listed = refs[5 if turned else 2 :]
+    keys, values, (o_ref, lse_ref, out, top, total) = (
+        listed[:entries],
+        listed[entries : 2 * entries],
+        listed[2 * entries :],
+    )
     unit, step = pl.program_id(0), pl.program_id(1)
     dot = functools.partial(jax.lax.dot_general, precision=precision(q_ref.dtype), preferred_element_type=jnp.float32)
 
@@ -262,7 +267,8 @@ def attention(
     few = max(1, row["kib"] * 256 // (n + rest + 3))  # units whose words fit
 
     def some(xs: Any) -> Any:
-        return _call(*xs, at, turns, k, v, static, chip, interpret)
+        words, where, queries, other = xs
+        return _call(words, where, queries, other, at, turns, k, v, static, chip, interpret)
 
     if U <= few:
         out, lse = some(units)
