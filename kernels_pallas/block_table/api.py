@@ -177,7 +177,8 @@ def _attend(static: Static, *args: Any) -> tuple[jax.Array, jax.Array]:
         "tpu": kernel,
         "interpret": functools.partial(kernel, interpret=interpret),
     }
-    refusal = tpu.refusal(q, k, blocks.shape[1], settings["block_size"], settings["q_block"], angles)
+    sizes = (blocks.shape[1], settings["block_size"], settings["q_block"])
+    refusal = tpu.refusal(q, k, *sizes, angles, tiled=implementation != "interpret")
     return run(NAME, implementation, forms, refusal, *args)
 
 

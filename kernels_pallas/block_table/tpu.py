@@ -55,11 +55,11 @@ def choose(n: int, w: int, R: int, d: int, dtype: Any, entries: int, mib: int, t
     return out
 
 
-def refusal(q: Any, k: Any, h: int, w: int, q_block: int, angles: Any) -> str | None:
-    """Why the kernel cannot serve a well-formed call, or None."""
+def refusal(q: Any, k: Any, h: int, w: int, q_block: int, angles: Any, tiled: bool) -> str | None:
+    """Why the kernel cannot serve a well-formed call, or None. `tiled`: on a chip, whose memory lies in tiles."""
     (_, _, H, d), S = q.shape, k.shape[2]
     tile, turns = 32 // q.dtype.itemsize, 0 if angles is None else angles.shape[0]
-    if w % tile:
+    if tiled and w % tile:
         return f"blocks of {w} keys, the kernel needs multiples of {tile} in {q.dtype}"
     if d > 256:
         return f"head width {d}, the kernel holds up to 256"
