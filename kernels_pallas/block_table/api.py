@@ -134,8 +134,17 @@ def _check_shapes(q: Any, k: Any, v: Any, blocks: Any, block_size: int, q_block:
             f"every {q_block} of {T} queries"
         )
     N = -(-S // block_size)
-    if not isinstance(blocks, jax.core.Tracer) and int(np.max(blocks)) >= N:
-        raise UserError(f"{NAME}: block {int(np.max(blocks))} of {N}; valid: 0 to {N - 1}, or negative for none")
+    ends = _known(blocks)
+    if ends and ends[1] >= N:
+        raise UserError(f"{NAME}: block {ends[1]} of {N}; valid: 0 to {N - 1}, or negative for none")
+
+
+def _known(ids: Any) -> tuple[int, int] | None:
+    """The least and the largest, where they are known before the program runs."""
+    if isinstance(ids, jax.core.Tracer):
+        return None
+    values = np.asarray(ids)
+    return int(values.min()), int(values.max())
 
 
 def _check_turns(blocks: Any, turn: Any, angles: Any, d: int) -> None:
@@ -149,11 +158,9 @@ def _check_turns(blocks: Any, turn: Any, angles: Any, d: int) -> None:
         raise UserError(f"{NAME}: turn {turn.dtype}{list(turn.shape)}; valid: int32 {list(blocks.shape)}, as blocks")
     if angles.ndim != 2 or not 1 <= angles.shape[1] <= d // 2 or not angles.shape[0] or angles.dtype != jnp.float32:
         raise UserError(f"{NAME}: angles {angles.dtype}{list(angles.shape)}; valid: float32 [P, 1 to {d // 2}]")
-    if not isinstance(turn, jax.core.Tracer) and not 0 <= int(np.min(turn)) <= int(np.max(turn)) < angles.shape[0]:
-        raise UserError(
-            f"{NAME}: turns {int(np.min(turn))} to {int(np.max(turn))}; valid: rows of angles, 0 to "
-            f"{angles.shape[0] - 1}"
-        )
+    ends = _known(turn)
+    if ends and not 0 <= ends[0] <= ends[1] < angles.shape[0]:
+        raise UserError(f"{NAME}: turns {ends[0]} to {ends[1]}; valid: rows of angles, 0 to {angles.shape[0] - 1}")
 
 
 def _integers(name: str, given: Any, shape: tuple[int, ...], default: jax.Array) -> jax.Array:

@@ -35,12 +35,16 @@ def call(size: Size, implementation: str, args: Any, **given: Any) -> Any:
     return jax.jit(functools.partial(bench.attend, size, implementation=implementation, **given))(*args)
 
 
-def all_forms(*args: Any, **given: Any) -> dict[str, Any]:
-    """The reference, XLA and the kernel, compiled together."""
-    forms = ("reference", "xla", "interpret")
-    return jax.jit(lambda args, given: {name: block_table(*args, implementation=name, **static, **given) for name in forms})(
-        args, given
-    ) if (static := {k: given.pop(k) for k in ("block_size", "q_block") if k in given}) else {}
+def forms(*args: Any, names: tuple[str, ...] = ("reference", "xla", "interpret"), **given: Any) -> dict[str, Any]:
+    """`block_table` by every name, one program."""
+    arrays = {key: x for key, x in given.items() if isinstance(x, jax.Array)}
+    static = {key: x for key, x in given.items() if key not in arrays}
+
+    @jax.jit
+    def run(args: Any, arrays: Any) -> Any:
+        return {name: block_table(*args, implementation=name, **arrays, **static) for name in names}
+
+    return dict(run(args, arrays))
 
 
 def qkv(T: int, S: int, H: int = 4, K: int = 2, d: int = 8, B: int = 1, dtype: Any = F32) -> tuple[jax.Array, ...]:
@@ -81,7 +85,7 @@ def test_what_is_past_the_length_is_never_seen() -> None:
     blocks = jnp.asarray(np.random.default_rng(1).integers(-1, 5, (2, 2, 3, 4)), jnp.int32).at[:, 1, 1].set(-1)
     settings: dict[str, Any] = {"block_size": 8, "q_block": 2, "lengths": lengths}
     settings["positions"] = jnp.asarray([[3, -1, 39, 8, 0, 99]] * 2)
-    found = all_forms(q, k, v, blocks, **settings)
+    found = forms(q, k, v, blocks, **settings)
     out, lse = found["reference"]
     none = np.asarray(lse) == -np.inf
     assert none[:, 1].all() and none[:, 2:4, 2:].all() and not none.all()
@@ -94,11 +98,11 @@ def test_what_is_past_the_length_is_never_seen() -> None:
 
 def test_all_blocks_or_one_large_block_is_causal_attention() -> None:
     q, k, v = qkv(40, 40)
-    want = flash(q, k, v, Causal(), implementation="reference")
-    order = np.random.default_rng(0).permutation(5)
-    for size, ids in ((8, order), (40, [0]), (64, [0, -1, 0])):
+    want = jax.jit(lambda *x: flash(*x, Causal(), implementation="reference"))(q, k, v)
+    order = tuple(np.random.default_rng(0).permutation(5).tolist())
+    for size, ids in ((8, order), (64, (0, -1, 0))):
         blocks = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (1, 4, 5, len(ids)))
-        found = block_table(q, k, v, blocks, block_size=size, q_block=8, implementation="interpret")
+        found = forms(q, k, v, blocks, names=("interpret",), block_size=size, q_block=8)["interpret"]
         assert rms_ratio(found, want) <= 5e-7
 
 
@@ -107,63 +111,70 @@ def test_a_block_listed_twice_counts_once_at_its_first_entry() -> None:
     blocks = jnp.asarray([2, 1, 2, 2, -1, 1], jnp.int32) * jnp.ones((1, 2, 1, 1), jnp.int32)
     turn = jnp.asarray([0, 1, 1, 2, 0, 2], jnp.int32) * jnp.ones_like(blocks)
     settings: dict[str, Any] = {"block_size": 8, "q_block": 4, "angles": jnp.asarray([[0.3], [1.0], [2.0]])}
-    once = block_table(q, k, v, blocks[..., :2], turn=turn[..., :2], implementation="reference", **settings)
-    for name in ("reference", "xla", "interpret"):
-        twice = block_table(q, k, v, blocks, turn=turn, implementation=name, **settings)
+    once = forms(q, k, v, blocks[..., :2], turn=turn[..., :2], names=("reference",), **settings)["reference"]
+    for name, twice in forms(q, k, v, blocks, turn=turn, **settings).items():
         assert rms_ratio(twice, once) <= 1e-6, name
 
 
 def test_turns_move_the_query_as_rotary_positions_do() -> None:
     """Turned queries over one block equal queries rotated to another place; channels past 2 m stay."""
     rope, (q, k, v) = Rope(fraction=0.75), qkv(8, 16)
-    at = jnp.arange(8.0)[None, :, None] + 8
-    keys = rope.rotate(k, jnp.arange(16.0)[None, :, None], 16)
     blocks = jnp.ones((1, 4, 1, 1), jnp.int32)
     settings: dict[str, Any] = {"block_size": 8, "q_block": 8, "implementation": "interpret"}
-    want = block_table(rope.rotate(q, at + 5.5, 16), keys, v, blocks, **settings)
-    frequencies = rope.scaling.frequencies(rope.theta, 6, 16, 2048)[0]
-    angles = jnp.asarray([0.0, 5.5])[:, None] * frequencies
-    found = block_table(rope.rotate(q, at, 16), keys, v, blocks, turn=blocks, angles=angles, **settings)
+
+    @jax.jit
+    def both(q: Any, k: Any, v: Any) -> Any:
+        at = jnp.arange(8.0)[None, :, None] + 8
+        keys = rope.rotate(k, jnp.arange(16.0)[None, :, None], 16)
+        angles = jnp.asarray([0.0, 5.5])[:, None] * rope.scaling.frequencies(rope.theta, 6, 16, 2048)[0]
+        want = block_table(rope.rotate(q, at + 5.5, 16), keys, v, blocks, **settings)
+        return want, block_table(rope.rotate(q, at, 16), keys, v, blocks, turn=blocks, angles=angles, **settings)
+
+    want, found = both(q, k, v)
     assert rms_ratio(found, want) <= 1e-6
 
 
 @pytest.mark.parametrize("include_self", [True, False])
 def test_longheads_of_its_own_choice(include_self: bool) -> None:
     """A prompt: two plain branches, and the chosen chunks by the kernel, merged; equal to the pattern's own output."""
-    T, w, n = 75, 4, 6
-    q, k, v = qkv(T, T)
+    T, w, n = 43, 4, 5
     index = jnp.arange(T, dtype=jnp.int32)[None]
     side, rope = Tokens(index, index.astype(F32), contiguous=True), Rope(trained=w * n)
-    ctx = Context(q, k, side, side, rope, jnp.float32(T), 8**-0.5, v_BSKd=v)
-    branches = TABLE["longheads"](w, w * n, include_self=include_self).branches(ctx)
-    listed = branches[-1]
-    assert isinstance(listed, BlockBranch) and (listed.ids_BHTn >= 0).any()
-    want = attend(ctx, v, branches, backend="dense")
-    own = [attend(ctx, v, (branch,), backend="dense") for branch in branches[:-1]]
-    first = listed.q_positions[:, 0, :, 0]  # of the query, for the first chunk listed; every later one is w nearer
-    places = jnp.arange(n - 3)
-    part = block_table(
-        rope.rotate(q, first[:, :, None], T),
-        rope.rotate(k, listed.k_positions[:, :, None], T),
-        v,
-        listed.ids_BHTn,
-        block_size=w,
-        positions=jnp.where(index >= w * n, index, -1),
-        turn=jnp.broadcast_to(places, listed.ids_BHTn.shape).astype(jnp.int32),
-        angles=-w * places[:, None] * rope.scaling.frequencies(rope.theta, 8, T, w * n)[0],
-        implementation="interpret",
-    )
-    outs, lses = zip(*own, part, strict=True)
-    found = merge(list(outs), list(lses))
+    pattern = TABLE["longheads"](w, w * n, include_self=include_self)
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any) -> Any:
+        ctx = Context(q, k, side, side, rope, jnp.float32(T), 8**-0.5, v_BSKd=v)
+        branches = pattern.branches(ctx)
+        listed = branches[-1]
+        assert isinstance(listed, BlockBranch)
+        outs, lses = attend(ctx, v, branches[:-1], backend="dense")
+        first = listed.q_positions[:, 0, :, 0]  # of the query, for the first chunk listed; every later one is w nearer
+        places = jnp.arange(n - 3)
+        out, lse = block_table(
+            rope.rotate(q, first[:, :, None], T),
+            rope.rotate(k, listed.k_positions[:, :, None], T),
+            v,
+            listed.ids_BHTn,
+            block_size=w,
+            positions=jnp.where(index >= w * n, index, -1),
+            turn=jnp.broadcast_to(places, listed.ids_BHTn.shape).astype(jnp.int32),
+            angles=-w * places[:, None] * rope.scaling.frequencies(rope.theta, 8, T, w * n)[0],
+            implementation="interpret",
+        )
+        found = merge([outs, out], [lses, lse])
+        return attend(ctx, v, branches, backend="dense"), found, (outs, lses), listed.ids_BHTn
+
+    want, found, without, ids = run(*qkv(T, T))
     assert rms_ratio(found, want) <= 1e-6
-    assert rms_ratio(merge(list(outs[:-1]), list(lses[:-1]))[0], want[0]) > 0.1  # the chosen chunks matter
+    assert (ids >= 0).any() and rms_ratio(without, want) > 0.1  # the chosen chunks matter
 
 
 def test_nothing_races_and_nothing_is_read_unwritten(capfd: pytest.CaptureFixture[str]) -> None:
     size = Size(12, 90, 4, 4, 16, 1, 4, 2, 64, F32, shared=True, turns=2)
     args = drawn(size)
     run = functools.partial(bench.attend, size, *args, implementation="interpret", interpret=STRICT, entries=2)
-    found = without_races(run, capfd)
+    found = without_races(jax.jit(run), capfd)
     pltpu.reset_tpu_interpret_mode_state()
     assert rms_ratio(found, call(size, "reference", args)) <= 1e-6
 
@@ -179,10 +190,10 @@ def test_gradients_are_those_of_all_pairs() -> None:
         out, lse = block_table(*args, blocks, block_size=8, q_block=4, **more)
         return jnp.sin(3 * out).sum() + jnp.where(lse == -jnp.inf, 0.0, jnp.cos(lse)).sum()
 
-    found, want = (jax.grad(functools.partial(loss, name=name))((q, k, v)) for name in ("interpret", "xla"))
-    dense = jax.grad(lambda args: _dense_loss(args, blocks, angles))((q, k, v))
-    for a, b, c in zip(found, want, dense, strict=True):
-        assert rms_ratio(a, c) <= 2e-6 and rms_ratio(b, c) <= 2e-6
+    found = jax.jit(jax.grad(functools.partial(loss, name="interpret")))((q, k, v))
+    want = jax.jit(jax.grad(lambda args: _dense_loss(args, blocks, angles)))((q, k, v))
+    for a, b in zip(found, want, strict=True):
+        assert rms_ratio(a, b) <= 2e-6
 
 
 def _dense_loss(args: Any, blocks: jax.Array, angles: jax.Array) -> jax.Array:
@@ -272,4 +283,6 @@ def test_errors_say_what_is_valid() -> None:
     }.items():
         with pytest.raises(UserError, match=message):
             work()
-    assert run(q, k, v, blocks, block_size=12)[0].shape == q.shape  # 'auto' takes the form that can
+    assert (
+        jax.eval_shape(functools.partial(run, block_size=12), q, k, v, blocks)[0].shape == q.shape
+    )  # 'auto' takes the form that can
