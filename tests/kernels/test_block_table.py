@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from kernel_checks import STRICT, assert_as_good, exact, lowered_for_tpu, rms_ratio, without_races
+from plug_case import BASE, TOKENS, forward, parameters
 
 from kernels_pallas.block_table import bench, tpu
 from kernels_pallas.block_table.api import block_table
 from kernels_pallas.block_table.bench import Size
 from kernels_pallas.flash.api import flash
-from lm import compat
+from lm import caches, compat
 from lm.attention import TABLE, attend
 from lm.attention.branches import BlockBranch, Context, Tokens, merge
 from lm.attention.masks import Causal
+from lm.config import merge as change
 from lm.errors import UserError
 from lm.positions.rope import Rope
 
@@ -168,6 +170,30 @@ def test_longheads_of_its_own_choice(include_self: bool) -> None:
     want, found, without, ids = run(*qkv(T, T))
     assert rms_ratio(found, want) <= 1e-6
     assert (ids >= 0).any() and rms_ratio(without, want) > 0.1  # the chosen chunks matter
+
+
+def test_longheads_decodes_by_the_kernel() -> None:
+    """A model with a cache: a prompt of unequal rows, then tokens one by one, past where chunks are chosen; equal to
+    `dense`, and the steps contain the kernel."""
+    plug = {"pattern": {"name": "longheads", "chunk": 4, "attention_length": 16}}
+    params, prompt, pad = parameters(BASE), 22, 7
+    index = np.stack([np.arange(27), np.r_[[-1] * pad, np.arange(27 - pad)]]).astype(np.int32)
+    found = {}
+    for backend in ("dense", "pallas"):
+        cfg = change(BASE, {**plug, "attention": {"backend": backend}}, "model")
+        step = functools.partial(forward(cfg), params)
+        cache, logits = caches.init(cfg, 2, 32), []
+        for at, n in ((0, prompt), *((t, 1) for t in range(prompt, 27))):
+            given = {"tokens_BT": TOKENS[:, at : at + n], "index_BT": index[:, at : at + n], "cache": cache}
+            if at == prompt:
+                text = str(jax.make_jaxpr(step)(**given))
+                assert ("name=block_table" in text) == (backend == "pallas")
+            out = step(**given)
+            cache = out.cache
+            logits.append(out.logits_BTV)
+        whole = np.concatenate(logits, axis=1)
+        found[backend] = np.concatenate([whole[0], whole[1, pad:]])
+    assert rms_ratio(found["pallas"], found["dense"]) <= 1e-5
 
 
 def test_nothing_races_and_nothing_is_read_unwritten(capfd: pytest.CaptureFixture[str]) -> None:
