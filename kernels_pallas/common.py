@@ -80,6 +80,9 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "v5p": {"tile_s": 1024},
         "v6e": {"tile_s": 1024},
     },
+    # Listed blocks of a grid step, at most; fewer where they would take more than `mib`. `kib` of scalar memory for the
+    # lists of one call.
+    "block_table": {"default": {"entries": 4, "mib": 12, "kib": 256}},
 }
 
 

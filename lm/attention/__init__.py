@@ -4,7 +4,7 @@ A plug is a frozen dataclass with ``branches(ctx: Context) -> tuple[Branch, ...]
 and, when layers differ, ``for_layer(i) -> plug``. Optional: ``keeps`` = (sinks, window), all that a cache must hold;
 ``summary`` (`lm.attention.blocks.Summary`), what a cache must keep of every block of keys; ``check(model_config)``;
 ``records(ctx, branches) -> {name: array[B, T, ...]}``, what the decoder's `records` collects of the layer.
-``lists_keys``: True where keys are listed at run time, which the backend ``pallas`` refuses.
+``lists_keys``: True where single keys are listed at run time, which the backend ``pallas`` refuses.
 `attend` runs the branches on the chosen backend.
 """
 

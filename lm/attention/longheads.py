@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,8 +60,6 @@ class LongHeads:
     The paper's values are chunks of 256 and the 4,096 tokens of Llama 2; the defaults keep its 16 chunks.
     Renumbered positions count tokens: `positions` other than the index are heeded before `begin_selective_length` only.
     """
-
-    lists_keys: ClassVar[bool] = True
 
     chunk: int = 128
     attention_length: int = 2048

@@ -1,9 +1,12 @@
 """The backend ``pallas``: every branch by the kernel `kernels_pallas.flash`, branches merged by log-sum-exp.
 
 One call per branch: LM-Infinite is its window and its clamped sinks, two-range positions are their two ranges. Tiles
-are listed by the same `lm.attention.tiles.visit` that the blocked backend walks. On a CPU the TPU kernel is
-interpreted, which is slow and meant for tests. Under a layout (`lm.parallel`) its devices say what is compiled for, and
-each computes its rows and heads in `jax.shard_map`.
+are listed by the same `lm.attention.tiles.visit` that the blocked backend walks. Listed blocks of keys
+(`lm.attention.branches.BlockBranch`) go to `kernels_pallas.block_table` for a token added to a cache; several queries,
+each with a list of its own, are sorted by block instead (`lm.attention.block_gather.by_block`, XLA operations).
+
+On a CPU the TPU kernel is interpreted, which is slow and meant for tests. Under a layout (`lm.parallel`) its devices
+say what is compiled for, and each computes its rows and heads in `jax.shard_map`.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import common
+from kernels_pallas.block_table.api import block_table
 from kernels_pallas.flash.api import flash
-from lm.attention.branches import NEG, AnyBranch, Branch, Context, merge
+from lm.attention.block_gather import by_block
+from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.masks import Causal
 from lm.attention.tiles import Grid, visit
 from lm.errors import UserError
@@ -46,7 +51,12 @@ def attend(
     T = ctx.q_BTHd.shape[1]
     outs, lses = [], []
     for branch in branches:
-        if not isinstance(branch, Branch) or branch.gather_BHTn is not None:
+        if isinstance(branch, BlockBranch):
+            out, lse = _listed(ctx, v_BSKd, branch, softcap)
+            outs.append(out)
+            lses.append(lse)
+            continue
+        if branch.gather_BHTn is not None:
             raise UserError(f"{KEY} serves plain branches, and this pattern lists keys at run time; {ELSE}")
         # What cuDNN serves it returns with a rounded log-sum-exp, which a single branch does not need.
         out, lse = _branch(ctx, v_BSKd, branch, softcap, block_q, block_k, alone=len(branches) == 1)
@@ -121,6 +131,43 @@ def _where(rows: int, n_heads: int, n_kv_heads: int) -> tuple[Any, dict[str, Any
     within = jax.sharding.get_abstract_mesh()
     here: Any = within if within.axis_names == mesh.axis_names else mesh
     return device, {"mesh": here, "batch_axis": layout.axes_of("batch"), "head_axis": cut if heads else None}
+
+
+def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float | None) -> tuple[jax.Array, jax.Array]:
+    """One branch of listed blocks: output ``[B, T, H, d]`` and log-sum-exp ``[B, T, H]``.
+
+    In a cache a block's keys lie side by side, token i in slot i, and the branch is such that a query sees all up to
+    itself, or up to the token before, and blocks are a multiple of their size apart (`lm.attention.blocks`).
+    """
+    B, T, H, d = ctx.q_BTHd.shape
+    S, w, n = ctx.k_BSKd.shape[1], branch.size, branch.ids_BHTn.shape[-1]
+    if T > 1 or ctx.keys.leading != S:
+        out, lse = by_block(branch, ctx, v_BSKd, softcap)
+        return out.swapaxes(1, 2), lse.swapaxes(1, 2)
+    index, positions = ctx.queries.index_BT, ctx.positions
+    last = jnp.where(branch.mask(index, index), index, jnp.where(branch.mask(index, index - 1), index - 1, -1))
+    ids = branch.ids_BHTn
+    starts = jnp.take_along_axis(branch.starts_BN, jnp.maximum(ids, 0).reshape(B, -1), 1).reshape(ids.shape)
+    first = branch.q_positions[..., 0]  # of the query, for the first block; later blocks are whole blocks nearer
+    rank = jnp.clip(jnp.round((first[..., None] - branch.q_positions) / w), 0, n - 1).astype(jnp.int32)
+    moves = -w * jnp.arange(n, dtype=jnp.float32)[:, None]
+    device, where = _where(B, H, ctx.k_BSKd.shape[2])
+    out, lse = block_table(
+        positions.rotate(ctx.q_BTHd, jnp.swapaxes(first, 1, 2), ctx.length),
+        ctx.keys_at(branch.k_positions)[0],
+        v_BSKd,
+        jnp.where((ids >= 0) & (starts >= 0), starts // w, -1).astype(jnp.int32),
+        block_size=w,
+        positions=jnp.where(index >= 0, last, -1),
+        turn=jnp.broadcast_to(rank, ids.shape),
+        angles=moves * positions.frequencies(d, ctx.length),
+        scale=ctx.scale,
+        softcap=softcap,
+        chip=common.chip(device),
+        implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
+        **where,
+    )
+    return out, jnp.maximum(lse, NEG)
 
 
 def _slopes(positions: Any, n_heads: int) -> jax.Array | None:

@@ -57,6 +57,10 @@ class Rope:
     def bind(self, cfg: Any) -> Rope:
         return self if self.trained is not None else dataclasses.replace(self, trained=cfg.max_positions)
 
+    def frequencies(self, head_dim: int, length: jax.Array | float) -> jax.Array:
+        """Radians per position of every rotated pair, ``[width / 2]``."""
+        return jnp.asarray(self.scaling.frequencies(self.theta, self.width(head_dim), length, self.trained or 2048)[0])
+
     def angles(self, positions: jax.Array, width: int, length: jax.Array | float) -> tuple[jax.Array, jax.Array]:
         """``cos, sin`` of shape ``positions.shape + (width // 2,)``, both multiplied by the attention factor."""
         freqs, m = self.scaling.frequencies(self.theta, width, length, self.trained or 2048)

@@ -185,9 +185,7 @@ def test_compiled_for_the_chips_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> 
     assert "[1024,8]" in str(program.jaxpr) and "[512,8]" in str(program.jaxpr)  # blocks of keys, of queries
 
 
-@pytest.mark.parametrize(
-    "pattern", [{"name": "longheads"}, {"name": "lm_infinite", "top_k": 2}], ids=["longheads", "top_k"]
-)
+@pytest.mark.parametrize("pattern", [{"name": "lm_infinite", "top_k": 2}], ids=["top_k"])
 def test_patterns_that_list_keys_are_refused_by_name(pattern: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^model\.attention\.backend: 'pallas' .* lists keys at run time; valid: auto"):
         merge(BASE, {"attention": {"backend": "pallas"}, "pattern": pattern}, "model")
@@ -209,4 +207,4 @@ def test_a_bias_the_kernel_does_not_know_is_refused() -> None:
 
 def test_one_convention_for_rows_without_keys() -> None:
     assert common.NEG == NEG
-    assert {name for name, plug in TABLE.items() if getattr(plug, "lists_keys", False) is True} == {"longheads"}
+    assert {name for name, plug in TABLE.items() if getattr(plug, "lists_keys", False)} == {"lm_infinite"}

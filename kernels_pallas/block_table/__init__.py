@@ -1,0 +1,1 @@
+"""Attention to key blocks that are listed per row, head and query block while the program runs; see api.py."""
