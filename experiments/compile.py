@@ -8,7 +8,7 @@ Prints, and with ``--out`` writes as JSON: parameters, bytes per chip against th
 time that each resource needs at least, and the MFU that follows. Any key can be set as for experiments.run, the layout
 with it: ``--config.train.mesh.fsdp=-1 --config.train.mesh.data=1 --config.train.batch=64``. ``--search`` tries layouts
 of data, fsdp and tensor, with and without remat, in one to four parts, and ranks those that fit. The exit code is 1 for
-a step that does not fit. Needs the extra ``aot``.
+a step that does not fit. Needs the extra ``aot``, except for ``--estimate``: memory by arithmetic, in seconds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from experiments.run import split_overrides
 from lm.config import ModelConfig
 from lm.errors import UserError, unknown
 from lm.parallel import certificate, chips
+from lm.parallel.estimate import estimate
 from lm.train.config import TrainConfig
 
 PROG = "python -m experiments.compile"
@@ -43,6 +44,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--arm", help="the arm to compile (default: the first that trains)")
     parser.add_argument("--out", type=Path, help="JSON file to write; one that is there stays")
     parser.add_argument("--search", action="store_true", help="try layouts, remat and parts; rank those that fit")
+    parser.add_argument("--estimate", action="store_true", help="memory by arithmetic, without the compiler")
     args, strange = parser.parse_known_args(rest)
     parser.refuse(strange)
     if args.out is not None and args.out.exists():
@@ -55,10 +57,17 @@ def run(argv: Sequence[str]) -> int:
     else:
         raw = registry.find(args.config)[1]
     chips.split(args.topology)
+    content: dict[str, Any]
     cfg, train, about = subject(raw, overrides, args.arm)
-    if args.search:
+    if args.estimate and args.search:
+        raise UserError("--estimate: found --search too; valid: one of them")
+    if args.estimate:
+        content = {**about, **estimate(cfg, train, args.topology)}
+        good = content["fits"]
+        print("\n".join(estimated(content, about)))
+    elif args.search:
         found = search(cfg, train, args.topology)
-        content: dict[str, Any] = {**about, "topology": args.topology, "tried": found}
+        content = {**about, "topology": args.topology, "tried": found}
         good = any(row.get("fits") for row in found)
     else:
         one = certificate.certify(cfg, train, args.topology)
@@ -128,6 +137,19 @@ def search(cfg: ModelConfig, train: TrainConfig, topology: str) -> list[dict[str
     for one in [c for c in found if c["fits"]][:10]:
         print(f"  {one['variant']}: {verdict(one)}")
     return found
+
+
+def estimated(one: dict[str, Any], about: dict[str, Any]) -> list[str]:
+    """An estimate for people."""
+    mesh = " x ".join(f"{name} {n}" for name, n in one["mesh"].items() if n > 1) or "one chip"
+    m, s = one["memory"], one["state"]
+    return [
+        f"{about['config']}, arm {about['arm']}, on {one['topology']} ({one['chips']} chips): {mesh}",
+        f"a chip holds: parameters {s['parameters'] / GIB:.3f} GiB, optimizer {s['optimizer'] / GIB:.3f} GiB, frozen "
+        f"{s['frozen'] / GIB:.3f} GiB",
+        "temporaries: " + ", ".join(f"{name} {n / GIB:.3f} GiB" for name, n in one["temporaries"].items()),
+        f"estimate: {'fits' if one['fits'] else 'does not fit'}, {m['peak'] / GIB:.2f} of {one['hbm'] / GIB:.1f} GiB",
+    ]
 
 
 def verdict(one: dict[str, Any]) -> str:

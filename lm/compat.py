@@ -14,7 +14,13 @@ JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[
 def auto_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices: Any = None) -> jax.sharding.Mesh:
     """A mesh whose axes are of type Auto (`devices`: None = all); `jax.make_mesh` gives Explicit ones since jax 0.9."""
     kinds = (jax.sharding.AxisType.Auto,) * len(names)
-    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+    try:
+        return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
+    except NotImplementedError:  # no side of the machine, or product of sides, is as long as an axis: sides are split
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, names, axis_types=kinds)
 
 
 def on_tpu_vm() -> bool:

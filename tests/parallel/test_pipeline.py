@@ -102,19 +102,21 @@ def test_bubble() -> None:
     assert bubble(1, 8) == 0 and bubble(4, 4) == 3 / 7 and bubble(35, 280) == pytest.approx(34 / 314)
 
 
-@pytest.mark.parametrize(("stages", "data"), [(15, 16), (35, 8)])
-def test_the_layout_of_a_published_pipeline_divides(stages: int, data: int) -> None:
-    """MT-NLG 530B as its config has it on 1,920 devices, and as the paper has it on 2,240: one row a microbatch."""
-    cfg, own = model_config(mt_nlg_530b.model()), mt_nlg_530b.train()
-    M = 1920 // own["accumulate"] // data
-    settings = build(TrainConfig, {**own, "mesh": {**own["mesh"], "stage": stages, "microbatches": M}}, "train")
-    layout = settings.mesh
-    sizes = layout.sizes(data * stages * 8)
-    assert sizes["data"] == data and (stages != 15 or own["mesh"]["microbatches"] == M)
-    check(cfg.layers(), stages, 1920 // own["accumulate"], layout.parts("batch", sizes), M, cfg.scan_layers)
+def test_the_layout_of_a_published_pipeline_divides() -> None:
+    """MT-NLG 530B on its slice: 21 layers a stage, a row a microbatch, the bubble that its config states; and the
+    paper's own 8 replicas of 35 stages."""
+    cfg, settings = model_config(mt_nlg_530b.model()), build(TrainConfig, mt_nlg_530b.train(), "train")
     shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
-    layout.check({name: (shape, params.logical_of(name)) for name, shape in shapes.items()}, sizes)
-    assert bubble(15, 30) == 14 / 44
+    names = {name: (shape, params.logical_of(name)) for name, shape in shapes.items()}
+    own, paper = settings.mesh, Layout(stage=35, tensor=8, microbatches=120)
+    for layout, devices, stages, accumulate in ((own, 2560, 5, 1), (paper, 2240, 35, 2)):
+        sizes, M = layout.sizes(devices), layout.in_flight(stages)
+        assert (sizes["data"], sizes["stage"], sizes["tensor"]) == (8, stages, 8)
+        layout.check(names, sizes)
+        rows, parts = settings.batch // accumulate, layout.parts("batch", sizes)
+        check(cfg.layers(), stages, rows, parts, M, cfg.scan_layers)
+        assert rows // parts // M == 1
+    assert bubble(5, 30) == 4 / 34 and bubble(35, 120) == 34 / 154
 
 
 OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_window", "window": 4}},)}
