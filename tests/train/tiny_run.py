@@ -1,6 +1,6 @@
 """A tiny training run for tests: as a function, and as a program that is killed again and again.
 
-``python tiny_run.py FOLDER TEXTS KILLS SEED`` imports once and forks a child per attempt, so that thirty attempts take
+``python tiny_run.py FOLDER TEXTS KILLS SEED`` imports once and forks a child per attempt, so that ten attempts take
 seconds each; every attempt but the last is killed (SIGKILL) after a random time.
 """
 
