@@ -103,12 +103,13 @@ def test_bubble() -> None:
 
 
 def test_the_layout_of_a_published_pipeline_divides() -> None:
-    """MT-NLG 530B on its slice: 21 layers a stage, a row a microbatch, the bubble that its config states; and the
-    paper's own 8 replicas of 35 stages."""
+    """MT-NLG 530B in 5 stages of 21 layers on a slice of TPUs, and in the paper's 8 replicas of 35 stages: one row a
+    microbatch, and the bubbles."""
     cfg, settings = model_config(mt_nlg_530b.model()), build(TrainConfig, mt_nlg_530b.train(), "train")
     shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
     names = {name: (shape, params.logical_of(name)) for name, shape in shapes.items()}
-    own, paper = settings.mesh, Layout(stage=35, tensor=8, microbatches=120)
+    own = Layout(stage=5, fsdp=8, tensor=8, microbatches=30)
+    paper = Layout(stage=35, tensor=8, microbatches=120)
     for layout, devices, stages, accumulate in ((own, 2560, 5, 1), (paper, 2240, 35, 2)):
         sizes, M = layout.sizes(devices), layout.in_flight(stages)
         assert (sizes["data"], sizes["stage"], sizes["tensor"]) == (8, stages, 8)
