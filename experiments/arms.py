@@ -133,7 +133,8 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
     if training is None or untrained:
         return Arm(name, cfg, plugs)
     final = base.final() if isinstance(base, Draft) else base
-    trained = cfg if trains or shapes(cfg) != shapes(final) else final
+    # A draft's sizes come with its checkpoint.
+    trained = cfg if trains or isinstance(cfg, Draft) or shapes(cfg) != shapes(final) else final
     return Arm(name, cfg, plugs, merge(training, train, "train"), trained)
 
 

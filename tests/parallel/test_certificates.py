@@ -158,6 +158,10 @@ def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--config=configs/pretrain.py:smoke", "--topology=v5e:2x2", "--arm=bse"], "did you mean 'base'?"),
         (["--config=configs/longheads.py:smoke", "--topology=v5e:2x2"], "no arm trains anything"),
         (["--config=configs/pretrain.py:smoke", "--topologi=v5e:2x2"], "--topology"),
+        (
+            ["--config=configs/lora.py:paper", "--topology=v5e:2x2"],
+            "the model follows from a checkpoint that is not here",
+        ),
         (["--config=configs/pretrain.py:smoke"], "--topology: not given"),
         (["--base=llama_70b"], "did you mean 'llama3_70b'?"),
     ):
