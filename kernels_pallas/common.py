@@ -16,9 +16,9 @@ from lm.errors import UserError, unknown
 NEG = -1e30  # finite stand-in for -inf, the same as `lm.attention.branches.NEG`
 MIB = 2**20
 
-# "auto": see `run`. "tpu": Mosaic TPU. "gpu": see each gpu.py. "interpret": the TPU kernel interpreted, slowly. "xla":
-# plain XLA operations. "reference": the truth, in float32.
-IMPLEMENTATIONS = ("auto", "tpu", "gpu", "interpret", "xla", "reference")
+# "auto": see `run`. "tpu": Mosaic TPU. "gpu": Mosaic GPU, for Hopper. "cudnn": NVIDIA's library, where it serves.
+# "interpret", "interpret_gpu": the TPU and the GPU kernel interpreted, slowly. "xla": plain XLA operations.
+# "reference": the truth, in float32. A kernel has those of its `forms`.
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,17 @@ CHIPS = {
     "v6e": Chip("v6e:2x2", 64 * MIB),
 }
 
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU generation: its compute capability and the shared memory a block of threads may take, bytes."""
+
+    capability: str
+    smem: int
+
+
+GPUS = {"h100": Gpu("9.0", 227 * 1024)}  # H100, H200, GH200: kernels use its wgmma and TMA, no other generation has both
+
 KINDS = {
     "TPU v4": "v4",
     "TPU v5 lite": "v5e",
@@ -51,7 +62,10 @@ KINDS = {
 
 
 def chip(device: Any) -> str | None:
-    """The name in `CHIPS` of a device, a mesh's abstract one too; None if it has none. For callers, not for kernels."""
+    """The name in `CHIPS` or `GPUS` of a device, a mesh's abstract one too, or None. For callers, not for kernels."""
+    if device.platform == "gpu":
+        capability = getattr(device, "compute_capability", None)
+        return next((name for name, gpu in GPUS.items() if gpu.capability == capability), None)
     return KINDS.get(device.device_kind) if device.platform == "tpu" else None
 
 
@@ -103,8 +117,8 @@ def vmem(chip: str | None) -> int | None:
 
 def check_chip(kernel: str, chip: str | None) -> None:
     """The chip's name selects block sizes; it is said, never looked up, because programs are compiled elsewhere."""
-    if chip is not None and chip not in CHIPS:
-        raise unknown(f"{kernel}: chip", chip, CHIPS)
+    if chip is not None and chip not in CHIPS and chip not in GPUS:
+        raise unknown(f"{kernel}: chip", chip, (*CHIPS, *GPUS))
 
 
 def known_dtype(kernel: str, **arrays: Any) -> None:
@@ -124,29 +138,31 @@ def run(
     kernel: str,
     implementation: str,
     forms: Mapping[str, Callable[..., Any]],
-    refusal: str | None,
+    refusals: Mapping[str, str | None],
     *args: Any,
-    gpu_refusal: str | None = None,
+    chip: str | None = None,
 ) -> Any:
     """Calls the implementation named, or for 'auto' the best one that serves the call.
 
-    `forms` maps 'tpu', 'gpu', 'interpret', 'xla' and 'reference' to functions of `args`; `refusal` says why the TPU
-    kernel cannot serve the call, if it cannot, `gpu_refusal` the same of 'gpu'. 'auto' becomes the TPU kernel where the
-    program is lowered for a TPU, whatever the machine that lowers it, 'gpu' where for CUDA, and XLA operations
-    elsewhere and where there is a refusal.
-    Raises UserError for an unknown name, or a kernel asked for by name that cannot serve the call.
+    `forms`: functions of `args` by name, 'xla' among them; `refusals` says of a form why it cannot serve the call. 'auto'
+    becomes 'tpu' where the program is lowered for a TPU, whatever the machine that lowers it; where for CUDA, 'cudnn',
+    else 'gpu' if `chip` is one it is written for; and 'xla' elsewhere and in place of what is refused.
+    Raises UserError for an unknown name, or a form asked for by name that cannot serve the call.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise unknown(f"{kernel}: implementation", implementation, IMPLEMENTATIONS)
-    reason = {"tpu": refusal, "interpret": refusal, "gpu": gpu_refusal}.get(implementation)
-    if reason:
+    if implementation not in ("auto", *forms):
+        raise unknown(f"{kernel}: implementation", implementation, ("auto", *forms))
+    if reason := refusals.get(implementation):
         raise UserError(f"{kernel}: implementation {implementation!r} cannot serve this call: {reason}; use 'auto'")
     if implementation != "auto":
         return forms[implementation](*args)
-    tpu, gpu = (forms["xla" if why else name] for name, why in (("tpu", refusal), ("gpu", gpu_refusal)))
-    if tpu is gpu is forms["xla"]:
+
+    def first(*names: str) -> Callable[..., Any]:
+        return next((forms[name] for name in names if name in forms and not refusals.get(name)), forms["xla"])
+
+    tpu, cuda = first("tpu"), first("cudnn", *(("gpu",) if chip in GPUS else ()))
+    if tpu is cuda is forms["xla"]:
         return tpu(*args)
-    return jax.lax.platform_dependent(*args, tpu=tpu, cuda=gpu, default=forms["xla"])
+    return jax.lax.platform_dependent(*args, tpu=tpu, cuda=cuda, default=forms["xla"])
 
 
 def strict() -> pltpu.InterpretParams:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.block_table import gpu, reference, tpu
+from kernels_pallas.block_table import reference, tpu
 from kernels_pallas.common import check_chip, known_dtype, run
 from lm.errors import UserError
 
@@ -182,13 +182,13 @@ def _attend(static: Static, *args: Any) -> tuple[jax.Array, jax.Array]:
     forms: dict[str, Callable[..., Any]] = {
         "reference": functools.partial(reference.reference, **settings),
         "xla": functools.partial(reference.xla, **settings),
-        "gpu": functools.partial(gpu.attention, **settings),
         "tpu": kernel,
         "interpret": functools.partial(kernel, interpret=interpret),
     }
     sizes = (blocks.shape[1], settings["block_size"], settings["q_block"])
     refusal = tpu.refusal(q, k, *sizes, angles, tiled=implementation != "interpret")
-    return run(NAME, implementation, forms, refusal, *args)
+    refusals = {"tpu": refusal, "interpret": refusal}
+    return run(NAME, implementation, forms, refusals, *args, chip=chip)
 
 
 def _forward(static: Static, *args: Any) -> Any:

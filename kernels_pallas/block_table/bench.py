@@ -165,7 +165,7 @@ def gpu_cases() -> list[Case]:
     return [
         Case(
             str(size),
-            functools.partial(attend, size, implementation="gpu"),
+            functools.partial(attend, size, implementation="xla"),
             shapes(size),
             draw=functools.partial(draw, size),
         )

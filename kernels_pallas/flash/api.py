@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import common
-from kernels_pallas.flash import gpu, reference, table, tpu
+from kernels_pallas.flash import cudnn, reference, table, tpu
 from kernels_pallas.flash.tpu import Spec
 from lm.errors import UserError
 
@@ -59,7 +59,7 @@ def flash(
     `causal` says that the mask is plain causal, for library kernels. `implementation`: see `kernels_pallas.common`;
     `interpret`: what `pallas_call` takes under 'interpret' (`common.strict`). `chip`: row of the block-size table;
     `block_q`, `block_k` win over it. With `mesh` the call sits in `jax.shard_map`: rows of the batch over `batch_axis`,
-    heads over `head_axis` (a name, several, or None). 'xla' and 'reference' hold all logits, O(T S) per head. 'gpu'
+    heads over `head_axis` (a name, several, or None). 'xla' and 'reference' hold all logits, O(T S) per head. 'cudnn'
     rounds the log-sum-exp to the dtype of q.
     Raises UserError for shapes that do not fit each other, and for an implementation that cannot serve.
     """
@@ -82,7 +82,8 @@ def flash(
     size = {"block_q": min(size["block_q"], _up(T, table.LANES)), "block_k": min(size["block_k"], _up(S, table.LANES))}
     uneven = any(s % table.LANES for s in size.values()) and implementation != "interpret"
     refusal = f"blocks {size}, on a TPU multiples of {table.LANES}" if uneven else None
-    gpu_refusal = gpu.refusal(q_BTHd, k_BSKd, causal, rows, slopes_H, sinks_H, softcap)
+    refusals = {"tpu": refusal, "interpret": refusal}
+    refusals["cudnn"] = cudnn.refusal(q_BTHd, k_BSKd, causal, rows, slopes_H, sinks_H, softcap)
 
     def local(*arrays: Any) -> tuple[jax.Array, jax.Array]:
         spec = Spec(
@@ -92,11 +93,11 @@ def flash(
         forms: dict[str, Callable[..., Any]] = {
             "tpu": functools.partial(_tpu, spec, tiles),
             "interpret": functools.partial(_tpu, dataclasses.replace(spec, interpret=interpret), tiles),
-            "gpu": functools.partial(gpu.attention, scale=scale),
+            "cudnn": functools.partial(cudnn.attention, scale=scale),
             "xla": jax.checkpoint(dense),  # nothing of size T S waits for the backward pass
             "reference": functools.partial(_exact, dense),
         }
-        return common.run(NAME, implementation, forms, refusal, *arrays, gpu_refusal=gpu_refusal)
+        return common.run(NAME, implementation, forms, refusals, *arrays, chip=chip)
 
     args = (q_BTHd, k_BSKd, v_BSKd, rows, slopes_H, sinks_H)
     if mesh is None:

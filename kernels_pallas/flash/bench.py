@@ -168,7 +168,7 @@ def small_cases() -> list[Case]:
 def gpu_cases() -> list[Case]:
     """XLA, which serves a GPU whatever the mask; 'auto'; and cuDNN, which can only be lowered where it is, on a GPU."""
     args = _shapes(1, 4096, 4096, (H, K), D, jnp.bfloat16, frozenset())
-    cudnn = ("gpu",) if jax.default_backend() == "gpu" else ()
+    cudnn = ("cudnn",) if jax.default_backend() == "gpu" else ()
     out = []
     for name in ("xla", "auto", *cudnn):
         attend = functools.partial(_attend, name, Band(), None, frozenset(), causal=True)
@@ -188,7 +188,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     T, dtype = (100, jnp.float32) if small else (4096, jnp.bfloat16)
     for name, mask in {"causal": Band(), "window + sinks": Band(T // 8, 16)}.items():
         args = _draw(np.random.default_rng(0), _shapes(1, T, T, (H, K), D, dtype, frozenset()))
-        cudnn = ("gpu",) if jax.default_backend() == "gpu" and mask == Band() else ()
+        cudnn = ("cudnn",) if jax.default_backend() == "gpu" and mask == Band() else ()
         for kind in ("forward", "backward"):
             forms = {}
             for form in (*timing.names(), *cudnn):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import check_chip, precision, run
-from kernels_pallas.int4_matmul import gpu, reference, tpu
+from kernels_pallas.int4_matmul import reference, tpu
 from kernels_pallas.int4_matmul.reference import Quantized
 from kernels_pallas.int4_matmul.tpu import Tiles
 from lm.errors import UserError
@@ -46,11 +46,12 @@ def _matmul(
     forms: dict[str, Callable[..., Any]] = {
         "reference": reference.reference,
         "xla": reference.xla,
-        "gpu": gpu.int4_matmul,
         "tpu": kernel,
         "interpret": functools.partial(kernel, interpret=True),
     }
-    return run(NAME, implementation, forms, tpu.refusal(x_MK, weights, chip), x_MK, weights)
+    refusal = tpu.refusal(x_MK, weights, chip)
+    refusals = {"tpu": refusal, "interpret": refusal}
+    return run(NAME, implementation, forms, refusals, x_MK, weights, chip=chip)
 
 
 def _forward(x_MK: jax.Array, weights: Quantized, *static: Any) -> tuple[jax.Array, Quantized]:

@@ -94,7 +94,7 @@ def gpu_cases() -> list[Case]:
     """What a GPU runs: XLA operations."""
     kinds: dict[str, Callable[..., Any]] = {"forward": int4_matmul, "backward": gradients}
     return [
-        Case(f"{_name(size)} {kind}", functools.partial(fn, implementation="gpu"), _shapes(size), draw=_draw)
+        Case(f"{_name(size)} {kind}", functools.partial(fn, implementation="xla"), _shapes(size), draw=_draw)
         for size in REAL
         if size in ((8, *FEED), (2048, *FEED))
         for kind, fn in kinds.items()

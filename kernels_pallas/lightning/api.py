@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import check_chip, known_dtype, run
-from kernels_pallas.lightning import gpu, reference, tpu
+from kernels_pallas.lightning import reference, tpu
 from lm.errors import UserError
 
 NAME = "lightning"
@@ -47,12 +47,12 @@ def _scan(
     kernel = functools.partial(tpu.chunked, reverse=reverse, chunk=chunk, chip=chip)
     forms: dict[str, Callable[..., Any]] = {
         "xla": xla,
-        "gpu": functools.partial(gpu.chunked, reverse=reverse, chunk=chunk),
         "tpu": kernel,
         "interpret": functools.partial(kernel, interpret=True),
     }
     refusal = tpu.refusal(q_BHTD, v_BHTE)
-    return run(NAME, implementation, forms, refusal, q_BHTD, k_BHTD, v_BHTE, rate_H, state_BHDE)
+    refusals = {"tpu": refusal, "interpret": refusal}
+    return run(NAME, implementation, forms, refusals, q_BHTD, k_BHTD, v_BHTE, rate_H, state_BHDE, chip=chip)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

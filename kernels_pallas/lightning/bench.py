@@ -90,7 +90,7 @@ def small_cases() -> list[Case]:
 def gpu_cases() -> list[Case]:
     """What a GPU runs: XLA operations in chunks."""
     return [
-        Case(_name(REAL[0], kind), functools.partial(fn, implementation="gpu"), _shapes(REAL[0]), draw=_draw)
+        Case(_name(REAL[0], kind), functools.partial(fn, implementation="xla"), _shapes(REAL[0]), draw=_draw)
         for kind, fn in KINDS.items()
     ]
 

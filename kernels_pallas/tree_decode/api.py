@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import check_chip, known_dtype, run
-from kernels_pallas.tree_decode import gpu, reference, tpu
+from kernels_pallas.tree_decode import reference, tpu
 from lm.errors import UserError
 
 NAME = "tree_decode"
@@ -53,11 +53,12 @@ def _attend(static: tuple[str, str | None, int | None, float], *arrays: jax.Arra
     forms: dict[str, Callable[..., Any]] = {
         "reference": functools.partial(reference.reference, scale=scale),
         "xla": functools.partial(reference.xla, scale=scale),
-        "gpu": functools.partial(gpu.tree_decode, scale=scale),
         "tpu": kernel,
         "interpret": functools.partial(kernel, interpret=True),
     }
-    return run(NAME, implementation, forms, tpu.refusal(arrays[0], arrays[1]), *arrays)
+    refusal = tpu.refusal(arrays[0], arrays[1])
+    refusals = {"tpu": refusal, "interpret": refusal}
+    return run(NAME, implementation, forms, refusals, *arrays, chip=chip)
 
 
 @_attend.defjvp

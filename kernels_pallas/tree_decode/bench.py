@@ -103,7 +103,7 @@ def small_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     """What a GPU runs: XLA operations in chunks."""
-    run = functools.partial(tree_decode, implementation="gpu")
+    run = functools.partial(tree_decode, implementation="xla")
     return [Case(str(size), run, shapes(size), draw=draw) for size in (REAL[0], replace(REAL[0], B=8, packed=True))]
 
 

@@ -13,7 +13,7 @@ from kernel_checks import STRICT, without_races
 from plug_case import rms_ratio
 
 from kernels_pallas import common
-from kernels_pallas.flash import bench, gpu, table
+from kernels_pallas.flash import bench, cudnn, table
 from kernels_pallas.flash.api import flash
 from lm import compat
 from lm.attention.masks import Causal, Chunked, Mask, Sinks, Window
@@ -199,7 +199,7 @@ def test_inside_shard_map_on_8_devices() -> None:
 def test_cudnn_gets_what_it_can_and_a_reason_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = tuple(a.astype(jnp.bfloat16) for a in arrays(16, 16, 2, 1, 8))
-    run = functools.partial(flash, implementation="gpu")
+    run = functools.partial(flash, implementation="cudnn")
     for reason, call in {
         "not plain causal": lambda: run(*x, LAMBDA),
         "not the same rows": lambda: run(x[0][:, 8:], *x[1:], Causal(), causal=True, offset=8),
@@ -209,7 +209,7 @@ def test_cudnn_gets_what_it_can_and_a_reason_for_the_rest(monkeypatch: pytest.Mo
         "a soft-cap": lambda: run(*x, Causal(), causal=True, softcap=2.0),
         "heads wider": lambda: run(*(jnp.zeros((1, 16, 1, 256), jnp.bfloat16),) * 3, Causal(), causal=True),
     }.items():
-        with pytest.raises(UserError, match=f"'gpu' cannot serve this call: .*{reason}.*; use 'auto'"):
+        with pytest.raises(UserError, match=f"'cudnn' cannot serve this call: .*{reason}.*; use 'auto'"):
             call()
     monkeypatch.undo()
     with pytest.raises(UserError, match="no GPU here"):
@@ -217,9 +217,9 @@ def test_cudnn_gets_what_it_can_and_a_reason_for_the_rest(monkeypatch: pytest.Mo
 
 
 def test_gradient_through_the_log_sum_exp_that_cudnn_drops() -> None:
-    """The rule of gpu.py, around XLA's form of the same library function, which drops that gradient as cuDNN does."""
+    """The rule of cudnn.py, around XLA's form of the same library function, which drops that gradient as cuDNN does."""
     x = arrays(24, 24, 4, 2, 8)
-    form = functools.partial(gpu.attention, scale=0.3, library="xla")
+    form = functools.partial(cudnn.attention, scale=0.3, library="xla")
     truth = functools.partial(flash, mask=Causal(), scale=0.3, implementation="reference")
     for weigh in (loss, lambda out, lse: jnp.sin(3 * out).sum()):
         got, want = (jax.jit(jax.grad(lambda x, f=f, w=weigh: w(*f(*x))))(x) for f in (form, truth))

@@ -1,4 +1,4 @@
-"""On a GPU there is no kernel of ours yet: plain causal attention goes to cuDNN, everything else is refused by name.
+"""Plain causal attention by cuDNN, on a GPU; everything else is refused by name.
 
 `jax.nn.dot_product_attention(implementation="cudnn")` gives output and log-sum-exp, but drops the gradient that arrives
 through the log-sum-exp without a word. Here it is computed, from d lse_i / d logit_ij = p_ij: to q it is attention with
