@@ -28,6 +28,7 @@ ATTENTION = ("ring", "gather")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
+    "slots": ("sequence",),  # of a cache
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
