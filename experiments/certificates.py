@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,14 +153,15 @@ def keep(one: Wanted, content: dict[str, Any], folder: Path = FOLDER) -> None:
     write_json(folder / one.file, {"config": f"{one.name}:{SCALE}", "certificates": kept})
 
 
-HEADS = {
-    "train": "| of | arm | slice | layout | rows x tokens, parts | memory, GiB | FLOPs by formula | compiled / formula | "
-    "arithmetic, s | memory, s | links, s | MFU at most |",
-    "decode": "| of | arm | slice | layout | texts x tokens | cache, GiB | memory, GiB | compiled / formula | arithmetic, ms "
-    "| memory, ms | links, ms | a token, ms |",
-    "prefill": "| of | arm | slice | layout | texts x tokens | cache, GiB | memory, GiB | compiled / formula | arithmetic, s "
-    "| memory, s | links, s | a prompt, s |",
+COLUMNS = {
+    "train": "of, arm, slice, layout, rows x tokens and parts, memory GiB, FLOPs by formula, compiled / formula, "
+    "arithmetic s, memory s, links s, MFU at most",
+    "decode": "of, arm, slice, layout, texts x tokens, cache GiB, memory GiB, compiled / formula, arithmetic ms, "
+    "memory ms, links ms, a token ms",
+    "prefill": "of, arm, slice, layout, texts x tokens, cache GiB, memory GiB, compiled / formula, arithmetic s, "
+    "memory s, links s, a prompt s",
 }
+TITLES = {"train": "Training steps", "decode": "Decoding", "prefill": "Reading prompts"}
 
 
 def rows(which: Sequence[Wanted], folder: Path = FOLDER) -> list[str]:
@@ -171,10 +172,12 @@ def rows(which: Sequence[Wanted], folder: Path = FOLDER) -> list[str]:
         if found is not None:
             certificates.append(found)
     out: list[str] = []
-    for step, head in HEADS.items():
+    for step, columns in COLUMNS.items():
         of = [c for c in certificates if c.get("step", "train") == step]
         if of:
-            out += ["", head, "|" + " --- |" * (head.count("|") - 1), *(_row(c, step) for c in of)]
+            names = columns.split(", ")
+            head = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+            out += ["", f"## {TITLES[step]}", "", *head, *(_row(c, step) for c in of)]
     return out[1:]
 
 
@@ -198,24 +201,23 @@ def _row(one: Mapping[str, Any], step: str) -> str:
 
 def page(folder: Path = FOLDER) -> str:
     """``docs/certificates.md``."""
-    every = wanted()
-    return "\n".join([*_intro(), "", *rows(every, folder), ""])
+    return "\n".join([INTRO, *rows(wanted(), folder), ""])
 
 
-def _intro() -> Iterator[str]:
-    yield "# Certificates"
-    yield ""
-    yield "Written by `python -m experiments.certificates` from `benchmarks/certificates`; `python -m experiments.compile --all`"
-    yield "compiles all of them again, `--all --missing` those that are absent or of another config."
-    yield ""
-    yield "Each row is the program that the TPU's own compiler makes of a config's step for a slice, on a machine without"
-    yield "TPUs. Nothing here was run on one. Memory is a chip's peak by the compiler. Seconds are what each resource alone"
-    yield "needs at least, at the public rates of the chips, for that program: its products (*arithmetic*), what passes between"
-    yield "a chip and its memory (*memory*), and its links. FLOPs by formula are what the model needs; compiled over formula is"
-    yield "above 1 where the program computes again (`model.remat`: a third more) or computes what a mask discards, and below 1"
-    yield "where it skips what the formula counts. MFU at most is the formula's arithmetic over the slowest resource."
-    yield "Decoding is one token of every text with full caches; a prompt is read in one piece of 4,096 tokens and others of"
-    yield "256, each attending to the whole cache."
+INTRO = """# Certificates
+
+Written by `python -m experiments.certificates` from `benchmarks/certificates`. `python -m experiments.compile --all`
+compiles all of them again, `--all --missing` those that are absent or of another config.
+
+Each row is the program that the TPU's own compiler makes of a config's step for a slice, on a machine without TPUs;
+nothing here was run on one. Memory is a chip's peak by the compiler. Seconds are what each resource alone needs at
+least, at the public rates of the chips, for that program: its products (arithmetic), what passes between a chip and
+its memory (memory), and its links. FLOPs by formula are what the model needs. Compiled over formula is above 1 where
+the program computes again (`model.remat`: up to a third more) or computes what a mask discards, and below 1 where it
+skips what the formula counts. MFU at most is the formula's arithmetic at full rate over the time of the slowest
+resource. Decoding is one token of every text with full caches; a prompt is read in one piece of 4,096 tokens and
+others of 256, each attending to the whole cache.
+"""
 
 
 def run(argv: Sequence[str]) -> int:

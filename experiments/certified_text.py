@@ -42,9 +42,8 @@ def verdict(one: Mapping[str, Any]) -> str:
 
 def text(one: Mapping[str, Any], about: Mapping[str, Any], advice: list[str]) -> list[str]:
     """A certificate; `advice`: what would fit, where this does not."""
-    out = [
-        f"{about['config']}, arm {about['arm']}, {one['step']}, on {one['topology']} ({one['chips']} chips): {where(one)}"
-    ]
+    place = f"on {one['topology']} ({one['chips']} chips): {where(one)}"
+    out = [f"{about['config']}, arm {about['arm']}, {one['step']}, {place}"]
     state = ", ".join(f"{name} {size / GIB:.3f} GiB" for name, size in one["state"].items())
     if one["step"] == "train":
         of = one["train"]
@@ -56,8 +55,8 @@ def text(one: Mapping[str, Any], about: Mapping[str, Any], advice: list[str]) ->
         of = one["serve"]
         kept = f", cache in {of['quantize']}" if of["quantize"] else ""
         out.append(
-            f"{one['parameters']:,} parameters in {one['dtype']['parameters']}; {of['batch']} texts of {of['length']:,} "
-            f"tokens{kept}"
+            f"{one['parameters']:,} parameters in {one['dtype']['parameters']}; {of['batch']} texts of "
+            f"{of['length']:,} tokens{kept}"
         )
     out.append(f"a chip holds: {state}")
     if "seconds" in one:
@@ -70,7 +69,8 @@ def text(one: Mapping[str, Any], about: Mapping[str, Any], advice: list[str]) ->
             ),
             f"FLOPs: {f['analytic']:.4g} by formula, {f['compiled']:.4g} compiled ({f['ratio']:.3f} times)",
             f"memory traffic: {one['bytes'] / 1e9:.3f} GB a chip",
-            f"seconds, at least: {', '.join(f'{name} {value:.4f}' for name, value in s.items())} (bound by {one['bound']})",
+            "seconds, at least: " + ", ".join(f"{name} {value:.4f}" for name, value in s.items()),
+            f"bound by: {one['bound']}",
         ]
         if one["not_counted"]:
             out.append(f"calls that say nothing of their work, not counted: {', '.join(one['not_counted'])}")

@@ -10,14 +10,14 @@ makes every certificate that configs name again, ``--missing`` those that are ab
 memory, FLOPs by formula and compiled, memory traffic, collectives, the time that each resource needs at least, and what
 follows from it.
 
-``--step``: one training step (the default where the config trains), the step that decodes one token, or the reading of
-prompts, of `--batch` texts of `--length` tokens (default: the longest that the config reads), from `--weights`
-(bfloat16, float32, or the config's) and with the cache as it is or in int8 (`--quantize`). `--mesh=fsdp=8,tensor=-1` is
-the layout; for training any key can be set as for experiments.run: ``--config.train.mesh.fsdp=-1``
+``--step``: one training step (the default where the config trains), the step that decodes one token, or the reading
+of prompts, of `--batch` texts of `--length` tokens (default: the longest that the config reads), from `--weights`
+(bfloat16, float32, or the config's) and with the cache as it is or in int8 (`--quantize`). `--mesh=fsdp=8,tensor=-1`
+is the layout; for training any key can be set as for experiments.run: ``--config.train.mesh.fsdp=-1``
 ``--config.train.batch=64``. ``--search`` tries layouts of data, fsdp, expert, sequence and tensor, with and without
-remat, in one to sixteen parts; skips what the estimate says is hopeless, compiles the `--tries` most promising and ranks
-those that fit. The exit code is 1 for a step that does not fit. Needs the extra ``aot``, except for ``--estimate``:
-memory by arithmetic, in seconds.
+remat, in one to sixteen parts; skips what the estimate says is hopeless, compiles the `--tries` most promising and
+ranks those that fit. The exit code is 1 for a step that does not fit. Needs the extra ``aot``, except for
+``--estimate``: memory by arithmetic, in seconds.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def serve(args: Any, arm: Arm) -> serving.Serve:
 
 
 def search(cfg: ModelConfig, train: TrainConfig, topology: str, tries: int) -> list[dict[str, Any]]:
-    """Certificates of the most promising variants, those that fit first, by the seconds a step takes at least; prints as
-    it goes."""
+    """Certificates of the most promising variants, those that fit first, by the seconds a step takes at least; prints
+    as it goes."""
     chips.devices(topology)
     good, bad = advice.promising(train, cfg, topology)
     print(f"{len(good) + len(bad)} variants; {len(bad)} hopeless by the estimate, {min(tries, len(good))} compiled")

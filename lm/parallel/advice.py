@@ -82,8 +82,7 @@ def _changes(
 def _moved(
     cfg: ModelConfig, train: TrainConfig, topology: str, sizes: dict[str, int], axis: str
 ) -> Iterator[tuple[ModelConfig, TrainConfig, str, str]]:
-    """More chips along `axis`, taken from those that hold rows; the rows of a chip become more by as much, and the parts
-    too, where they can."""
+    """More chips along `axis`, taken from those that hold rows."""
     for n in (2, 4, 8):
         source = "data" if sizes["data"] % n == 0 else "fsdp" if sizes["fsdp"] % n == 0 else None
         if source is None:

@@ -37,8 +37,8 @@ class Compiled:
 def compile_for(lowered: Any) -> Compiled:
     """Compiles; a program that exceeds the memory is no error.
 
-    The text is the one that the compiler writes: jaxlib cannot read back every instruction of a TPU's program (transfers
-    on a SparseCore), and nothing of one that does not fit.
+    The text is the one that the compiler writes: jaxlib cannot read back every instruction of a TPU's program
+    (transfers on a SparseCore), and nothing of one that does not fit.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:

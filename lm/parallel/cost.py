@@ -1,10 +1,11 @@
 """FLOPs and bytes of a compiled program, loops counted as often as they run, read off its text.
 
 FLOPs are those of products: ``dot``; ``convolution``, as which TPU programs write them, of which only places inside the
-(padded, dilated) input count; and sums over products, as which they write a matrix times a vector. Bytes are what passes between a chip and its main memory if every instruction, a
-fusion being one, reads its operands and writes its results once: slices read a slice, updates in place write the
-update, and what a program keeps in a chip's own memory is free. Of a conditional the dearest branch counts. A kernel
-counts what it says of itself (`pallas.CostEstimate`); what says nothing is named.
+(padded, dilated) input count; and sums over products, as which they write a matrix times a vector. Bytes are what
+passes between a chip and its main memory if every instruction, a fusion being one, reads its operands and writes its
+results once: slices read a slice, updates in place write the update, and what a program keeps in a chip's own memory is
+free. Arrays count as they lie there, filled up to tiles. Of a conditional the dearest branch counts. A kernel counts
+what it says of itself (`pallas.CostEstimate`); what says nothing is named.
 """
 
 from __future__ import annotations

@@ -79,8 +79,9 @@ class Program:
     entry: str
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often a loop runs: as its text says, or the constant that its condition compares with; None where it says
-        neither."""
+        """How often a loop runs: as its text says, or until its counter, from 0 on and by the step that the body adds,
+        comes to the constant that the condition compares with (the compiler unrolls loops, and then counts by twos).
+        None where the text says none of it."""
         said = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest)
         if said:
             return int(said[1])
@@ -88,8 +89,32 @@ class Program:
         condition = self.computations.get(names[0]) if names else None
         if condition is None:
             return None
-        found = [n for line in condition.lines for n in re.findall(r"[su](?:32|64)\[\]\S* constant\((\d+)\)", line)]
-        return max(map(int, found), default=None)
+        limits = [n for n in map(_constant, condition.instructions.values()) if n is not None]
+        return -(-max(limits) // self._step(loop, condition)) if limits else None
+
+    def _step(self, loop: Instruction, condition: Computation) -> int:
+        """What the body adds to the counter; 1 where it cannot be found."""
+        body = self.computations.get((loop.called("body") or [""])[0])
+        test = condition.instructions.get(condition.root)
+        made = body.instructions.get(body.root) if body else None
+        if body is None or test is None or made is None or made.opcode != "tuple":
+            return 1
+        for name in test.operands:
+            counter = condition.instructions.get(name)
+            at = (
+                re.search(r"\bindex=(\d+)", counter.rest) if counter and counter.opcode == "get-tuple-element" else None
+            )
+            added = body.instructions.get(made.operands[int(at[1])]) if at else None
+            if added is not None and added.opcode == "add":
+                steps = [_constant(body.instructions[o]) for o in added.operands if o in body.instructions]
+                return max((n for n in steps if n), default=1)
+        return 1
+
+
+def _constant(i: Instruction) -> int | None:
+    """The value of an integer scalar that the text writes out."""
+    whole = i.opcode == "constant" and bool(i.arrays) and i.arrays[0].kind[0] in "su" and not i.arrays[0].shape
+    return int(i.inside) if whole and i.inside.lstrip("-").isdigit() else None
 
 
 def read(text: str) -> Program:

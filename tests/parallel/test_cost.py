@@ -39,7 +39,7 @@ def test_flops_of_a_loop(remat: bool, products: int) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
 def test_a_loop_by_the_tpu_compiler() -> None:
-    """The same FLOPs as convolutions; weights are read and their gradients written once, activations stay on the chip."""
+    """The same FLOPs as convolutions; weights are read and their gradients written once, activations stay near."""
     where = SingleDeviceSharding(chips.devices("v5e:2x2")[0])
 
     def like(*shape: int) -> jax.ShapeDtypeStruct:
@@ -97,10 +97,20 @@ ENTRY %main (in.0: f32[4,128], in.1: f32[128], in.2: f32[1,8,16]) -> f32[4] {
   %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%start), condition=%cond, body=%body
   %conv = f32[2,8,32]{2,1,0} convolution(%in.2, %in.3), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f
   %choice = f32[4,128]{1,0:T(4,128)} conditional(%c, %in.0, %in.0), branch_computations={%small, %dear}
-  %k = f32[128]{0:T(128)S(1)} custom-call(%in.0), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"7000","transcendentals":"5","bytes_accessed":"900"}}}
+  %k = f32[128]{0:T(128)S(1)} custom-call(%in.0), custom_call_target="tpu_custom_call", KERNEL
   %unknown = f32[128]{0:T(128)S(1)} custom-call(%in.0), custom_call_target="Mystery"
   ROOT %mv = f32[4]{0:T(128)} fusion(%in.0, %in.1), kind=kLoop, calls=%product
 }
+"""
+
+
+KERNEL = 'backend_config={"custom_call_config":{"body":"x","cost_estimate":{"flops":"7000","bytes_accessed":"900"}}}'
+TEXT = TEXT.replace("KERNEL", KERNEL)
+INDEX = "  %i = s32[]{:T(128)S(6)} get-tuple-element(%c), index=0\n  %limit ="
+TWO = """calls=%fused
+  %two = s32[]{:T(128)S(6)} constant(2)
+  %next = s32[]{:T(128)S(6)} add(%n, %two)
+  ROOT %out = (s32[]{:T(128)S(6)}, f32[8,128]{1,0:T(8,128)}) tuple(%next, %g)
 """
 
 
@@ -115,6 +125,9 @@ def test_text_by_hand() -> None:
     product = matrix + 128 * 4  # four results fill one tile of 128
     assert found.bytes == 3 * 2 * row + operands + 2 * matrix + 900 + matrix + product
     assert found.silent == {"Mystery"} and found.endless == 0
+    counted = TEXT.replace("compare(%c, %limit)", "compare(%i, %limit)").replace("  %limit =", INDEX)
+    by_twos = cost(read(counted.replace("ROOT %f =", "%f =").replace("calls=%fused\n", TWO)))
+    assert cost(read(counted)).bytes == found.bytes and found.bytes - by_twos.bytes == 2 * row
     endless = cost(read(TEXT.replace("constant(3)", "parameter(1)")))
     assert endless.endless == 1 and found.bytes - endless.bytes == 2 * 2 * row
 
@@ -133,9 +146,10 @@ def test_dilated_convolutions_are_products() -> None:
 ENTRY %main (a: f32[2,4,128,64], b: f32[2,4,128,64]) -> f32[2,4,128,128] {
   %a = f32[2,4,128,64]{3,2,1,0} parameter(0)
   %b = f32[2,4,128,64]{3,2,1,0} parameter(1)
-  ROOT %c = f32[2,4,128,128]{3,2,1,0} convolution(%a, %b), window={size=2x4 stride=1x3 lhs_dilate=2x4}, dim_labels=01bf_01oi->01bf
+  ROOT %c = f32[2,4,128,128]{3,2,1,0} convolution(%a, %b), WINDOW, dim_labels=01bf_01oi->01bf
 }
 """
+    text = text.replace("WINDOW", "window={size=2x4 stride=1x3 lhs_dilate=2x4}")
     assert cost(read(text)).flops == 2 * 2 * 4 * 128 * 128 * 64
 
 
