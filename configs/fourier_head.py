@@ -42,7 +42,7 @@ from lm.measures.density import scaling_law
 SCALES = ("smoke", "synthetic", "laptop", "gpu", "paper", "atari")
 
 # What has certificates at `:paper` (`python -m experiments.compile --all`).
-CERTIFIED = tuple({"step": "train", "arm": arm, "topology": "v5e:2x2"} for arm in ("linear",))
+CERTIFIED = tuple({"step": "train", "arm": arm, "topology": "v5e:2x2"} for arm in ("linear", "fourier_550"))
 
 TASKS = ("gaussian", "gmm2", "beta")
 SERIES = ("demand", "temperature")

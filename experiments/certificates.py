@@ -9,6 +9,7 @@ them, ``python -m experiments.certificates`` only writes their table again, ``do
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from experiments import cli, registry
 from experiments import compile as command
 from experiments.cache import write_json
 from experiments.certified_text import GIB, where
+from experiments.plan import Plan, prepare
 from lm import params
 from lm.errors import UserError, unknown
 from lm.parallel import chips
@@ -86,10 +88,15 @@ def committed(file: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     return list(data["certificates"]) if "certificates" in data else [data]
 
 
+@functools.lru_cache(maxsize=32)
+def _plan(name: str, base: bool) -> Plan:
+    return prepare(Wanted(name, base, {}).settings(), [], None, absent_is_fine=True)
+
+
 def facts(one: Wanted) -> dict[str, Any]:
     """What the certificate must say, by arithmetic: sizes, layout, and the number of parameters."""
     args = one.arguments()
-    step, name, arm, said = command.subject(one.settings(), [], args.arm, args.step)
+    step, name, arm, said = command.picked(_plan(one.name, one.base), args.arm, args.step)
     n = chips.count(args.topology)
     out: dict[str, Any] = {"config": said, "arm": name, "step": step, "topology": args.topology, "chips": n}
     if step == "train":
@@ -100,8 +107,8 @@ def facts(one: Wanted) -> dict[str, Any]:
     else:
         asked = command.serve(args, arm)
         cfg = asked.model(arm.model)
-        of = {"batch": asked.batch, "length": asked.length, "quantize": asked.quantize}
-        out |= {"serve": of, "mesh": asked.mesh.sizes(n)}
+        kept: dict[str, Any] = {"batch": asked.batch, "length": asked.length, "quantize": asked.quantize}
+        out |= {"serve": kept, "mesh": asked.mesh.sizes(n)}
     return {**out, "parameters": params.count(params.abstract(cfg))}
 
 

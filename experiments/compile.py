@@ -31,7 +31,7 @@ from typing import Any
 from experiments import cli, registry
 from experiments.arms import Arm, Draft
 from experiments.certified_text import estimated, text, verdict
-from experiments.plan import prepare
+from experiments.plan import Plan, prepare
 from experiments.run import split_overrides
 from lm.config import ModelConfig
 from lm.errors import UserError, unknown
@@ -147,7 +147,11 @@ def subject(
     settings: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], arm: str | None, step: str | None
 ) -> tuple[str, str, Arm, str]:
     """The step, the arm's name and the arm, and what to call the config. Weights and texts are not needed."""
-    plan = prepare(settings, overrides, None, absent_is_fine=True)
+    return picked(prepare(settings, overrides, None, absent_is_fine=True), arm, step)
+
+
+def picked(plan: Plan, arm: str | None, step: str | None) -> tuple[str, str, Arm, str]:
+    """`subject` of a plan."""
     said = f"{plan.exp.name}:{plan.exp.scale}"
     training = {name: a for name, a in plan.arms.items() if a.train is not None}
     if step is not None and step not in STEPS:
@@ -176,7 +180,7 @@ def trained(arm: Arm, mesh: str | None) -> tuple[ModelConfig, TrainConfig]:
     if mesh is None:
         return arm.trained, arm.train
     sizes = dict.fromkeys(AXES, 1) | axes(mesh)
-    return arm.trained, dataclasses.replace(arm.train, mesh=dataclasses.replace(arm.train.mesh, **sizes))
+    return arm.trained, dataclasses.replace(arm.train, mesh=arm.train.mesh.resized(sizes))
 
 
 def axes(text: str) -> dict[str, int]:
@@ -202,7 +206,7 @@ def serve(args: Any, arm: Arm) -> serving.Serve:
     mesh = {"data": 1, "tensor": -1} if args.mesh is None else {"data": 1, **axes(args.mesh)}
     length = args.length if args.length is not None else max(longest)
     batch = 1 if args.batch is None else args.batch
-    return serving.Serve(batch, length, args.quantize, WEIGHTS[args.weights], Layout(**mesh))
+    return serving.Serve(batch, length, args.quantize, WEIGHTS[args.weights], Layout().resized(mesh))
 
 
 def search(cfg: ModelConfig, train: TrainConfig, topology: str, tries: int) -> list[dict[str, Any]]:

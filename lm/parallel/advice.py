@@ -72,8 +72,7 @@ def _changes(
     at = SLICES[name].index(shape) if shape in SLICES[name] else -1
     larger = []
     for other in SLICES[name][at + 1 :] if at >= 0 else ():
-        mesh = dataclasses.replace(train.mesh, data=1, **{k: v for k, v in sizes.items() if k not in ("data", "fsdp")})
-        mesh = dataclasses.replace(mesh, fsdp=-1)
+        mesh = train.mesh.resized({**sizes, "data": 1, "fsdp": -1})
         said = f"--topology={name}:{other} train.mesh.data=1 train.mesh.fsdp=-1"
         larger.append((cfg, dataclasses.replace(train, mesh=mesh), f"{name}:{other}", said))
     yield larger
@@ -88,7 +87,7 @@ def _moved(
         if source is None:
             continue
         changed = {**sizes, source: sizes[source] // n, axis: sizes[axis] * n}
-        mesh = dataclasses.replace(train.mesh, **changed)
+        mesh = train.mesh.resized(changed)
         said = f"train.mesh.{source}={changed[source]} train.mesh.{axis}={changed[axis]}"
         yield cfg, dataclasses.replace(train, mesh=mesh), topology, said
 
@@ -119,7 +118,7 @@ def variants(train: TrainConfig, cfg: ModelConfig, n: int) -> list[Variant]:
 
 
 def _divides(train: TrainConfig, cfg: ModelConfig, sizes: dict[str, int]) -> bool:
-    layout = dataclasses.replace(train.mesh, **sizes)
+    layout = train.mesh.resized(sizes)
     shapes = {k: (v.shape, params.logical_of(k)) for k, v in params.names(params.abstract(cfg)).items()}
     try:
         layout.check(shapes, sizes)
@@ -131,7 +130,7 @@ def _divides(train: TrainConfig, cfg: ModelConfig, sizes: dict[str, int]) -> boo
 def _parts(
     train: TrainConfig, cfg: ModelConfig, sizes: dict[str, int]
 ) -> Iterator[tuple[TrainConfig, ModelConfig, str]]:
-    mesh: Layout = dataclasses.replace(train.mesh, **sizes)
+    mesh: Layout = train.mesh.resized(sizes)
     rows = mesh.parts("batch", sizes)
     where = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "one chip"
     for accumulate in (1, 2, 4, 8, 16):
