@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli, registry
-from experiments import compile as command
+from experiments import step as command
 from experiments.cache import write_json
 from experiments.certified_text import GIB, where
 from experiments.plan import Plan, prepare

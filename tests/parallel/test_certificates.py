@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import cli
+from experiments import cli, step
 from experiments import compile as command
 from lm import compat, params
 from lm.config import build, model_config
@@ -179,10 +179,10 @@ def test_what_to_change() -> None:
     ],
 )
 def test_a_base_has_its_parameters_and_lies_on_its_slice(name: str, parameters: int) -> None:
-    settings, pod = command.base(name)
-    step, _, arm, said = command.subject(settings, [], None, None)
-    cfg, train = command.trained(arm, None)
-    assert params.count(params.abstract(cfg)) == parameters and (step, said) == ("train", f"{name}:base")
+    settings, pod = step.base(name)
+    kind, _, arm, said = step.subject(settings, [], None, None)
+    cfg, train = step.trained(arm, None)
+    assert params.count(params.abstract(cfg)) == parameters and (kind, said) == ("train", f"{name}:base")
     chip, shape = chips.split(pod)
     n = math.prod(int(side) for side in shape.split("x"))
     sizes = train.mesh.sizes(n)
