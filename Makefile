@@ -31,7 +31,7 @@ help:
 	@echo "make test     linter, formatter, type checker and the whole test suite"
 	@echo "make lint     the first three of these alone"
 	@echo "make format   rewrite the code as the formatter and linter want it"
-	@echo "make results  regenerate RESULTS.md from results/*/results.json"
+	@echo "make results  regenerate RESULTS.md and docs/certificates.md from what is kept"
 	@echo "make clean    remove the virtual environments and tool caches (runs/ and results/ stay)"
 	@echo
 	@echo "PYTHON=python3.12  another interpreter (3.11 or later)      PYTEST_ARGS='-k rope'  pass options to pytest"
@@ -88,6 +88,7 @@ test: lint
 
 results: check-python $(STAMP)-demo
 	@$(PY) -m experiments.results_page
+	@$(PY) -m experiments.certificates >/dev/null
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

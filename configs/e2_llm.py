@@ -30,10 +30,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.bases import llama2_7b, short, small
+from configs.bases import short, small
 from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "smollm2", "gpu", "paper")
+
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = (
+    {"step": "train", "arm": "e2@8", "topology": "v5e:4x4"},
+    {"step": "decode", "arm": "e2@8", "topology": "v5e:2x4", "length": 32768},
+)
 TIMES = (2, 4, 8)
 
 
@@ -80,13 +86,14 @@ def get_config(scale: str = "laptop") -> ConfigDict:
     elif scale == "paper":
         L, texts, times = 4096, ("kjv:Genesis", "kjv:Psalms"), (8, 16)
         c.checkpoint, c.seeds = "checkpoints/Llama-2-7b-hf", (0,)
-        c.model = {**llama2_7b.model(), "remat": True, "dtype": "bfloat16"}
+        c.architecture, c.model = "llama2_7b", {"dtype": "bfloat16", "remat": True}
         c.train = {
             "steps": 30_000,
             "batch": 16,
             "data": {"texts": ("tfds:c4/en",), "tokenizer": "", "seq_len": 4096},
             "optimizer": {"name": "adamw", "learning_rate": 1e-5, "b1": 0.9, "b2": 0.95},
             "schedule": {"name": "constant"},
+            "mesh": {"data": 1, "fsdp": -1},
         }
     c.measures = {
         f"x{n}": {

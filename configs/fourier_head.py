@@ -41,6 +41,9 @@ from lm.measures.density import scaling_law
 
 SCALES = ("smoke", "synthetic", "laptop", "gpu", "paper", "atari")
 
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = tuple({"step": "train", "arm": arm, "topology": "v5e:2x2"} for arm in ("linear", "fourier_550"))
+
 TASKS = ("gaussian", "gmm2", "beta")
 SERIES = ("demand", "temperature")
 FREQUENCIES = (2, 4, 8, 12, 16, 20)  # the paper tries every even number from 2 to 20

@@ -16,10 +16,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.bases import llama2_7b
 from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "long", "gpu", "paper")
+
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = (
+    *(
+        {"step": "decode", "arm": arm, "topology": "v5e:2x4", "length": 32768}
+        for arm in ("full", "window", "lm_infinite")
+    ),
+    *({"step": "prefill", "arm": arm, "topology": "v5e:2x4", "length": 32768} for arm in ("full", "lm_infinite")),
+)
 
 # The paper's constants (section 4.1 and the authors' code): window = ceiling = trained length, 10 sinks, k = 5 from the
 # 5th layer, inserted at half the trained length.
@@ -110,7 +118,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         arms = _arms(8192, 4.0)
     elif scale == "paper":
         c.checkpoint = "checkpoints/Llama-2-7b-hf"
-        c.model = llama2_7b.model()
+        c.architecture, c.model = "llama2_7b", {"dtype": "bfloat16"}
         nll.update(texts=("kjv:Genesis", "kjv:Psalms", "python-docs"), tokens=32768)
         passkey.update(lengths=(6144, 8192, 10240, 12288, 16384), trials=20)
         decode.update(lengths=(4096, 32768))

@@ -28,10 +28,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.bases import llama2_7b, small
+from configs.bases import small
 from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "small", "long", "gpu", "paper")
+
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = (
+    *({"step": "decode", "arm": arm, "topology": "v5e:2x4", "length": 32768} for arm in ("full", "longheads")),
+    {"step": "prefill", "arm": "longheads", "topology": "v5e:2x4", "length": 32768},
+)
 RIVALS = ("full", "window", "lm_infinite", "ntk")
 COST = (4096, 8192, 16384, 32768, 65536)
 
@@ -117,7 +123,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         arms = _arms(8192, 4.0, 256, 8192)
     elif scale == "paper":
         c.checkpoint = "checkpoints/Llama-2-7b-hf"
-        c.model = llama2_7b.model()
+        c.architecture, c.model = "llama2_7b", {"dtype": "bfloat16"}
         nll.update(texts=("kjv:Genesis", "kjv:Psalms", "python-docs"), tokens=32768)
         passkey.update(lengths=(4096, 8192, 16384, 32768), trials=20)
         choice.update(lengths=(16384, 32768))

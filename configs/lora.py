@@ -21,6 +21,9 @@ from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
 
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = tuple({"step": "train", "arm": arm, "topology": "v5e:4x4"} for arm in ("all_parameters", "lora_qv"))
+
 ALL = ("*/attn/*/kernel", "*/ffn/*/kernel")
 # `qv`, the paper's choice, and one matrix with the same number of parameters.
 LORA: dict[str, dict[str, Any]] = {
@@ -54,8 +57,9 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         c.train.update(steps=1000, batch=8, eval_every=100, final_rows=256, save_every=500)
         data["seq_len"] = 1024
     elif scale == "paper":
-        c.model = {"dtype": "bfloat16", "remat": True}
+        c.architecture, c.model = "llama2_7b", {"dtype": "bfloat16", "remat": True}
         c.train.update(steps=2000, batch=64, eval_every=100, final_rows=512, save_every=500)
+        c.train.update(accumulate=4, mesh={"data": 1, "fsdp": -1})
         data["seq_len"] = 4096
     c.train["data"] = data
     c.train["optimizer"] = {"name": "adamw", "learning_rate": whole, "weight_decay": 0.0}

@@ -35,6 +35,9 @@ from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
 
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = tuple({"step": "train", "arm": arm, "topology": "v5p:2x4x4"} for arm in ("dense", "topk"))
+
 # Of one layer's feed-forward width W, a token passes W; experts hold 4 W in all.
 TWO, ONE = "two", "one"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -99,6 +102,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         experts = 64
         c.model.update({"d_model": 1536, "n_layers": 24, "d_ff": 2048, "n_kv_heads": 12})
         c.train.update({"steps": 50_000, "batch": 512})
+        c.train["mesh"] = {"data": 1, "fsdp": -1, "expert": 4, "exchange": 2.0}
     c.train["schedule"] = {"name": "cosine", "warmup": 0.1, "final": 0.1}
     c.train["clip"] = 1.0
     c.measures = {"training": {"name": "train_log"}}

@@ -38,6 +38,12 @@ from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
 
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = (
+    {"step": "train", "arm": "moe", "topology": "v5p:4x4x4"},
+    {"step": "decode", "arm": "moe", "topology": "v5p:2x2x1", "length": 2048, "batch": 4},
+)
+
 
 def _moe(experts: int, width: int, every: int) -> dict[str, Any]:
     return {
@@ -127,6 +133,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         }
         c.train.update({"steps": 500_000, "batch": 2048, "save_every": 10_000, "keep_every": 50_000})
         c.train["data"] = {"texts": ("tfds:c4/en",), "tokenizer": "bpe:32768", "seq_len": 2048}
+        c.train["mesh"] = {"data": 1, "fsdp": -1, "expert": 8}
         routing.update(length=2048, rows=64, bin=64)
         history.update(length=2048)
     width = c.model["d_ff"] // (1 if scale == "paper" else 2)

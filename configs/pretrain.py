@@ -18,6 +18,12 @@ from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
 
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = (
+    {"step": "train", "arm": "base", "topology": "v5e:16x16"},
+    {"step": "decode", "arm": "base", "topology": "v5e:2x2", "length": 4096, "batch": 8},
+)
+
 
 def get_config(scale: str = "laptop") -> ConfigDict:
     c = ConfigDict()
@@ -51,6 +57,8 @@ def get_config(scale: str = "laptop") -> ConfigDict:
             "schedule": {"name": "cosine", "warmup": 2000.0, "final": 0.1},
             "optimizer": {"name": "adamw", "learning_rate": 3e-4, "weight_decay": 0.1, "b2": 0.95, "eps": 1e-5},
             "data": {"texts": ("tfds:c4/en",), "tokenizer": "checkpoints/Llama-2-7b-hf", "seq_len": 4096},
+            "accumulate": 2,
+            "mesh": {"data": 1, "fsdp": -1},
         }
         nll.update(tokens=4096, bin=256)
     c.measures = {"training": {"name": "train_log"}, "nll": nll}

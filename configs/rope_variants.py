@@ -26,10 +26,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.bases import llama2_7b, short, small
+from configs.bases import short, small
 from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "smollm2", "gpu", "paper")
+
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = tuple(
+    {"step": "decode", "arm": arm, "topology": "v5e:2x4", "length": 32768} for arm in ("yarn@8", "dynamic@8", "window")
+)
 TIMES = (2, 4, 8)
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
 
@@ -62,7 +67,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
     elif scale == "paper":
         L, texts = 4096, ("kjv:Genesis", "kjv:Psalms")
         c.checkpoint, c.seeds, c.train = "checkpoints/Llama-2-7b-hf", (0,), {}
-        c.model = llama2_7b.model()
+        c.architecture, c.model = "llama2_7b", {"dtype": "bfloat16"}
         passkey = {"name": "passkey", "lengths": (4096, 8192, 16384, 32768), "trials": 10}
     c.measures = {
         f"x{n}": {"name": "nll_by_position", "texts": texts, "tokens": n * L, "trained": L, "bin": max(n * L // 32, 4)}

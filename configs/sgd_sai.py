@@ -30,6 +30,9 @@ from experiments.claims import Claim, Results, claim
 
 SCALES = ("smoke", "laptop", "gpu", "paper")
 
+# What has certificates at `:paper` (`python -m experiments.compile --all`).
+CERTIFIED = tuple({"step": "train", "arm": arm, "topology": "v5e:4x4"} for arm in ("adamw", "sgd_sai"))
+
 # Five rates per arm, the same factor apart, around each optimizer's usual one.
 GRID = {
     "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
@@ -91,6 +94,8 @@ def get_config(scale: str = "laptop") -> ConfigDict:
             "steps": 100_000,
             "batch": 480,
             "data": {"texts": ("hf:Skylion007/openwebtext",), "tokenizer": "bpe:50257", "seq_len": 1024},
+            "accumulate": 6,
+            "mesh": {"data": 1, "fsdp": -1},
         }
     c.train["schedule"] = {"name": "cosine", "warmup": 0.1, "final": 0.1}
     c.train["clip"] = 1.0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import registry, settings
-from experiments.arms import RANDOM, Arm, Draft, base_model, check_shapes, choose, resolve
+from experiments.arms import RANDOM, Arm, Draft, base_model, check_shapes, choose, resolve, shapes
 from experiments.cache import write_json
 from experiments.settings import MEASURES, Experiment
 from experiments.subject import Base
@@ -19,7 +19,8 @@ from lm.errors import UserError
 
 @dataclass(frozen=True)
 class Plan:
-    """`model`: the base model; `chosen`: the arms to run; `base` None: `absent` says why (dry runs only)."""
+    """`model`: the base model; `chosen`: the arms to run; `base` None: `absent` says why (dry runs and certificates
+    only), and the model is that of the config's `architecture`, or a `Draft` where it names none."""
 
     exp: Experiment
     model: ModelConfig
@@ -84,7 +85,13 @@ def prepare(
         if not absent_is_fine:
             raise
         absent = str(e)
-    own = base.config if base else None
+    stands = registry.architecture(exp.architecture) if exp.architecture else None
+    own = base.config if base else stands
+    if base is not None and own is not None and stands is not None and shapes(stands) != shapes(own):
+        raise UserError(
+            f"config.architecture: {exp.architecture!r} has other parameters than the checkpoint {exp.checkpoint!r}; "
+            "valid: the checkpoint's own architecture, or none"
+        )
     for dotted, value in late:
         raw = settings.override(raw, dotted, value, own or Draft())
     if late:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from experiments.settings import plain
+from lm.config import ModelConfig, model_config
 from lm.errors import UserError, nearest, unknown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +37,11 @@ class Source:
         return self.module.claims
 
     @property
+    def certified(self) -> tuple[dict[str, Any], ...]:
+        """What its ``:paper`` scale has certificates for (`experiments.certificates`)."""
+        return tuple(getattr(self.module, "CERTIFIED", ()))
+
+    @property
     def place(self) -> str:
         """The path as config.json keeps it: relative to the repository when inside it."""
         return self.path.relative_to(ROOT).as_posix() if self.path.is_relative_to(ROOT) else str(self.path)
@@ -54,6 +61,20 @@ class Source:
 def files(folder: Path = CONFIGS) -> list[Path]:
     """The config files of `folder`, sorted."""
     return sorted(p for p in folder.glob("*.py") if not p.name.startswith("_"))
+
+
+def architecture(name: str) -> ModelConfig:
+    """The model of ``configs/bases/NAME.py``, checked; raises `UserError` for another name."""
+    return model_config(base(name, "config.architecture").model())
+
+
+def base(name: str, key: str) -> ModuleType:
+    """A file of ``configs/bases`` that describes a published model; `key` is who asked for it."""
+    names = [p.stem for p in files(CONFIGS / "bases")]
+    valid = [n for n in names if hasattr(importlib.import_module(f"configs.bases.{n}"), "POD")]
+    if name not in valid:
+        raise unknown(key, name, valid)
+    return importlib.import_module(f"configs.bases.{name}")
 
 
 def load(path: Path) -> Source:

@@ -39,7 +39,8 @@ class Experiment:
 
     `model`: nested changes over the checkpoint's configuration (the whole model for checkpoint ``random``); `train`:
     settings of `lm.train.TrainConfig`, and then arms measure what training makes of the checkpoint (empty: they measure
-    the checkpoint); `arms`: arm -> {dotted key: value}, in order; `measures`: label -> plug of `lm.measures`.
+    the checkpoint); `arms`: arm -> {dotted key: value}, in order; `measures`: label -> plug of `lm.measures`;
+    `architecture`: the file of ``configs/bases`` that says what the checkpoint's model is, for plans made without it.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Experiment:
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    architecture: str = ""
 
     def training(self) -> TrainConfig | None:
         """The checked settings of training; None where there is none. Raises `UserError`."""
@@ -63,6 +65,8 @@ class Experiment:
         out["measures"] = {label: to_dict(m, table(MEASURES)) for label, m in self.measures.items()}
         training = self.training()
         out["train"] = {} if training is None else to_dict(training)
+        if not self.architecture:
+            del out["architecture"]  # run folders from before there was one stay the same
         return plain(out, lists=True)
 
 

@@ -48,6 +48,11 @@ def _init(cfg: ModelConfig) -> Any:
 
 def abstract(cfg: ModelConfig) -> dict[str, Any]:
     """The parameter tree as `jax.ShapeDtypeStruct`; allocates nothing."""
+    return jax.tree.map(lambda leaf: leaf, _abstract(cfg))  # a copy, which the caller may change
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(cfg: ModelConfig) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return dict(jax.eval_shape(Decoder(cfg).init, jax.random.key(0), tokens))["params"]
 
@@ -130,7 +135,7 @@ def inputs(cfg: ModelConfig) -> dict[str, int]:
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        tree = abstract(cfg)
+        tree = _abstract.__wrapped__(cfg)
     inner = {name: re.sub(r"^blocks(_\d+)?/", "", name) for name in names(tree)}
     return {name: found[short] for name, short in inner.items() if short in found}
 

@@ -6,11 +6,13 @@ known about it), and ``rotated``: whether keys are stored after their rotation. 
 rotated once, and a pattern that wants a key elsewhere turns it by the difference. Raw keys are needed only where
 frequencies depend on the length of the text. Optional: ``places(tokens) -> float32[B, T]``, where keys are rotated to
 before they are stored (default: their own positions); ``summarise(ctx) -> (state, ctx)``, called after `extend` with
-the queries in sight, for caches that keep more than keys and values.
+the queries in sight, for caches that keep more than keys and values; ``AXES``, the logical axes of its arrays by field
+(`lm.parallel.layout`), without which every device holds all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from lm.caches.sink_window import SinkWindow
 from lm.config import ModelConfig
 from lm.errors import UserError
 
-__all__ = ["TABLE", "Tokens", "check", "default", "init", "n_bytes", "needs_raw_keys"]
+__all__ = ["TABLE", "Tokens", "axes", "check", "default", "init", "n_bytes", "needs_raw_keys"]
 
 TABLE = {"full": Full, "sink_window": SinkWindow, "block_memory": Blocks}
 
@@ -69,6 +71,16 @@ def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None, quantize
         )
         for layer in cfg.layers()
     )
+
+
+def axes(cache: Any, place: Callable[[tuple[str | None, ...]], Any]) -> Any:
+    """The caches of all layers with ``place(logical axes)`` in the place of every array."""
+
+    def layer(state: Any) -> Any:
+        known: dict[str, tuple[str | None, ...]] = getattr(type(state), "AXES", {})
+        return jax.tree_util.tree_map_with_path(lambda path, _: place(known.get(str(path[0].name), ())), state)
+
+    return tuple(layer(state) for state in cache)
 
 
 def n_bytes(cache: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,13 @@ class BlocksState:
     rotated: bool = field(default=True, metadata={"static": True})
     codec: Any = field(default=Plain(), metadata={"static": True})
     fresh: bool = field(default=True, metadata={"static": True})
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "k_BCKd": ("batch", None, "kv_heads", None),
+        "v_BCKd": ("batch", None, "kv_heads", None),
+        "index_BC": ("batch", None),
+        "queries_BwHd": ("batch", None, "heads", None),
+        "summaries": ("batch", None, "heads", None),
+    }
 
     def places(self, tokens: Tokens) -> jax.Array:
         return jnp.asarray(self.summary.places(tokens.index_BT))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,12 @@ class FullState:
     rotated: bool = field(default=True, metadata={"static": True})
     codec: Any = field(default=Plain(), metadata={"static": True})
     fresh: bool = field(default=True, metadata={"static": True})
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "k_BKCd": ("batch", "kv_heads", "slots", None),
+        "v_BKdC": ("batch", "kv_heads", None, "slots"),
+        "index_BC": ("batch", "slots"),
+        "positions_BC": ("batch", "slots"),
+    }
 
     def extend(self, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, jax.Array, jax.Array, Tokens]:
         """Appends T tokens (the caller sees to it that they fit) and returns all slots."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,12 @@ class SinkWindowState:
     rotated: bool = field(default=True, metadata={"static": True})
     codec: Any = field(default=Plain(), metadata={"static": True})
     fresh: bool = field(default=True, metadata={"static": True})
+    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "k_BKCd": ("batch", "kv_heads", None, None),
+        "v_BKdC": ("batch", "kv_heads", None, None),
+        "index_BC": ("batch", None),
+        "positions_BC": ("batch", None),
+    }
 
     def extend(self, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, jax.Array, jax.Array, Tokens]:
         """One token replaces the oldest of the ring. A chunk sees the old ring *and* itself, then replaces."""

@@ -40,7 +40,7 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """What one compiled loop depends on."""
 
     cfg: ModelConfig
@@ -106,7 +106,7 @@ class Generator:
         """
         self._check(prompts, sampling, max_new_tokens, stop, samples)
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        settings = _Settings(self.cfg, sampling, tuple(sorted(set(stop))))
+        settings = Settings(self.cfg, sampling, tuple(sorted(set(stop))))
         rows = [list(p) for p in prompts for _ in range(samples)]
         keys = [jax.random.fold_in(jax.random.key(seed), s) for seed in seeds for s in range(samples)]
         state = self._read(rows, jnp.stack(keys), settings, max_new_tokens)
@@ -160,7 +160,7 @@ class Generator:
                 "positions; valid: a shorter prompt or fewer new tokens"
             )
 
-    def _read(self, rows: list[list[int]], keys: jax.Array, settings: _Settings, room: int) -> State:
+    def _read(self, rows: list[list[int]], keys: jax.Array, settings: Settings, room: int) -> State:
         """The prompts into an empty cache, and the state before the first new token."""
         longest = max(len(r) for r in rows)
         width = padded(longest)
@@ -172,26 +172,33 @@ class Generator:
         hidden, at = None, 0
         while at < width:
             n = min(FIRST if at == 0 else PIECE, width - at)
-            hidden, cache = _prefill(self.cfg, self.params, tokens[:, at : at + n], index[:, at : at + n], cache)
+            hidden, cache = prefill(self.cfg, self.params, tokens[:, at : at + n], index[:, at : at + n], cache)
             at += n
         V = self.cfg.vocab_size if settings.sampling.penalises else 1
         in_prompt = np.zeros((len(rows), V), bool)
         if settings.sampling.penalises:
             for i, row in enumerate(rows):
                 in_prompt[i, row] = True
-        B = len(rows)
-        return {
-            "hidden": hidden,
-            "cache": cache,
-            "index": jnp.array([len(r) for r in rows], jnp.int32),
-            "keys": keys,
-            "tokens": jnp.zeros((B, room), jnp.int32),
-            "logprobs": jnp.zeros((B, room), jnp.float32),
-            "count": jnp.zeros(B, jnp.int32),
-            "done": jnp.zeros(B, bool),
-            "in_prompt": jnp.asarray(in_prompt),
-            "made": jnp.zeros((B, V), jnp.int32),
-        }
+        state = started(settings, hidden, cache, keys, room)
+        lengths = jnp.array([len(r) for r in rows], jnp.int32)
+        return {**state, "index": lengths, "in_prompt": jnp.asarray(in_prompt)}
+
+
+def started(settings: Settings, hidden_BD: Any, cache: Any, keys_B: Any, room: int) -> State:
+    """The state before the first of at most `room` new tokens; ``index``, the prompts' lengths, is 0."""
+    B, V = keys_B.shape[0], settings.cfg.vocab_size if settings.sampling.penalises else 1
+    return {
+        "hidden": hidden_BD,
+        "cache": cache,
+        "index": jnp.zeros(B, jnp.int32),
+        "keys": keys_B,
+        "tokens": jnp.zeros((B, room), jnp.int32),
+        "logprobs": jnp.zeros((B, room), jnp.float32),
+        "count": jnp.zeros(B, jnp.int32),
+        "done": jnp.zeros(B, bool),
+        "in_prompt": jnp.zeros((B, V), bool),
+        "made": jnp.zeros((B, V), jnp.int32),
+    }
 
 
 def padded(length: int) -> int:
@@ -202,17 +209,16 @@ def padded(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def _prefill(cfg: ModelConfig, params: Any, tokens_BT: Any, index_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
+def prefill(cfg: ModelConfig, params: Any, tokens_BT: Any, index_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
+    """Reads one piece of the prompts: the last token's hidden states ``[B, D]`` and the cache."""
     out = Decoder(cfg).apply({"params": params}, tokens_BT, index_BT=index_BT, cache=cache, logits=False)
     return out.hidden_BTD[:, -1], out.cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(settings: _Settings, params: Any, state: State, steps: Any) -> State:
+def _advance(settings: Settings, params: Any, state: State, steps: Any) -> State:
     """Up to `steps` more tokens for every row that is not finished."""
-    cfg, sampling = settings.cfg, settings.sampling
-    room, B = state["tokens"].shape[1], state["tokens"].shape[0]
-    rows = jnp.arange(B)
+    room = state["tokens"].shape[1]
 
     def more(carry: tuple[Any, State]) -> jax.Array:
         i, s = carry
@@ -220,31 +226,39 @@ def _advance(settings: _Settings, params: Any, state: State, steps: Any) -> Stat
 
     def one(carry: tuple[Any, State]) -> tuple[Any, State]:
         i, s = carry
-        logits = readout(cfg, params, s["hidden"])
-        shaped = shape(logits, sampling, s["in_prompt"], s["made"])
-        token = draw(shaped, sampling, jax.vmap(jax.random.fold_in)(s["keys"], s["count"]))
-        logprob = jax.nn.log_softmax(logits, axis=-1)[rows, token]
-        live = ~s["done"] & (s["count"] < room)
-        slot = jnp.where(live, s["count"], room)  # out of bounds: dropped
-        stop = jnp.zeros(B, bool)
-        for t in settings.stop:
-            stop |= token == t
-        made = s["made"]
-        if sampling.penalises:
-            made = made.at[rows, token].add(live.astype(jnp.int32))
-        out = Decoder(cfg).apply(
-            {"params": params}, token[:, None], index_BT=s["index"][:, None], cache=s["cache"], logits=False
-        )
-        return i + 1, {
-            **s,
-            "hidden": out.hidden_BTD[:, -1],
-            "cache": out.cache,
-            "index": s["index"] + 1,
-            "tokens": s["tokens"].at[rows, slot].set(token, mode="drop"),
-            "logprobs": s["logprobs"].at[rows, slot].set(logprob, mode="drop"),
-            "count": s["count"] + live,
-            "done": s["done"] | (stop & live),
-            "made": made,
-        }
+        return i + 1, one_token(settings, params, s)
 
     return jax.lax.while_loop(more, one, (jnp.int32(0), state))[1]
+
+
+def one_token(settings: Settings, params: Any, state: State) -> State:
+    """The state with one more token drawn and read, for every row that is not finished."""
+    cfg, sampling, s = settings.cfg, settings.sampling, state
+    B, room = s["tokens"].shape
+    rows = jnp.arange(B)
+    logits = readout(cfg, params, s["hidden"])
+    shaped = shape(logits, sampling, s["in_prompt"], s["made"])
+    token = draw(shaped, sampling, jax.vmap(jax.random.fold_in)(s["keys"], s["count"]))
+    logprob = jax.nn.log_softmax(logits, axis=-1)[rows, token]
+    live = ~s["done"] & (s["count"] < room)
+    slot = jnp.where(live, s["count"], room)  # out of bounds: dropped
+    stop = jnp.zeros(B, bool)
+    for t in settings.stop:
+        stop |= token == t
+    made = s["made"]
+    if sampling.penalises:
+        made = made.at[rows, token].add(live.astype(jnp.int32))
+    out = Decoder(cfg).apply(
+        {"params": params}, token[:, None], index_BT=s["index"][:, None], cache=s["cache"], logits=False
+    )
+    return {
+        **s,
+        "hidden": out.hidden_BTD[:, -1],
+        "cache": out.cache,
+        "index": s["index"] + 1,
+        "tokens": s["tokens"].at[rows, slot].set(token, mode="drop"),
+        "logprobs": s["logprobs"].at[rows, slot].set(logprob, mode="drop"),
+        "count": s["count"] + live,
+        "done": s["done"] | (stop & live),
+        "made": made,
+    }

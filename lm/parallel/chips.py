@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -45,6 +46,11 @@ def split(topology: str) -> tuple[str, str]:
         example = "2x2x1" if sides == 3 else "4x4"
         raise UserError(f"--topology: {topology}: {name} slices have {sides} sides; valid: {name}:{example}, say")
     return name, shape
+
+
+def count(topology: str) -> int:
+    """Chips of a slice."""
+    return math.prod(int(side) for side in split(topology)[1].split("x"))
 
 
 def devices(topology: str) -> Sequence[Any]:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lm.parallel.program import Instruction, Program, read
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-_OP = re.compile(rf" = (?P<out>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
-_SHAPE = re.compile(r"\b(pred|[fsuc]\d+\w*|bf16)\[([\d,]*)\]")
-_CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|async_execution_thread)=%([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-
-
+_CALLS = ("calls", "to_apply", "true_computation", "false_computation", "async_execution_thread", "branch_computations")
 _BY_HAND = re.compile(r'op_name="[^"]*/(ppermute|all_to_all|ragged_all_to_all|all_gather|psum\w*|reduce_scatter)"')
 
 
@@ -30,81 +25,49 @@ class Collective:
     sent: float
 
 
-def collectives(text: str, n_devices: int) -> list[Collective]:
-    """Every collective of a compiled program's text (``compiled.as_text()``).
+def collectives(text: str | Program, n_devices: int) -> list[Collective]:
+    """Every collective of a compiled program, or of its text (``compiled.as_text()``).
 
     A collective that the compiler has split into a start, steps and an end is one: they share a channel. Those written
     by hand (`jax.shard_map`) all have the same channel, and each is one. A loop runs as
     often as its text says, or as the constant that its condition compares with; once where it says neither.
     """
-    bodies = dict(_computations(text))
-    entry = next((name for name in bodies if name.startswith("ENTRY ")), "")
+    program = read(text) if isinstance(text, str) else text
     times: dict[str, int] = {}
-    _count(entry, 1, bodies, times)
+    _count(program.entry, 1, program, times)
     found: dict[tuple[str, str], Collective] = {}
-    for name, lines in bodies.items():
-        for n, line in enumerate(lines):
-            m = _OP.search(line)
-            if m is None or name not in times:
+    for name, runs in times.items():
+        for n, i in enumerate(program.computations[name].instructions.values()):
+            kind = i.opcode.removesuffix("-start")
+            if kind not in KINDS:
                 continue
-            channel = re.search(r"channel_id=(\d+)", line)
-            by_hand = _BY_HAND.search(line) is not None
-            key = m["kind"], channel[1] if channel and not by_hand else f"{name}:{n}"
-            group = _group(line, n_devices)
-            one = Collective(m["kind"], times[name], group, _sent(m["kind"], m["out"], m["start"] is not None, group))
+            channel = re.search(r"channel_id=(\d+)", i.rest)
+            by_hand = _BY_HAND.search(i.rest) is not None
+            key = kind, channel[1] if channel and not by_hand else f"{name}:{n}"
+            group = _group(i.rest, n_devices)
+            one = Collective(kind, runs, group, _sent(kind, i, kind != i.opcode, group))
             # The steps of a split one may run inside a loop that it overlaps with; its start runs as often as it does.
             if key not in found or one.times < found[key].times:
                 found[key] = one
     return list(found.values())
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = "", list[str]()
-    for line in text.splitlines():
-        opens = re.match(r"^(ENTRY )?%([\w.\-]+) .*\{$", line)
-        if opens:
-            name, lines = (opens[1] or "") + opens[2], []
-        elif line == "}" and name:
-            yield name, lines
-            name = ""
-        elif name:
-            lines.append(line)
-
-
-def _count(name: str, times: int, bodies: dict[str, list[str]], found: dict[str, int]) -> None:
+def _count(name: str, times: int, program: Program, found: dict[str, int]) -> None:
     """Adds `times` runs of a computation and of what it calls."""
-    if name not in bodies:
+    if name not in program.computations:
         return
     found[name] = found.get(name, 0) + times
-    for line in bodies[name]:
-        loop = re.search(r"condition=%([\w.\-]+)", line)
-        n = _trips(line, bodies.get(loop[1], [])) if loop else 1
-        called = _CALLS.findall(line)
-        for branches in _BRANCHES.findall(line):
-            called += re.findall(r"%([\w.\-]+)", branches)
-        for other in called:
-            _count(other, times * n, bodies, found)
+    for i in program.computations[name].instructions.values():
+        if i.opcode == "while":
+            for other in i.called("body"):
+                _count(other, times * (program.trips(i) or 1), program, found)
+        elif "=%" in i.rest or "computations={" in i.rest:
+            for other in i.called(*_CALLS):
+                _count(other, times, program, found)
 
 
-def _trips(line: str, condition: list[str]) -> int:
-    said = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-    if said:
-        return int(said[1])
-    constants = [int(n) for text in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", text)]
-    return max(constants, default=1)
-
-
-def _sizes(text: str) -> list[float]:
-    """Bytes of every array in a type."""
-    sizes = [0.0]
-    for kind, shape in _SHAPE.findall(text):
-        width = _BYTES.get(kind) or int(re.sub(r"\D.*", "", kind[1:]) or 8) / 8
-        sizes.append(width * math.prod(int(n) for n in shape.split(",") if n))
-    return sizes
-
-
-def _sent(kind: str, out: str, started: bool, group: int) -> float:
-    sizes = _sizes(out)
+def _sent(kind: str, i: Instruction, started: bool, group: int) -> float:
+    sizes = [a.bytes for a in i.arrays] or [0.0]
     # All-reduces, and all-to-alls on CPUs, write several arrays; what has started names what it reads, too.
     size = sum(sizes) if kind == "all-reduce" or (kind == "all-to-all" and not started) else max(sizes)
     if kind == "collective-permute":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ ATTENTION = ("ring", "gather")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
+    "slots": ("sequence",),  # of a cache
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -100,6 +102,11 @@ class Layout:
                     )
             rules[logical] = axes
         object.__setattr__(self, "rules", _Rules(rules))
+
+    def resized(self, sizes: Mapping[str, int]) -> Layout:
+        """The same with other numbers of devices along some axes."""
+        changes: dict[str, Any] = dict(sizes)
+        return dataclasses.replace(self, **changes)
 
     def sizes(self, n_devices: int) -> dict[str, int]:
         """Devices along every axis. Raises `UserError` unless they multiply to `n_devices`."""

@@ -1,0 +1,104 @@
+"""Where a generation's parameters, caches and rows live, and its programs lowered for that."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from lm import caches, params
+from lm.config import ModelConfig
+from lm.decoding.logits import Sampling
+from lm.decoding.sampler import Settings, one_token, prefill, started
+from lm.errors import UserError
+from lm.parallel.layout import Layout, using
+
+ROOM = 256  # tokens of an answer, the last ones of a cache
+
+
+class Placement:
+    """Arrays of a generation over the devices of `layout`: `batch` rows of at most `length` tokens.
+
+    `quantize`: of the cache, None or ``int8``. Raises `UserError`, before any array exists, for devices that the layout
+    does not fit, axes that do not divide, and models that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        layout: Layout,
+        batch: int,
+        length: int,
+        devices: Sequence[Any] | None = None,
+        quantize: str | None = None,
+    ) -> None:
+        self.cfg, self.layout, self.batch, self.length = cfg, layout, batch, length
+        self.mesh = layout.mesh(devices)
+        sizes = dict(self.mesh.shape)
+        if batch < 1 or length < 1:
+            raise UserError(f"--batch, --length: must be at least 1, found {batch}, {length}")
+        n = layout.parts("batch", sizes)
+        if batch % n:
+            raise UserError(f"--batch: {batch} rows are not divisible by {n} devices; valid: a multiple of {n}")
+        if layout.parts("layers", sizes) > 1:
+            raise UserError("--mesh: stages only train; valid: data, fsdp, expert, sequence and tensor")
+        whole = jax.eval_shape(params.unstack, params.abstract(cfg))
+        named = {name: leaf.shape for name, leaf in params.names(whole).items()}
+        layout.check({name: (shape, params.logical_of(name)) for name, shape in named.items()}, sizes)
+        cache = jax.eval_shape(lambda: caches.init(cfg, batch, length, quantize=quantize))
+        for i, (leaf, names) in enumerate(zip(jax.tree.leaves(cache), self._names(cache), strict=True)):
+            layout.check({f"the cache's array {i}": (leaf.shape, tuple(n or "one" for n in names))}, sizes)
+        self.params = jax.tree_util.tree_map_with_path(
+            lambda path, x: self._placed(x, params.logical(path)),
+            whole,
+        )
+        where = caches.axes(cache, lambda names: self.sharding(names))
+        self.cache = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), cache, where)
+
+    @staticmethod
+    def _names(cache: Any) -> list[tuple[str | None, ...]]:
+        found: list[tuple[str | None, ...]] = []
+        caches.axes(cache, found.append)
+        return found
+
+    def sharding(self, names: Sequence[str | None]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.layout.spec(names))
+
+    def _placed(self, x: Any, names: Sequence[str | None]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding(names))
+
+    def _rows(self, shape: tuple[int, ...], kind: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(("batch", *(None,) * (len(shape) - 1))))
+
+    def decode(self, sampling: Sampling | None = None) -> Any:
+        """``(params, state) -> state``, one more token for every row (`lm.decoding.sampler.one_token`), lowered; the
+        state is donated."""
+        settings = Settings(self.cfg, sampling or Sampling(), ())
+        hidden = self._rows((self.batch, self.cfg.d_model), jnp.dtype(self.cfg.dtype))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
+        shapes = jax.eval_shape(lambda h, c, k: started(settings, h, c, k, ROOM), hidden, self.cache, keys)
+        state = {name: self._rows(x.shape, x.dtype) for name, x in shapes.items() if name != "cache"}
+        state = {**state, "cache": self._used()}
+        where = jax.tree.map(lambda x: x.sharding, state)
+        run = jax.jit(lambda p, s: one_token(settings, p, s), out_shardings=where, donate_argnums=1)
+        with using(self.layout, self.mesh):
+            return run.lower(self.params, state)
+
+    def read(self, tokens: int, fresh: bool) -> Any:
+        """``(params, tokens, index, cache) -> (hidden, cache)``, a piece of a prompt (`lm.decoding.sampler.prefill`),
+        lowered: the first one where `fresh`, else one after others; the cache is donated."""
+        cache = self.cache if fresh else self._used()
+        rows = self._rows((self.batch, tokens), jnp.int32)
+        where = (self.sharding(("batch", None)), jax.tree.map(lambda x: x.sharding, self._used()))
+        cfg = self.cfg
+        run = jax.jit(lambda p, t, i, c: prefill(cfg, p, t, i, c), out_shardings=where, donate_argnums=3)
+        with using(self.layout, self.mesh):
+            return run.lower(self.params, rows, rows, cache)
+
+    def _used(self) -> Any:
+        """The cache after its first tokens."""
+        return tuple(dataclasses.replace(c, fresh=False) if hasattr(c, "fresh") else c for c in self.cache)
