@@ -61,7 +61,7 @@ class Block(nn.Module):
             out = ffn(normed)
         y_BTD = after + out
         y_BTD = y_BTD + mixed if cfg.parallel_residual else y_BTD
-        return constrain(y_BTD, "batch", "length", None), cache, report
+        return constrain(y_BTD, "batch", "stream", None), cache, report
 
 
 class Decoder(nn.Module):
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         if embeddings_BTD is None:
             assert tokens_BT is not None
             embeddings_BTD = weights.rows(table, tokens_BT)
-        x = constrain(embeddings_BTD.astype(dtype), "batch", "length", None)
+        x = constrain(embeddings_BTD.astype(dtype), "batch", "stream", None)
         x = x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, dtype)
         seq = _tokens(x.shape[:2], index_BT, positions_BT, segments_BT)
         length = jnp.max(jnp.where(seq.index_BT >= 0, seq.positions_BT, 0.0)) + 1.0

@@ -92,7 +92,7 @@ def attend(
     contiguous = ctx.queries.contiguous and ctx.keys.contiguous
     seen = meetings(tuple(b.mask for b in plain), n, ctx.q_BTHd.shape[1] // n, contiguous)
     ring = _Ring(ctx, plain, local, axes, n, seen)
-    out, lse = _attend(ring, mesh)(
+    out, lse = _attend(ring, mesh, {*axes, *layout.axes_of("layers")})(  # stages are mapped over
         ctx.q_BTHd,
         ctx.k_BSKd,
         v_BSKd,
@@ -112,14 +112,14 @@ class _Rows:
     places: tuple[jax.Array | None, ...]
 
 
-def _attend(ring: _Ring, mesh: jax.sharding.Mesh) -> Any:
+def _attend(ring: _Ring, mesh: jax.sharding.Mesh, manual: set[str]) -> Any:
     cut, whole = PartitionSpec(None, ring.axes), PartitionSpec()
 
     def mapped(fn: Any, n_in: int, out: Any) -> Any:
-        """`fn` on every part of the first arguments and the whole of the last. All axes but those of the length are
-        left to the compiler: rows and heads stay as they are cut."""
+        """`fn` on every part of the first arguments and the whole of the last. All axes but those of the length
+        (and of stages) are left to the compiler: rows and heads stay as they are cut."""
         specs = (*(cut,) * (n_in - 1), whole)
-        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=set(ring.axes), check_vma=False)
+        return jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=out, axis_names=manual, check_vma=False)
 
     @jax.custom_vjp
     def attend(q: Any, k: Any, v: Any, rows: _Rows, cols: _Rows, length: Any) -> Any:

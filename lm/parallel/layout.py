@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ ATTENTION = ("ring", "gather")
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
+    "stream": ("sequence",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -119,6 +121,8 @@ class Layout:
 
     def axes_of(self, logical: str) -> tuple[str, ...]:
         """The mesh axes of a logical axis; none for one without a rule."""
+        if logical == "stream" and logical not in self.rules:
+            logical = "length"
         return tuple(self.rules.get(logical, RULES.get(logical, ())))
 
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
@@ -138,6 +142,20 @@ class Layout:
     def in_flight(self, stages: int) -> int:
         """Microbatches of a pipeline."""
         return self.microbatches or stages
+
+    def outside(self, sizes: Mapping[str, int]) -> Layout:
+        """The layout outside the stages of a pipeline, where stages share the rows too (embeddings and the loss are
+        not computed by all of them), if they can: microbatches in a multiple of the stages."""
+        stages, taken = self.parts("layers", sizes), self.axes_of("batch")
+        extra = tuple(a for a in self.axes_of("layers") if a not in taken)
+        if stages == 1 or self.in_flight(stages) % stages or not extra:
+            return self
+        return dataclasses.replace(self, rules={**self.rules, "batch": (*taken, *extra)})
+
+    def inside(self) -> Layout:
+        """The layout inside a stage."""
+        taken = tuple(a for a in self.axes_of("batch") if a not in self.axes_of("layers"))
+        return dataclasses.replace(self, rules={**self.rules, "batch": taken})
 
     def check(self, shapes: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], sizes: Mapping[str, int]) -> None:
         """Raises `UserError` for the first tensor (``{name: (shape, logical axes)}``) that does not divide."""

@@ -172,7 +172,7 @@ def test_rows_and_tokens_that_do_not_spread_are_refused() -> None:
 
 def test_the_layout_is_no_part_of_a_runs_identity() -> None:
     assert train().determines() == train(fsdp=8).determines()
-    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {"batch", "length", "layers"}
+    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {"batch", "length", "layers", "stream"}
     assert all(set(axes) <= set(AXES) for axes in RULES.values())
 
 
