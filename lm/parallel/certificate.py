@@ -21,7 +21,7 @@ import numpy as np
 from lm import params
 from lm.config import ModelConfig, to_dict
 from lm.parallel import chips
-from lm.parallel.hlo import Collective, collectives
+from lm.parallel.hlo import BETWEEN, Collective, collectives
 from lm.parallel.pipeline import bubble
 from lm.train import flops
 from lm.train.config import TrainConfig
@@ -101,8 +101,10 @@ def certify(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, An
     seconds = {
         "compute": work / len(devices) / chip.flops / (1 - idle),
         "hbm": (memory.argument_size_in_bytes + memory.output_size_in_bytes) / chip.hbm_rate,
-        "ici": sum(c.times * c.sent for c in found) / chip.ici_rate,
+        "ici": sum(c.times * c.sent for c in found if not c.kind.startswith(BETWEEN)) / chip.ici_rate,
     }
+    if chips.slices(topology)[0] > 1:
+        seconds["dcn"] = sum(c.times * c.sent for c in found if c.kind.startswith(BETWEEN)) / chip.dcn_rate
     cost = compiled.cost_analysis() or {}
     return {
         **out,

@@ -15,6 +15,9 @@ _CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
+# What crosses from slice to slice leaves through the host: a send that names what the slices do together.
+_BETWEEN = re.compile(r' = \((?P<out>\w+\[[\d,]*\]).*? send\(.*_xla_megascale_target="\{(?P<slices>[\d,:]*)\}.*_type="(?P<kind>\w+)"')
+BETWEEN = "dcn-"
 _BY_HAND = re.compile(r'op_name="[^"]*/(ppermute|all_to_all|ragged_all_to_all|all_gather|psum\w*|reduce_scatter)"')
 
 
@@ -22,7 +25,8 @@ _BY_HAND = re.compile(r'op_name="[^"]*/(ppermute|all_to_all|ragged_all_to_all|al
 class Collective:
     """`times`: runs per program, loops counted. `group`: chips that take part. `sent`: bytes that leave a chip each
     time, by a ring: ``(n - 1) / n`` of the whole array for all-gather, reduce-scatter and all-to-all, twice that for
-    all-reduce, the array for a permute."""
+    all-reduce, the array for a permute. A kind that starts with `BETWEEN` runs between slices, `group` of them; a fused
+    sum of which a chip keeps its part is a reduce-scatter."""
 
     kind: str
     times: int
@@ -44,14 +48,25 @@ def collectives(text: str, n_devices: int) -> list[Collective]:
     found: dict[tuple[str, str], Collective] = {}
     for name, lines in bodies.items():
         for n, line in enumerate(lines):
+            if name not in times:
+                continue
+            between = _BETWEEN.search(line)
+            if between is not None:
+                kind, group = between["kind"].lower().replace("_", "-"), _many(between["slices"])
+                one = Collective(BETWEEN + kind, times[name], group, _sent(kind, between["out"], False, group))
+                found[kind, f"{name}:{n}"] = one
+                continue
             m = _OP.search(line)
-            if m is None or name not in times:
+            if m is None:
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             by_hand = _BY_HAND.search(line) is not None
             key = m["kind"], channel[1] if channel and not by_hand else f"{name}:{n}"
             group = _group(line, n_devices)
-            one = Collective(m["kind"], times[name], group, _sent(m["kind"], m["out"], m["start"] is not None, group))
+            sent = _sent(m["kind"], m["out"], m["start"] is not None, group)
+            one = Collective(m["kind"], times[name], group, sent)
+            if name.startswith("all-reduce-scatter") and m["kind"] == "all-reduce":
+                one = Collective("reduce-scatter", times[name], group, sent / 2)
             # The steps of a split one may run inside a loop that it overlaps with; its start runs as often as it does.
             if key not in found or one.times < found[key].times:
                 found[key] = one
@@ -112,6 +127,12 @@ def _sent(kind: str, out: str, started: bool, group: int) -> float:
     if kind == "reduce-scatter":  # its result is a part of what is reduced
         size *= group
     return size * (group - 1) / group * (2 if kind == "all-reduce" else 1)
+
+
+def _many(listed: str) -> int:
+    """Numbers in ``1,2`` or ``1:4``."""
+    ranges = (part.split(":") for part in listed.split(","))
+    return sum(int(r[-1]) - int(r[0]) + 1 for r in ranges)
 
 
 def _group(line: str, n_devices: int) -> int:
