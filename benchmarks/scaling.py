@@ -75,26 +75,29 @@ def settings(point: Point) -> tuple[ModelConfig, TrainConfig]:
 
 
 def measure(point: Point) -> dict[str, Any]:
-    """What the compiler says of a point, beside the estimate and the theory."""
-    cfg, train = settings(point)
-    said = {"estimate": estimate(cfg, train, point.topology)["memory"], "theory": theory(cfg, train, point.topology)}
+    """What the compiler says of a point."""
     try:
-        one = certificate.certify(cfg, train, point.topology)
+        one = certificate.certify(*settings(point), point.topology)
     except UserError as e:
-        return {"topology": point.topology, "refused": str(e), **said}
-    return {name: one[name] for name in KEPT if name in one} | said
+        return {"topology": point.topology, "refused": str(e)}
+    return {name: one[name] for name in KEPT if name in one}
 
 
-def theory(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, float]:
-    """Bytes that leave a chip in a step under `fsdp` alone: bfloat16 parameters gathered in the forward pass and in the
-    backward pass, float32 gradients scattered, in every part. `crossover`: tokens of a chip and part at which its
-    links need as long as its arithmetic."""
-    chip, n = chips.CHIPS[chips.split(topology)[0]], chips.count(topology)
+def beside(point: Point) -> dict[str, Any]:
+    """The estimate of a point and its theory: bytes that leave a chip in a step under `fsdp`, bfloat16 parameters
+    gathered in the forward and in the backward pass and gradients scattered, in every part; and the tokens of a chip
+    and part at which links need as long as arithmetic."""
+    cfg, train = settings(point)
+    chip, n = chips.CHIPS[chips.split(point.topology)[0]], chips.count(point.topology)
     sizes = train.mesh.sizes(n)
     fsdp, tensor = sizes["fsdp"], sizes["tensor"]
-    each = (2 + 2 + 4) * params.count(params.abstract(cfg)) / tensor * (fsdp - 1) / fsdp
+    each = 3 * 2 * params.count(params.abstract(cfg)) / tensor * (fsdp - 1) / fsdp
     token = flops.per_token(cfg, train.data.seq_len) / chip.flops / tensor / sizes["sequence"]
-    return {"bytes": train.accumulate * each, "crossover": each / chip.ici_rate / token}
+    return {
+        "tokens": train.tokens_per_step / n / train.accumulate,
+        "estimate": estimate(cfg, train, point.topology)["memory"],
+        "theory": {"bytes": train.accumulate * each, "crossover": each / chip.ici_rate / token},
+    }
 
 
 def draw(points: dict[str, Any], path: Path) -> None:
@@ -148,13 +151,18 @@ def run(argv: Sequence[str]) -> int:
             continue
         found = measure(POINTS[name])
         points = _points(args.out) | {name: found}  # read again: others may write other points
-        content = {"schema": SCHEMA, "base": BASE, "points": {key: points[key] for key in POINTS if key in points}}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _write(args.out, points)
         print(f"{name}: {found.get('refused') or command.verdict(found)}", flush=True)
+    _write(args.out, {name: one | beside(POINTS[name]) for name, one in _points(args.out).items()})
     if args.png is not None:
         draw(_points(args.out), args.png)
     return 0
+
+
+def _write(path: Path, points: dict[str, Any]) -> None:
+    content = {"schema": SCHEMA, "base": BASE, "points": {key: points[key] for key in POINTS if key in points}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _points(path: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def _inside(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> fl
     values and what attention gives, and two arrays of the feed-forward width."""
     layout = train.mesh
     assert layer.head_dim is not None and layer.n_kv_heads is not None
-    heads = (3 * layer.n_heads / layout.parts("heads", sizes) + 2 * layer.n_kv_heads / layout.parts("kv_heads", sizes))
+    heads = 3 * layer.n_heads / layout.parts("heads", sizes) + 2 * layer.n_kv_heads / layout.parts("kv_heads", sizes)
     wide = _rows(layer, train, sizes, 1.0) * 2 * _width(layer) / layout.parts("mlp", sizes)
     return 4 * layer.d_model + heads * layer.head_dim + wide
 

@@ -16,7 +16,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 # What crosses from slice to slice leaves through the host: a send that names what the slices do together.
-_BETWEEN = re.compile(r' = \((?P<out>\w+\[[\d,]*\]).*? send\(.*_xla_megascale_target="\{(?P<slices>[\d,:]*)\}.*_type="(?P<kind>\w+)"')
+_BETWEEN = re.compile(
+    r' = \((?P<out>\w+\[[\d,]*\]).*? send\(.*_xla_megascale_target="\{(?P<slices>[\d,:]*)\}.*_type="(?P<kind>\w+)"'
+)
 BETWEEN = "dcn-"
 _BY_HAND = re.compile(r'op_name="[^"]*/(ppermute|all_to_all|ragged_all_to_all|all_gather|psum\w*|reduce_scatter)"')
 

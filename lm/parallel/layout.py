@@ -54,7 +54,9 @@ class Layout:
     along the model width, gathered layer by layer when they are needed (ZeRO-3, arXiv 1910.02054). `tensor`: heads,
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
     and rows elsewhere. `stage`: layers. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
-    several, or to None.
+    several, or to None. ``stream`` is the length of what goes from layer to layer, cut as ``length`` is unless a rule
+    says otherwise: ``("sequence", "tensor")`` is Megatron's sequence parallelism (arXiv 2205.05198), the same bytes on
+    the links, and layer inputs that `tensor` divides too.
 
     `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
     (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round

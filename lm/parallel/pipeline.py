@@ -1,17 +1,21 @@
 """How a stack of equal layers is run: one after the other, or in stages over the mesh axis ``stage`` (GPipe).
 
 The rows of a batch are cut into M microbatches (GPipe, arXiv 1811.06965); stage s holds layers ``s L / S`` and on. In
-tick t stage s works on microbatch ``t - s``: a buffer with one microbatch per stage is shifted by one stage, the next
+tick t stage s works on microbatch ``t - s``: an array with one microbatch per stage is shifted by one stage, the next
 microbatch enters at the front, and all stages run at once as one mapped function whose mapped axis lies over the
 devices, so that the compiler makes the shift a permute (GSPMD, arXiv 2105.04663, section 3.3). Of ``M + S - 1`` ticks
 every stage is idle in S - 1, a share ``(S - 1) / (M + S - 1)`` (`bubble`).
 
-The schedule is GPipe's and not 1F1B (arXiv 2104.04473) because the backward pass is the derivative of this loop, and
-so its mirror image: it starts when the last microbatch is through. 1F1B has the same bubble and holds S instead of M
-microbatches' activations, but starts each backward pass by itself, which the derivative of one loss cannot say. What a
-stage holds of a microbatch is the inputs of its layers under ``model.remat``.
+Microbatches wait on the devices of all stages, ``K = ceil(M / S)`` on each: a belt ``[S, K, …]`` over the stages. Stage
+s holds the microbatches from ``s K`` on; every K-th tick a place moves down by one stage, so that stage 0 finds the one
+it needs, and what leaves the last stage takes the place that came free. After ``M + S - 1`` ticks results lie where
+their rows came from. Outside the stages rows are cut over them as over ``data`` if S divides M (`Layout.outside`):
+embeddings and loss are computed once, and no device holds the batch of its replica.
 
-Embeddings, final norm and head are outside the stages; every stage's devices compute them.
+The schedule is GPipe's and not 1F1B (arXiv 2104.04473) because the backward pass is the derivative of this loop, and
+so its mirror image: it starts when the last microbatch is through. The bubble is the same. What a stage holds is the
+inputs of its layers under ``model.remat``, of ``M + S - 1`` microbatches where 1F1B holds S at most; the rule
+``stream`` (`lm.parallel.layout`) divides them by ``tensor``, which makes room for as many microbatches.
 """
 
 from __future__ import annotations
