@@ -1,6 +1,6 @@
-"""What the Mosaic GPU kernels share: operands of the matrix unit, layouts in registers, and how all of it is interpreted.
+"""What the Mosaic GPU kernels share: operands of the matrix unit, layouts in registers, and how they are interpreted.
 
-A kernel body takes an `Ops`. Compiled, `Ops` is the operations of `jax.experimental.pallas.mosaic_gpu`. Interpreted on a
+A kernel body takes an `Ops`: compiled, the operations of `jax.experimental.pallas.mosaic_gpu`. Interpreted on a
 CPU, threads, barriers, copies and the indices of everything are simulated by jax's interpreter, which looks for races;
 it has no word for transposed operands, accumulators that go on, and layouts: there a product is `jnp.dot` of what the
 references hold, and a layout is nothing. So the interpreter checks what is computed from what, and in which order; that
@@ -65,8 +65,10 @@ class Ops:
         """``ref[index]`` of shared or global memory, in a layout."""
         return ref[index] if self.interpret else plgpu.load(ref, index, layout=layout)
 
-    def dot(self, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False, acc: Any = None) -> jax.Array:
-        """``acc + a @ b``: `a` a reference to shared memory or a tile in registers, `b` a reference to shared memory."""
+    def dot(
+        self, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False, acc: Any = None
+    ) -> jax.Array:
+        """``acc + a @ b``: `a` in shared memory (a reference) or a tile in registers, `b` in shared memory."""
         if self.interpret:
             x, y = (a if isinstance(a, jax.Array) else a[...]), b[...]
             x, y = (x.T if transpose_a else x), (y.T if transpose_b else y)

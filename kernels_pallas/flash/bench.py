@@ -83,7 +83,7 @@ def _shapes(
     return tuple(out)
 
 
-def _gradient(attend: Any, *args: Any) -> Any:
+def gradient(attend: Any, *args: Any) -> Any:
     """Gradients of a loss that weighs output and log-sum-exp unevenly, to every float argument."""
     floats = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
@@ -98,10 +98,10 @@ def _pair(name: str, attend: Any, args: tuple[Any, ...], size: dict[str, int], *
     d, bytes_ = args[0].shape[-1], args[0].dtype.itemsize
     memory = [table.tile_bytes(size["block_q"], size["block_k"], d, bytes_, backward) for backward in (False, True)]
     reference = more.pop("reference", None)
-    back = None if reference is None else functools.partial(_gradient, reference)
+    back = None if reference is None else functools.partial(gradient, reference)
     return [
         Case(f"{name} forward", attend, args, memory[0], reference, **more),
-        Case(f"{name} backward", functools.partial(_gradient, attend), args, memory[1], back, **more),
+        Case(f"{name} backward", functools.partial(gradient, attend), args, memory[1], back, **more),
     ]
 
 
@@ -174,7 +174,7 @@ def gpu_cases() -> list[Case]:
         attend = functools.partial(_attend, name, Band(), None, frozenset(), causal=True)
         out += [
             Case(f"causal 4k, {name} forward", attend, args),
-            Case(f"causal 4k, {name} backward", functools.partial(_gradient, attend), args),
+            Case(f"causal 4k, {name} backward", functools.partial(gradient, attend), args),
         ]
     return out
 
