@@ -23,7 +23,7 @@ from lm.errors import UserError, nearest, unknown
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
 AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
 
-ATTENTION = ("ring", "gather")
+ATTENTION = ("ring", "zigzag", "gather")
 
 # Logical axis -> mesh axes, as many as apply; none: whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
@@ -60,7 +60,8 @@ class Layout:
 
     `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
     (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round
-    (`lm.attention.ring`), ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
+    (`lm.attention.ring`), ``zigzag`` gives every device an early and a late half of a part first, which a causal mask
+    makes equal work, ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
     sends to each device with other experts, as a multiple of an even share; what does not fit is dropped, so that this
     one setting can change a result. None = all fit (`lm.ffn.exchange`).
     """
