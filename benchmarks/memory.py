@@ -75,8 +75,8 @@ EVERY_FOURTH: dict[str, Any] = {
         "router_z_loss": 1e-3,
     },
 }
-PALLAS = {"attention": {"name": "softmax", "backend": "pallas"}}
-SPLIT = {"rules": {"stream": ("sequence", "tensor")}}
+PALLAS: dict[str, Any] = {"attention": {"name": "softmax", "backend": "pallas"}}
+SPLIT: dict[str, Any] = {"rules": {"stream": ("sequence", "tensor")}}
 
 
 def rows(batch: int, seq_len: int = 2048, accumulate: int = 1, **mesh: Any) -> dict[str, Any]:

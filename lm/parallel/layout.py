@@ -207,6 +207,15 @@ def parts(logical: str) -> int:
     return 1 if found is None else found[0].parts(logical, dict(found[1].shape))
 
 
+def between(x: Any, inside: bool = False) -> Any:
+    """``[B, T, D]`` as it goes from layer to layer, or `inside` one, where the rule ``stream`` cuts its length further:
+    without a word about every such place the compiler takes the finer cut into a layer's loops."""
+    found = current()
+    if found is None or found[0].axes_of("stream") == found[0].axes_of("length"):
+        return x
+    return constrain(x, "batch", "length" if inside else "stream", None)
+
+
 def constrain(x: Any, *names: str | None) -> Any:
     """`x` with its axes over the mesh axes of their logical names; x itself outside a layout, and where an axis of x
     does not divide (a single row that only shapes are taken from)."""
