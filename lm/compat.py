@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[:3])
 
@@ -14,12 +15,18 @@ JAX_VERSION: tuple[int, ...] = tuple(int(p) for p in jax.__version__.split(".")[
 def auto_mesh(shape: tuple[int, ...], names: tuple[str, ...], devices: Any = None) -> jax.sharding.Mesh:
     """A mesh whose axes are of type Auto (`devices`: None = all); `jax.make_mesh` gives Explicit ones since jax 0.9."""
     kinds = (jax.sharding.AxisType.Auto,) * len(names)
+    if devices is not None and len({getattr(d, "slice_index", None) for d in devices}) > 1:
+        # Slice by slice, as they come: the first axes go between slices.
+        return jax.sharding.Mesh(np.asarray(devices).reshape(shape), names, axis_types=kinds)
     try:
         return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
     except NotImplementedError:  # no side of the machine, or product of sides, is as long as an axis: sides are split
         from jax.experimental import mesh_utils
 
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        try:
+            grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        except TypeError:  # not found: 8 x 35 x 8 in 4 x 20 x 28. Devices are listed along rows of neighbours
+            grid = np.asarray(devices).reshape(shape)
         return jax.sharding.Mesh(grid, names, axis_types=kinds)
 
 

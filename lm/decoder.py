@@ -20,7 +20,7 @@ from lm import auxiliary, weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 from lm.ffn.context import Call
-from lm.parallel import constrain, through
+from lm.parallel import between, constrain, through
 
 Params = dict[str, Any]
 
@@ -50,10 +50,11 @@ class Block(nn.Module):
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any, call: Call) -> Any:
         """The new stream, the layer's cache, and its report."""
         cfg = self.cfg
-        normed = cfg.norm.module(cfg.param_dtype, name="attn_norm")(x_BTD)
+        normed = between(cfg.norm.module(cfg.param_dtype, name="attn_norm")(x_BTD), inside=True)
         mixed, cache = cfg.attention.module(cfg, name="attn")(normed, tokens, length, cache)
+        mixed = between(mixed)
         after = x_BTD if cfg.parallel_residual else x_BTD + mixed
-        normed = cfg.norm.module(cfg.param_dtype, name="ffn_norm")(after)
+        normed = between(cfg.norm.module(cfg.param_dtype, name="ffn_norm")(after), inside=True)
         ffn, report = cfg.ffn.module(cfg, name="ffn"), {}
         if getattr(cfg.ffn, "reports", False):
             out, report = ffn(normed, call)
@@ -61,7 +62,7 @@ class Block(nn.Module):
             out = ffn(normed)
         y_BTD = after + out
         y_BTD = y_BTD + mixed if cfg.parallel_residual else y_BTD
-        return constrain(y_BTD, "batch", "length", None), cache, report
+        return constrain(y_BTD, "batch", "stream", None), cache, report
 
 
 class Decoder(nn.Module):
@@ -118,8 +119,9 @@ class Decoder(nn.Module):
             rows = jnp.clip(jnp.floor(seq.positions_BT), 0, shape[0] - 1).astype(jnp.int32)
             x = x + weights.rows(learned, rows).astype(dtype)
         call = Call(seq.index_BT, tokens_BT, key, taps)
+        x = between(x)
         x, cache, streams, seen, reports = self._blocks(x, seq, length, cache, call, records, on_layer)
-        x = cfg.norm.module(cfg.param_dtype, name="final_norm")(x)
+        x = between(cfg.norm.module(cfg.param_dtype, name="final_norm")(x), inside=True)
         head = cfg.head.module(cfg, name="head")
         out = head(x, table) if logits or self.is_initializing() else None
         return Output(out if logits else None, x, cache, streams, seen if records else None, reports)

@@ -1,9 +1,8 @@
 """Megatron-Turing NLG 530B (arXiv 2201.11990): 105 layers of width 20,480, 128 heads, 2,048 positions.
 
 A replica of the paper is 280 devices, 8 of tensor parallelism in each of 35 stages of three layers, and it trains 8, 10
-or 12 replicas on batches of 1,920 rows. Slices of TPUs have no side with a factor 7; here 8 replicas of 320 chips cut
-everything over `fsdp` and `tensor`. With 5 stages, fsdp 8 and tensor 8 the same slice does not hold the step: GPipe
-keeps all microbatches (264 GB of temporaries in one part, 169 in two).
+or 12 replicas on batches of 1,920 rows: `mt_nlg_530b_pipeline`. Here 8 replicas of 320 chips cut everything over `fsdp`
+and `tensor`, without stages.
 """
 
 from __future__ import annotations

@@ -94,13 +94,14 @@ def _part(ctx: Context, branch: Branch) -> Part:
     rows = min(branch.rows or T, T)
     (q, qp), (k, kp) = ctx.queries_at(branch.q_positions, rows), ctx.keys_at(branch.k_positions)
     queries, keys = ctx.queries, ctx.keys
-    contiguous = queries.contiguous and keys.contiguous and T == S
+    aligned = T == S and not ctx.apart
+    contiguous = queries.contiguous and keys.contiguous and aligned
     segments = None
     if queries.segments_BT is not None and keys.segments_BT is not None:
         segments = (queries.segments_BT[:, T - rows :], keys.segments_BT)
 
     def tiles(n_queries: int, n_keys: int, block_q: int, block_k: int) -> np.ndarray:
-        return visit(branch.mask, Grid(n_queries, n_keys, block_q, block_k, T - rows, contiguous, aligned=T == S))
+        return visit(branch.mask, Grid(n_queries, n_keys, block_q, block_k, T - rows, contiguous, aligned))
 
     return Part(
         q,

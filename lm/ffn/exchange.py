@@ -87,7 +87,7 @@ def to_experts(
         mesh=mesh,
         in_specs=(rows, rows, rows, cut),
         out_specs=(rows, rows),
-        axis_names={*batch, *length, *over, *inner},
+        axis_names={*batch, *length, *over, *inner, *layout.axes_of("layers")},  # stages are mapped over
         check_vma=False,  # `mixture` has a gradient of its own, whose loops start from plain zeros
     )
     return run(x_BTD, experts_BTk, gates_BTk, weights)

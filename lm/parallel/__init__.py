@@ -5,7 +5,7 @@ over which mesh axis. `layout.constrain` states where an activation lives, and d
 `pipeline.through` runs a stack of layers, in stages where the layout has them.
 """
 
-from lm.parallel.layout import AXES, RULES, Layout, constrain, current, parts
+from lm.parallel.layout import AXES, RULES, Layout, between, constrain, current, parts
 from lm.parallel.pipeline import through
 
-__all__ = ["AXES", "RULES", "Layout", "constrain", "current", "parts", "through"]
+__all__ = ["AXES", "RULES", "Layout", "between", "constrain", "current", "parts", "through"]

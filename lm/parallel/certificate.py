@@ -20,7 +20,7 @@ from lm.config import ModelConfig, to_dict
 from lm.parallel import chips
 from lm.parallel.compiled import Compiled, compile_for
 from lm.parallel.cost import cost
-from lm.parallel.hlo import Collective, collectives
+from lm.parallel.hlo import BETWEEN, Collective, collectives
 from lm.parallel.pipeline import bubble
 from lm.parallel.program import read
 from lm.train import flops
@@ -114,8 +114,10 @@ def measured(done: Compiled, topology: str, n: int, work: float, idle: float = 0
     seconds = {
         "compute": max(mine, work / n / (1 - idle) if idle else 0.0) / chip.flops,
         "hbm": total.bytes / chip.hbm_rate,
-        "ici": sum(c.times * c.sent for c in found) / chip.ici_rate,
+        "ici": sum(c.times * c.sent for c in found if not c.kind.startswith(BETWEEN)) / chip.ici_rate,
     }
+    if chips.slices(topology)[0] > 1:
+        seconds["dcn"] = sum(c.times * c.sent for c in found if c.kind.startswith(BETWEEN)) / chip.dcn_rate
     return {
         **out,
         "flops": {

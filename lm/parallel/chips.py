@@ -19,26 +19,40 @@ GB = 1e9
 @dataclass(frozen=True)
 class Chip:
     """`flops`: bfloat16 FLOP/s; `hbm`: bytes of memory; `hbm_rate`, `ici_rate`: bytes/s of that memory, and of all
-    links to other chips of the slice together, one way."""
+    links to other chips of the slice together, one way; `dcn_rate`: a chip's share of its host's network, bytes/s."""
 
     flops: float
     hbm: float
     hbm_rate: float
     ici_rate: float
+    dcn_rate: float
 
 
 # The pages give the links' rates in Gbit/s, both ways together: 2400, 1600, 4800 and 3584.
+# The network: 6.4 Tbit/s for 256 v5e, 25.6 for 256 v6e; 200 Gbit/s a host of four v4 or v5p.
 CHIPS = {
-    "v4": Chip(275e12, 32 * GB, 1228 * GB, 2400 / 16 * GB),
-    "v5e": Chip(197e12, 16 * GB, 819 * GB, 1600 / 16 * GB),
-    "v5p": Chip(459e12, 95 * GB, 2765 * GB, 4800 / 16 * GB),
-    "v6e": Chip(918e12, 32 * GB, 1640 * GB, 3584 / 16 * GB),
+    "v4": Chip(275e12, 32 * GB, 1228 * GB, 2400 / 16 * GB, 6.25 * GB),
+    "v5e": Chip(197e12, 16 * GB, 819 * GB, 1600 / 16 * GB, 3.125 * GB),
+    "v5p": Chip(459e12, 95 * GB, 2765 * GB, 4800 / 16 * GB, 6.25 * GB),
+    "v6e": Chip(918e12, 32 * GB, 1640 * GB, 3584 / 16 * GB, 12.5 * GB),
 }
 
 
+def slices(topology: str) -> tuple[int, str]:
+    """How many slices, and which: 2 and ``v5e:16x16`` of ``2xv5e:16x16``, 1 of a slice alone."""
+    found = re.fullmatch(r"(\d+)x(v\w+:.*)", topology)
+    return (int(found[1]), found[2]) if found else (1, topology)
+
+
+def count(topology: str) -> int:
+    """Chips of all its slices."""
+    n, one = slices(topology)
+    return n * math.prod(int(side) for side in split(one)[1].split("x"))
+
+
 def split(topology: str) -> tuple[str, str]:
-    """``("v5e", "16x16")`` of ``"v5e:16x16"``; `UserError` for anything else."""
-    name, _, shape = topology.partition(":")
+    """``("v5e", "16x16")`` of ``"v5e:16x16"``, and of several such slices; `UserError` for anything else."""
+    name, _, shape = slices(topology)[1].partition(":")
     if name not in CHIPS:
         raise unknown("--topology", name, CHIPS)
     sides = 3 if name in ("v4", "v5p") else 2
@@ -48,13 +62,9 @@ def split(topology: str) -> tuple[str, str]:
     return name, shape
 
 
-def count(topology: str) -> int:
-    """Chips of a slice."""
-    return math.prod(int(side) for side in split(topology)[1].split("x"))
-
-
 def devices(topology: str) -> Sequence[Any]:
-    """The devices of a slice that need not be here, to compile for. Needs libtpu (the extra ``aot``).
+    """The devices of a slice that need not be here, to compile for; of several, slice by slice, so that the first axes
+    of a mesh go between them. Needs libtpu (the extra ``aot``).
 
     Raises `UserError` where the compiler is missing or does not know the slice.
     """
@@ -69,7 +79,9 @@ def devices(topology: str) -> Sequence[Any]:
 
     with contextlib.redirect_stderr(None):
         try:
-            return list(topologies.get_topology_desc(topology, "tpu").devices)
+            n, one = slices(topology)
+            several = {"num_slices": n} if n > 1 else {}
+            return list(topologies.get_topology_desc(one, "tpu", **several).devices)
         except Exception as e:  # the compiler's own message is about its internals
             raise UserError(f"--topology: {topology}: {_first(e)}; valid: a slice that Cloud TPU offers") from None
 

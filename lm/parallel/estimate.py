@@ -29,8 +29,7 @@ WIDE, NARROW = 5, 5  # arrays [tokens, d_ff] and [tokens, d_model] alive at once
 def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, Any]:
     """Bytes of one chip of `topology` (``v5e:16x16``): ``state`` and ``memory`` as `certificate.certify` has them, and
     the parts of the temporaries. Raises `UserError` for what does not divide or is no slice."""
-    chip, shape = chips.split(topology)
-    n = math.prod(int(side) for side in shape.split("x"))
+    chip, n = chips.split(topology)[0], chips.count(topology)
     layout, sizes = train.mesh, train.mesh.sizes(n)
     whole = params.abstract(cfg)
     shapes = {name: leaf.shape for name, leaf in params.names(whole).items()}
@@ -59,12 +58,13 @@ def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, A
     frozen = held(whole) if train.surgery.adds else 0.0
     rows = train.batch / layout.parts("batch", sizes)
     tokens = rows * train.data.seq_len / layout.parts("length", sizes)
-    arguments = held(state) + frozen + 12 * tokens
-    parts = _temporaries(cfg, train, sizes, tokens / train.accumulate, cut, shapes)
+    n_outside = layout.outside(sizes).parts("batch", sizes) / layout.parts("batch", sizes)
+    arguments = held(state) + frozen + 12 * tokens / n_outside
+    trained = 4.0 * sum(cut(name, s) for name, s in shapes.items()) if not frozen else held(state["params"])
+    parts = _temporaries(cfg, train, sizes, tokens / train.accumulate, cut, shapes, trained)
     if train.accumulate > 1:
-        parts["gradients"] = (
-            4.0 * sum(cut(name, s) for name, s in shapes.items()) if not frozen else held(state["params"])
-        )
+        parts["sums of the parts' gradients"] = trained
+    parts = {name: n for name, n in parts.items() if n}
     temporaries = sum(parts.values())
     return {
         "topology": topology,
@@ -79,38 +79,84 @@ def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, A
 
 
 def _temporaries(
-    cfg: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens: float, cut: Any, shapes: dict[str, Any]
+    cfg: ModelConfig,
+    train: TrainConfig,
+    sizes: dict[str, int],
+    tokens: float,
+    cut: Any,
+    shapes: dict[str, Any],
+    trained: float,
 ) -> dict[str, float]:
-    """`tokens` of a chip in one part of a step. Bytes, by what they are for."""
+    """Bytes of the fullest moment, by what they are for. `tokens`: of a chip in one part of a step, as stages hold
+    them; `trained`: bytes of float32 gradients that a chip keeps."""
     layout, size = train.mesh, jnp.dtype(cfg.dtype).itemsize
-    stages, D = layout.parts("layers", sizes), cfg.d_model
+    stages, D, V = layout.parts("layers", sizes), cfg.d_model, cfg.vocab_size / layout.parts("vocab", sizes)
     flight = layout.in_flight(stages) if stages > 1 else 1
-    here = tokens / flight  # of one microbatch
-    ticks = flight + stages - 1
-    layers = cfg.layers()
-    inner = layout.parts("mlp", sizes)
+    here, ticks = tokens / flight, flight + stages - 1  # tokens of a microbatch
+    outside = tokens / (layout.outside(sizes).parts("batch", sizes) / layout.parts("batch", sizes))
+    layers, inner = cfg.layers(), layout.parts("mlp", sizes)
+    stream = here * layout.parts("length", sizes) / layout.parts("stream", sizes)  # rows of D between layers
+    adds = train.surgery.adds
+    gathered = any(sizes[a] > 1 for a in layout.axes_of("embed"))
+    apart = any(sizes[a] > 1 for a in layout.axes_of("batch") if a not in layout.axes_of("embed"))
+
+    def blocks(skip: tuple[str, ...] = ()) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name, shape in shapes.items():
+            first = name.split("/")[0]
+            if first.startswith("blocks"):
+                found[first] = found.get(first, 0.0) + cut(name, shape, skip)
+        return found
+
+    held, stacked = sum(blocks().values()), "blocks" in blocks()
+    # One layer's matrices, whole but for what tensor and expert axes cut.
+    matrix = max(blocks(("fsdp", "data", "stage")).values()) / (cfg.n_layers if stacked else 1) * size
     wide = max(_rows(layer, train, sizes, here) * _width(layer) for layer in layers) / inner
-    # A layer's matrices, whole but for what tensor and expert axes cut.
-    of_layer: dict[str, float] = {}
-    for name, shape in shapes.items():
-        first = name.split("/")[0]
-        if first.startswith("blocks"):
-            stack = cfg.n_layers if first == "blocks" else 1
-            of_layer[first] = of_layer.get(first, 0.0) + cut(name, shape, ("fsdp", "data", "stage")) / stack
-    matrices = max(of_layer.values()) * size
-    kept = D if cfg.remat else 8 * D + 4 * max(_width(layer) for layer in layers) / inner
-    vocab = cfg.vocab_size / layout.parts("vocab", sizes)
-    piece = min(train.objective.chunk or here, here) if hasattr(train.objective, "chunk") else here
-    inside = (2 if not train.surgery.adds else 1) * matrices + size * (WIDE * wide + NARROW * here * D)
-    # Embedding and head as they multiply, the head's gradient in float32 before it is summed, and a piece's logits.
-    loss = (2 * size + 4) * vocab * D + 4 * piece * vocab + NARROW * here * D * size
-    out = {"inputs of layers": ticks * cfg.n_layers / stages * here * kept * size}
-    out["inside a layer" if inside >= loss else "the loss"] = max(inside, loss)
-    return out
+    cast = held * size if stacked and cfg.param_dtype != cfg.dtype else 0.0
+    grads = min(trained, 4 * held)
+
+    kept = stream * D * size if cfg.remat else here * size * max(_inside(layer, train, sizes) for layer in layers)
+    inputs = ticks * cfg.n_layers / stages * kept
+    inside = ((1 if gathered else 0) + (0 if adds else 1)) * matrix + size * (WIDE * wide + NARROW * here * D)
+    # A pipeline adds a tick's gradients to those of earlier ticks, and has microbatches waiting, coming and going.
+    belt = 3 * (tokens / flight) * math.ceil(flight / stages) * stream / here * D * size if stages > 1 else 0.0
+    layer = {
+        "inputs of layers": inputs if stacked else max(inputs, grads),
+        "matrices in bfloat16": cast,
+        "gradients of layers": grads * (2 if stages > 1 else 1) if stacked else 0.0,
+        "inside a layer": inside,
+        "microbatches that wait": belt,
+    }
+    # Embedding and head as they multiply, the head's gradient in float32 before it is summed (twice where devices that
+    # do not cut it have rows of their own), and a piece's logits.
+    piece = min(getattr(train.objective, "chunk", 0) or outside, outside)
+    head = (2 * size + (0 if adds else 4 * (2 if apart else 1))) * V * D
+    loss = {
+        "inputs of layers": inputs,
+        "matrices in bfloat16": cast,
+        "the loss": head + (4 + size) * piece * V + NARROW * outside * D * size + belt / 3,
+    }
+    # The embedding's gradient: float32 rows, sorted, added to a table.
+    table = cut("embed", shapes["embed"])
+    end = {
+        "gradients": trained,
+        "the embedding": 0.0 if adds else 4 * (2 * outside * D + table * (2 if apart else 1)),
+    }
+    return max((layer, loss, end), key=lambda moment: sum(moment.values()))
 
 
 def _width(layer: ModelConfig) -> int:
     return int(getattr(layer.ffn, "d_expert", None) or layer.d_ff)
+
+
+def _inside(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> float:
+    """Numbers that a layer without `remat` keeps of a token: the stream and its norms, queries (raw and turned), keys,
+    values and what attention gives, and two arrays of the feed-forward width."""
+    layout = train.mesh
+    assert layer.head_dim is not None and layer.n_kv_heads is not None
+    heads = 3 * layer.n_heads / layout.parts("heads", sizes) + 2 * layer.n_kv_heads / layout.parts("kv_heads", sizes)
+    wide = _rows(layer, train, sizes, 1.0) * 2 * _width(layer) / layout.parts("mlp", sizes)
+    return 4 * layer.d_model + heads * layer.head_dim + wide
 
 
 def _rows(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens: float) -> float:

@@ -23,13 +23,14 @@ from lm.errors import UserError, nearest, unknown
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
 AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
 
-ATTENTION = ("ring", "gather")
+ATTENTION = ("ring", "zigzag", "gather")
 
 # Logical axis -> mesh axes, as many as apply; none: whole on every device.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "length": ("sequence",),
     "slots": ("sequence",),  # of a cache
+    "stream": ("sequence",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -54,11 +55,14 @@ class Layout:
     along the model width, gathered layer by layer when they are needed (ZeRO-3, arXiv 1910.02054). `tensor`: heads,
     feed-forward channels and vocabulary (Megatron, arXiv 1909.08053). `sequence`: tokens of a row. `expert`: experts,
     and rows elsewhere. `stage`: layers. `rules` changes single rows of `RULES`: a logical axis to a mesh axis, to
-    several, or to None.
+    several, or to None. ``stream`` is the length of what goes from layer to layer, cut as ``length`` is unless a rule
+    says otherwise: ``("sequence", "tensor")`` is Megatron's sequence parallelism (arXiv 2205.05198), the same bytes on
+    the links, and layer inputs that `tensor` divides too.
 
     `microbatches`: how many the rows of a part are cut into on their way through the stages, None = as many as stages
     (`lm.parallel.pipeline`). `attention`, where tokens of a row are cut: ``ring`` sends keys round
-    (`lm.attention.ring`), ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
+    (`lm.attention.ring`), ``zigzag`` gives every device an early and a late half of a part first, which a causal mask
+    makes equal work, ``gather`` brings all of them to every device. `exchange`: how many rows at most a device
     sends to each device with other experts, as a multiple of an even share; what does not fit is dropped, so that this
     one setting can change a result. None = all fit (`lm.ffn.exchange`).
     """
@@ -126,6 +130,8 @@ class Layout:
 
     def axes_of(self, logical: str) -> tuple[str, ...]:
         """The mesh axes of a logical axis; none for one without a rule."""
+        if logical == "stream" and logical not in self.rules:
+            logical = "length"
         return tuple(self.rules.get(logical, RULES.get(logical, ())))
 
     def spec(self, names: Sequence[str | None]) -> PartitionSpec:
@@ -145,6 +151,20 @@ class Layout:
     def in_flight(self, stages: int) -> int:
         """Microbatches of a pipeline."""
         return self.microbatches or stages
+
+    def outside(self, sizes: Mapping[str, int]) -> Layout:
+        """The layout outside the stages of a pipeline, where stages share the rows too (embeddings and the loss are
+        not computed by all of them), if they can: microbatches in a multiple of the stages."""
+        stages, taken = self.parts("layers", sizes), self.axes_of("batch")
+        extra = tuple(a for a in self.axes_of("layers") if a not in taken)
+        if stages == 1 or self.in_flight(stages) % stages or not extra:
+            return self
+        return dataclasses.replace(self, rules={**self.rules, "batch": (*taken, *extra)})
+
+    def inside(self) -> Layout:
+        """The layout inside a stage."""
+        taken = tuple(a for a in self.axes_of("batch") if a not in self.axes_of("layers"))
+        return dataclasses.replace(self, rules={**self.rules, "batch": taken})
 
     def check(self, shapes: Mapping[str, tuple[tuple[int, ...], tuple[str, ...]]], sizes: Mapping[str, int]) -> None:
         """Raises `UserError` for the first tensor (``{name: (shape, logical axes)}``) that does not divide."""
@@ -191,6 +211,15 @@ def parts(logical: str) -> int:
     """Into how many parts the current layout cuts a logical axis; 1 outside a layout."""
     found = current()
     return 1 if found is None else found[0].parts(logical, dict(found[1].shape))
+
+
+def between(x: Any, inside: bool = False) -> Any:
+    """``[B, T, D]`` as it goes from layer to layer, or `inside` one, where the rule ``stream`` cuts its length further:
+    without a word about every such place the compiler takes the finer cut into a layer's loops."""
+    found = current()
+    if found is None or found[0].axes_of("stream") == found[0].axes_of("length"):
+        return x
+    return constrain(x, "batch", "length" if inside else "stream", None)
 
 
 def constrain(x: Any, *names: str | None) -> Any:

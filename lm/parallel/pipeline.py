@@ -1,17 +1,21 @@
 """How a stack of equal layers is run: one after the other, or in stages over the mesh axis ``stage`` (GPipe).
 
 The rows of a batch are cut into M microbatches (GPipe, arXiv 1811.06965); stage s holds layers ``s L / S`` and on. In
-tick t stage s works on microbatch ``t - s``: a buffer with one microbatch per stage is shifted by one stage, the next
+tick t stage s works on microbatch ``t - s``: an array with one microbatch per stage is shifted by one stage, the next
 microbatch enters at the front, and all stages run at once as one mapped function whose mapped axis lies over the
 devices, so that the compiler makes the shift a permute (GSPMD, arXiv 2105.04663, section 3.3). Of ``M + S - 1`` ticks
 every stage is idle in S - 1, a share ``(S - 1) / (M + S - 1)`` (`bubble`).
 
-The schedule is GPipe's and not 1F1B (arXiv 2104.04473) because the backward pass is the derivative of this loop, and
-so its mirror image: it starts when the last microbatch is through. 1F1B has the same bubble and holds S instead of M
-microbatches' activations, but starts each backward pass by itself, which the derivative of one loss cannot say. What a
-stage holds of a microbatch is the inputs of its layers under ``model.remat``.
+Microbatches wait on the devices of all stages, ``K = ceil(M / S)`` on each: a belt ``[S, K, …]`` over the stages. Stage
+s holds the microbatches from ``s K`` on; every K-th tick a place moves down by one stage, so that stage 0 finds the one
+it needs, and what leaves the last stage takes the place that came free. After ``M + S - 1`` ticks results lie where
+their rows came from. Outside the stages rows are cut over them as over ``data`` if S divides M (`Layout.outside`):
+embeddings and loss are computed once, and no device holds the batch of its replica.
 
-Embeddings, final norm and head are outside the stages; every stage's devices compute them.
+The schedule is GPipe's and not 1F1B (arXiv 2104.04473) because the backward pass is the derivative of this loop, and
+so its mirror image: it starts when the last microbatch is through. The bubble is the same. What a stage holds is the
+inputs of its layers under ``model.remat``, of ``M + S - 1`` microbatches where 1F1B holds S at most; the rule
+``stream`` (`lm.parallel.layout`) divides them by ``tensor``, which makes room for as many microbatches.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
-from lm.parallel.layout import constrain, current, parts
+from lm.parallel.layout import constrain, current, parts, using
 
 Body = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
 Join = Callable[[Any], Any]
@@ -75,24 +79,25 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> 
     """
     S, B, found = parts("layers"), x_BTD.shape[0], current()
     M = 1 if found is None else found[0].in_flight(S)
-    if S == 1 or B % M:
+    if S == 1 or B % M or found is None:
         return jax.lax.scan(lambda x, of_layer: body(x, rows, of_layer), x_BTD, stack)
+    layout, mesh = found[0].inside(), found[1]
+    over = tuple(a for a in layout.axes_of("layers") if mesh.shape[a] > 1)
+    b, K, P = B // M, -(-M // S), layout.parts("batch", dict(mesh.shape))
+    P = 1 if b % P else P
 
     def split(a: jax.Array) -> jax.Array:
-        """Rows of one microbatch are spread over the batch, so that every device holds its share of each."""
-        a = jnp.moveaxis(a.reshape(B // M, M, *a.shape[1:]), 1, 0)
-        a = _placed(a, None)
-        return jnp.concatenate([a, jnp.broadcast_to(a[-1:], (S - 1, *a.shape[1:]))])
+        """``[B, …]`` -> ``[M, b, …]``: a device that holds rows has its share of every microbatch."""
+        return jnp.moveaxis(a.reshape(P, M, b // P, *a.shape[1:]), 1, 0).reshape(M, b, *a.shape[1:])
 
-    by_stage = jax.tree.map(lambda p: p.reshape(S, p.shape[0] // S, *p.shape[1:]), stack)
+    def whole(a: jax.Array) -> jax.Array:
+        return jnp.moveaxis(a.reshape(M, P, b // P, *a.shape[2:]), 0, 1).reshape(B, *a.shape[2:])
+
+    def at(s: int) -> jax.Array:
+        return (jnp.arange(S) == s).reshape(S, *(1,) * x_BTD.ndim)
 
     def stage(layers: Any, x: jax.Array, rows: Any) -> tuple[jax.Array, Any]:
         return jax.lax.scan(lambda x, of_layer: body(x, rows, of_layer), x, layers)
-
-    def shift(held: jax.Array, new: jax.Array) -> jax.Array:
-        moved = jnp.concatenate([held[-1:], held[:-1]])  # what the compiler knows as a rotation
-        first = (jnp.arange(S) == 0).reshape(S, *(1,) * new.ndim)
-        return _placed(jnp.where(first, new, moved), "layers")
 
     def own(p: Any, t: jax.Array) -> Any:
         """Keys of a tick: within a stage, ticks are microbatches."""
@@ -100,26 +105,40 @@ def through(body: Body, x_BTD: jax.Array, rows: Any, stack: Any, join: Join) -> 
             return p
         return jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, t)))(p)
 
-    def tick(held: Any, xs: tuple[Any, jax.Array]) -> tuple[Any, Any]:
-        new, t = xs
-        x, rows = jax.tree.map(shift, held, new)
-        x, said = jax.vmap(stage)(jax.tree.map(lambda p: own(p, t), by_stage), x, rows)
+    by_stage = jax.tree.map(lambda p: p.reshape(S, p.shape[0] // S, *p.shape[1:]), stack)
+    rows_M = jax.tree.map(split, rows)
+
+    def tick(carry: tuple[jax.Array, jax.Array], t: jax.Array) -> tuple[Any, Any]:
+        belt, held = carry
+        slot = jnp.mod(t, K)
+        passing = jax.lax.dynamic_index_in_dim(belt, slot, 1, keepdims=False)
+        x = _placed(jnp.where(at(0), passing, jnp.roll(held, 1, 0)), "layers")
+        own_rows = jax.tree.map(lambda a: a[jnp.clip(t - jnp.arange(S), 0, M - 1)], rows_M)
+        x, said = jax.vmap(stage, spmd_axis_name=over)(jax.tree.map(lambda p: own(p, t), by_stage), x, own_rows)
         x = _placed(x, "layers")
-        return (x, rows), (x[-1], said)
+        passing = _placed(jnp.where(at(S - 1), x, jnp.roll(passing, -1, 0)), "layers")
+        belt = jax.lax.dynamic_update_index_in_dim(belt, passing, slot, 1)
+        return (_placed(belt, "layers", None), x), said
 
     def of_microbatches(a: jax.Array) -> jax.Array:
         """``[ticks, S, L / S, …]`` -> ``[M, L, …]``: stage s is at microbatch m in tick ``m + s``."""
-        at = jnp.arange(M)[:, None] + jnp.arange(S)
-        return a[at, jnp.arange(S)].reshape(M, -1, *a.shape[3:])
+        when = jnp.arange(M)[:, None] + jnp.arange(S)
+        return a[when, jnp.arange(S)].reshape(M, -1, *a.shape[3:])
 
-    new = jax.tree.map(split, (x_BTD, rows))
-    # Idle stages compute on rows that there are, so that nothing is infinite; none of it is used.
-    held = jax.tree.map(lambda a: _placed(jnp.broadcast_to(a[:1], (S, *a.shape[1:])), "layers"), new)
-    _, (out, said) = jax.lax.scan(tick, held, (new, jnp.arange(M + S - 1)))
-    out = jnp.moveaxis(_placed(out[S - 1 :], None), 0, 1).reshape(x_BTD.shape)
-    return constrain(out, "batch", "length", None), join(jax.tree.map(of_microbatches, said))
+    with using(layout, mesh):  # rows are not cut over stages in here
+        belt = split(x_BTD)
+        belt = jnp.concatenate([belt, jnp.broadcast_to(belt[-1:], (S * K - M, *belt.shape[1:]))]) if S * K > M else belt
+        belt = _placed(belt.reshape(S, K, *belt.shape[1:]), "layers", None)
+        # Idle stages compute on rows that there are, so that nothing is infinite; none of it is used.
+        (belt, _), said = jax.lax.scan(tick, (belt, belt[:, 0]), jnp.arange(M + S - 1))
+        if S * K == M:
+            out = jnp.roll(belt, 1 - S, 1).reshape(M, *belt.shape[2:])
+        else:  # what left the last stage in tick m + S - 1 has since moved down once in K ticks
+            m = jnp.arange(M)
+            out = belt[S - 1 - (M - 1 - m) // K, (m + S - 1) % K]
+    return constrain(whole(out), "batch", "stream", None), join(jax.tree.map(of_microbatches, said))
 
 
-def _placed(a: jax.Array, first: str | None) -> jax.Array:
-    """``[S or M, b, T, …]`` where it belongs."""
-    return constrain(a, first, "batch", "length", *(None,) * (a.ndim - 3))
+def _placed(a: jax.Array, *first: str | None) -> jax.Array:
+    """``[S, b, T, D]`` or ``[S, K, b, T, D]`` where it belongs."""
+    return constrain(a, *first, "batch", "stream", None)

@@ -49,10 +49,11 @@ class Placement:
         self.shapes = {name: leaf.shape for name, leaf in params.names(whole).items()}
         axes = {name: params.logical_of(name) for name in self.shapes}
         self.layout.check({name: (shape, axes[name]) for name, shape in self.shapes.items()}, sizes)
-        self.rows = self._sharding(("batch", "length"))
+        self.outside = self.layout.outside(sizes)
+        self.rows = NamedSharding(self.mesh, self.outside.spec(("batch", "length")))
         if stages > 1 or self.layout.parts("length", sizes) > 1:  # what layers cannot do in parts is said now
             tokens = jax.ShapeDtypeStruct((train.batch // train.accumulate, train.data.seq_len), "int32")
-            with using(self.layout, self.mesh):
+            with using(self.outside, self.mesh):
                 jax.eval_shape(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False), whole, tokens)
 
     def _sharding(self, names: Sequence[str | None]) -> NamedSharding:
@@ -104,7 +105,7 @@ class Placement:
 
         def evaluate(trained: Any, batch: dict[str, np.ndarray], base: Any = None) -> dict[str, Any]:
             cut = {k: jax.make_array_from_callback(v.shape, self.rows, v.__getitem__) for k, v in batch.items()}
-            with using(self.layout, self.mesh):
+            with using(self.outside, self.mesh):
                 out: dict[str, Any] = fn(trained, cut, base)
             return out
 
@@ -120,7 +121,7 @@ class Placement:
             out_shardings=(where, everywhere),
             donate_argnums=0,
         )
-        with using(self.layout, self.mesh):
+        with using(self.outside, self.mesh):
             return fn.lower(state, batch, base)
 
 

@@ -176,6 +176,7 @@ def test_what_to_change() -> None:
         ("salamandra_40b", 40_433_885_184),
         ("geb_1_3b", 1_348_044_800),
         ("mt_nlg_530b", 529_600_819_200),
+        ("mt_nlg_530b_pipeline", 529_600_819_200),
     ],
 )
 def test_a_base_has_its_parameters_and_lies_on_its_slice(name: str, parameters: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks import memory
 from experiments import cli
 from experiments import compile as command
 from lm.config import build, model_config
@@ -37,7 +38,7 @@ def test_arguments_are_those_of_the_shardings(surgery: str) -> None:
     assert found["memory"]["arguments"] == sum(certificate.held(x) for x in (state, batch, base))
 
 
-@pytest.mark.parametrize("path", [p for p in CERTIFICATES if p.stem in ("llama2_7b", "geb_1_3b", "mixtral_8x7b")])
+@pytest.mark.parametrize("path", CERTIFICATES, ids=lambda p: p.stem)
 def test_within_15_percent_of_the_compiler(path: Path) -> None:
     one = json.loads(path.read_text(encoding="utf-8"))
     settings, pod = command.base(path.stem)
@@ -50,9 +51,18 @@ def test_within_15_percent_of_the_compiler(path: Path) -> None:
 
 def test_every_base_has_a_certificate_that_fits() -> None:
     names = {p.stem for p in (ROOT / "configs" / "bases").glob("*.py") if "\nPOD = " in p.read_text(encoding="utf-8")}
-    assert names <= {p.stem for p in CERTIFICATES} and len(names) == 7
+    assert names <= {p.stem for p in CERTIFICATES} and len(names) == 8
     for path in CERTIFICATES:
         assert json.loads(path.read_text(encoding="utf-8"))["fits"], path.name
+
+
+@pytest.mark.parametrize("name", memory.cases())
+def test_within_15_percent_on_layouts_of_small_models(name: str) -> None:
+    """fsdp, tensor, sequence, expert and stage axes, parts of a step, with and without remat, other chips."""
+    one = memory.cases()[name]["memory"]
+    found = estimate(*memory.settings(name))["memory"]
+    assert found["arguments"] == pytest.approx(one["arguments"], rel=0.01)
+    assert found["peak"] == pytest.approx(one["peak"], rel=0.15)
 
 
 def test_what_lowers_it() -> None:

@@ -40,11 +40,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp x expert x tensor": {"fsdp": 2, "expert": 2, "tensor": 2},
     "data x stage": {"stage": 2, "microbatches": 1},
     "data x stage x tensor": {"data": 2, "stage": 2, "tensor": 2, "microbatches": 4},
+    "stage x tensor, the stream cut": {
+        **{"data": 2, "stage": 2, "tensor": 2, "microbatches": 2},
+        "rules": {"stream": ("sequence", "tensor")},
+    },
     "stage x sequence": {"data": 2, "stage": 2, "sequence": 2},
 }
 CASES = [
     *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x fsdp x tensor")),
-    *(("dense", name) for name in ("data x stage", "data x stage x tensor")),
+    *(("dense", name) for name in ("data x stage", "data x stage x tensor", "stage x tensor, the stream cut")),
     *(("untied", name) for name in ("data x sequence x tensor", "stage x sequence")),
     *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor", "data x stage")),
 ]
@@ -172,7 +176,12 @@ def test_rows_and_tokens_that_do_not_spread_are_refused() -> None:
 
 def test_the_layout_is_no_part_of_a_runs_identity() -> None:
     assert train().determines() == train(fsdp=8).determines()
-    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {"batch", "length", "layers"}
+    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {
+        "batch",
+        "length",
+        "layers",
+        "stream",
+    }
     assert all(set(axes) <= set(AXES) for axes in RULES.values())
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.bases import mt_nlg_530b
+from configs.bases import mt_nlg_530b_pipeline
 from lm import params
 from lm.config import build, model_config
 from lm.decoder import Decoder
 from lm.errors import UserError
-from lm.parallel import Layout, through
+from lm.parallel import Layout, chips, through
 from lm.parallel.hlo import collectives
 from lm.parallel.layout import using
 from lm.parallel.pipeline import bubble, check
@@ -28,13 +28,14 @@ def train(batch: int = 8, **mesh: Any) -> TrainConfig:
     return build(TrainConfig, {"batch": batch, "data": {"seq_len": 8}, "mesh": mesh}, "train")
 
 
-@pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 4), (4, 2), (4, None)])
+@pytest.mark.parametrize(("stages", "microbatches"), [(2, 1), (2, 3), (2, 4), (4, 2), (4, None)])
 def test_layers_in_order_and_rows_with_what_belongs_to_them(stages: int, microbatches: int | None) -> None:
     """``x -> a x + r`` does not commute: eight layers, and a number r for every row. What layers say, ``a sum x``,
     adds up over microbatches. Gradients too."""
     a = jnp.linspace(0.5, 1.5, 8)
-    x = jax.random.normal(jax.random.key(0), (8, 3, 2))
-    r = jnp.arange(8.0)[:, None] + jnp.arange(3.0)
+    B = 12 if microbatches == 3 else 8
+    x = jax.random.normal(jax.random.key(0), (B, 3, 2))
+    r = (jnp.arange(float(B)) % 8)[:, None] + jnp.arange(3.0)
 
     def run(x: jax.Array, a: jax.Array) -> Any:
         def body(x: jax.Array, r: jax.Array, a: jax.Array) -> Any:
@@ -52,7 +53,7 @@ def test_layers_in_order_and_rows_with_what_belongs_to_them(stages: int, microba
         expected = factor * expected + np.asarray(r)[..., None]
     np.testing.assert_allclose(want[0][0], expected, rtol=1e-5)
     layout = Layout(data=1, fsdp=8 // stages, stage=stages, microbatches=microbatches)
-    if 8 // (microbatches or stages) % (8 // stages):
+    if B // (microbatches or stages) % (8 // stages):
         layout = Layout(data=1, sequence=1, tensor=8 // stages, stage=stages, microbatches=microbatches)
     with using(layout, layout.mesh()):
         compiled = jax.jit(lambda x, a: both(x, a)).lower(x, a).compile()
@@ -88,7 +89,8 @@ def test_a_stage_holds_its_layers_and_passes_on_its_rows() -> None:
     def hidden(p: Any, tokens: jax.Array) -> jax.Array:
         return Decoder(cfg).apply({"params": p}, tokens, logits=False).hidden_BTD
 
-    with using(place.layout, place.mesh):
+    assert place.rows.shard_shape((8, 8)) == (2, 8)  # rows outside the stages are cut over them
+    with using(place.outside, place.mesh):
         fn = jax.jit(hidden, in_shardings=(where, place.rows))
         text = fn.lower(whole, jax.ShapeDtypeStruct((8, 8), "int32")).compile().as_text()
     permutes = [c for c in collectives(text, 8) if c.kind == "collective-permute"]
@@ -103,21 +105,19 @@ def test_bubble() -> None:
 
 
 def test_the_layout_of_a_published_pipeline_divides() -> None:
-    """MT-NLG 530B in 5 stages of 21 layers on a slice of TPUs, and in the paper's 8 replicas of 35 stages: one row a
-    microbatch, and the bubbles."""
-    cfg, settings = model_config(mt_nlg_530b.model()), build(TrainConfig, mt_nlg_530b.train(), "train")
+    """MT-NLG 530B in 8 replicas of 35 stages of 8 chips, one row a microbatch: the paper's 240 microbatches a replica,
+    to the next multiple of the stages, and so its bubble."""
+    base = mt_nlg_530b_pipeline
+    cfg, settings = model_config(base.model()), build(TrainConfig, base.train(), "train")
     shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
     names = {name: (shape, params.logical_of(name)) for name, shape in shapes.items()}
-    own = Layout(stage=5, fsdp=8, tensor=8, microbatches=30)
-    paper = Layout(stage=35, tensor=8, microbatches=120)
-    for layout, devices, stages, accumulate in ((own, 2560, 5, 1), (paper, 2240, 35, 2)):
-        sizes, M = layout.sizes(devices), layout.in_flight(stages)
-        assert (sizes["data"], sizes["stage"], sizes["tensor"]) == (8, stages, 8)
-        layout.check(names, sizes)
-        rows, parts = settings.batch // accumulate, layout.parts("batch", sizes)
-        check(cfg.layers(), stages, rows, parts, M, cfg.scan_layers)
-        assert rows // parts // M == 1
-    assert bubble(5, 30) == 4 / 34 and bubble(35, 120) == 34 / 154
+    layout, sizes = settings.mesh, settings.mesh.sizes(chips.count(base.POD))
+    M = layout.in_flight(35)
+    assert (sizes["data"], sizes["stage"], sizes["tensor"], M) == (8, 35, 8, 245)
+    layout.check(names, sizes)
+    check(cfg.layers(), 35, settings.batch, layout.parts("batch", sizes), M, cfg.scan_layers)
+    assert settings.batch == 8 * M and layout.outside(sizes).parts("batch", sizes) == 8 * 35
+    assert bubble(35, M) == 34 / 279 and bubble(35, 240) == 34 / 274
 
 
 OTHER = {"layer_overrides": ({"layers": "2:3", "pattern": {"name": "sliding_window", "window": 4}},)}

@@ -16,7 +16,7 @@ from lm.attention.branches import Branch, Context, Tokens
 from lm.attention.causal import Causal
 from lm.attention.lm_infinite import LMInfinite
 from lm.attention.masks import Causal as CausalMask
-from lm.attention.masks import Full, Sinks, Window
+from lm.attention.masks import Full, Mask, Sinks, Window
 from lm.attention.ring import meetings
 from lm.attention.sliding_window import SlidingWindow
 from lm.config import build, model_config
@@ -59,7 +59,12 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     ),
     "positions of its own": (Elsewhere(), Rope(), {}),
 }
-PACKED = ("causal, rotary", "LM-Infinite, ALiBi, tiles")
+CASES |= {
+    "zigzag: causal, rotary": (Causal(), Rope(), {}),
+    "zigzag: window, tiles": (SlidingWindow(window=10), Rope(), {"backend": "blocked", "block_q": 4, "block_k": 4}),
+    "causal, kernels": (Causal(), Rope(), {"backend": "pallas"}),
+}
+PACKED = ("causal, rotary", "LM-Infinite, ALiBi, tiles", "zigzag: causal, rotary")
 
 
 def tokens(packed: bool) -> Tokens:
@@ -102,7 +107,7 @@ def test_a_ring_gives_what_one_device_gives(name: str) -> None:
     packed = name in PACKED
     run, args = program(*CASES[name], packed), drawn(packed)
     want = jax.jit(run)(*args)
-    layout = Layout(data=1, sequence=4, tensor=2)
+    layout = Layout(data=1, sequence=4, tensor=2, attention="zigzag" if name.startswith("zigzag") else "ring")
     with using(layout, layout.mesh()):
         compiled = jax.jit(lambda *a: run(*a)).lower(*args).compile()
     kinds = {c.kind for c in collectives(compiled.as_text(), 8)}
@@ -112,13 +117,25 @@ def test_a_ring_gives_what_one_device_gives(name: str) -> None:
 
 
 def test_hops_that_nobody_needs_are_not_made() -> None:
-    causal = meetings((CausalMask(),), 4, 8, True)
-    np.testing.assert_array_equal(causal, [[i >= h for i in range(4)] for h in range(4)])
-    assert meetings((Full(),), 4, 8, True).all()
+    def table(*masks: Mask) -> np.ndarray:
+        return meetings(masks, 4, 8, True)[..., 0, 0]
+
+    np.testing.assert_array_equal(table(CausalMask()), [[i >= h for i in range(4)] for h in range(4)])
+    assert table(Full()).all()
     for width, hops in ((1, 1), (2, 2), (9, 2), (10, 3), (17, 3), (18, 4)):
-        assert len(meetings((CausalMask() & Window(width),), 4, 8, True)) == hops
-    sinks = meetings((CausalMask() & (Window(4) | Sinks(2)),), 4, 8, True)
+        assert len(table(CausalMask() & Window(width))) == hops
+    sinks = table(CausalMask() & (Window(4) | Sinks(2)))
     np.testing.assert_array_equal(sinks, [[h in (0, 1, i) and i >= h for i in range(4)] for h in range(4)])
+
+
+@pytest.mark.parametrize("n", [2, 4, 16])
+def test_a_zigzag_gives_every_device_the_same_work(n: int) -> None:
+    """Pairs of pieces that a causal mask visits, hop by hop: two on every device (three of its own), where parts in
+    order keep the last device busy in all hops, four pairs each, and the first in one."""
+    order, zigzag = (meetings((CausalMask(),), n, 8, True, pieces).sum((2, 3)) for pieces in (1, 2))
+    assert order.sum(0).tolist() == list(range(1, n + 1)) and order.max(1).sum() == n
+    np.testing.assert_array_equal(zigzag, [[3] * n] + [[2] * n] * (n - 1))
+    assert zigzag.max(1).sum() == 2 * n + 1 < 4 * order.max(1).sum()
 
 
 def settings(**mesh: Any) -> TrainConfig:
