@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lm import compat
+
 WARPGROUP = 128  # threads of one; the matrix unit multiplies 64 rows for each
 SWIZZLE = 128  # bytes of a row of a tile in shared memory
 
@@ -27,6 +29,8 @@ def params(interpret: bool) -> Any:
     if not interpret:
         return False
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # no public name yet
+
+    compat.compile_interpreted_threads_once()
 
     return InterpretGPUParams(detect_races=True)
 

@@ -63,7 +63,7 @@ def _forward(
         first = block * spec.shape.rows + warpgroup * ROWS
         mine = (batch, pl.ds(first, ROWS), head)
         plgpu.copy_gmem_to_smem(x["q"].at[mine], q, scratch["q_full"].at[warpgroup])
-        held = {name: load(o, x[name], batch, first, ROWS, 0) for name in x if name.startswith("q_")}
+        held = {name: load(o, x[name], (batch,), first, ROWS, 0) for name in x if name.startswith("q_")}
         slope = x["slopes"][head] if spec.sloped else None
         top, total = (o.per_row(jnp.full((ROWS,), value, jnp.float32)) for value in (NEG / 2, 0.0))
         if "sinks" in x:
@@ -76,7 +76,7 @@ def _forward(
             acc, top, total = carry
             at = slot(n, stages)
             numbers = held | {
-                name: load(o, x[name], batch, tile * stream, stream, 1) for name in x if name.startswith("k_")
+                name: load(o, x[name], (batch,), tile * stream, stream, 1) for name in x if name.startswith("k_")
             }
             plgpu.barrier_wait(full[0].at[at])
             s = o.dot(q, scratch["k"].at[at], transpose_b=True, meanwhile=turn)

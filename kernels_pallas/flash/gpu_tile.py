@@ -93,10 +93,9 @@ def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def load(o: hopper.Ops, ref: Any, batch: Any, first: Any, n: int, axis: int) -> jax.Array:
-    """Numbers of `n` tokens from ``ref [rows of the batch, tokens]``, laid along `axis` of a tile."""
-    layout = plgpu.Layout.WGMMA.reduce(1 - axis)
-    return o.load(ref, (batch, pl.ds(first, n)), layout)
+def load(o: hopper.Ops, ref: Any, row: tuple[Any, ...], first: Any, n: int, axis: int) -> jax.Array:
+    """Numbers of `n` tokens from ``ref [*row, tokens]`` in global memory, to be laid along `axis` of a tile."""
+    return o.load(ref, (*row, pl.ds(first, n)), plgpu.Layout.WGMMA.reduce(1 - axis))
 
 
 def walk(x: dict[str, Any], spec: Spec, groups: int, step: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
