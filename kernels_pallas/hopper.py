@@ -32,7 +32,8 @@ def params(interpret: bool) -> Any:
 
     compat.compile_interpreted_threads_once()
 
-    return InterpretGPUParams(detect_races=True)
+    # Copies that share a simulated thread seem ordered, so that a wait for one hides a missing wait for another.
+    return InterpretGPUParams(detect_races=True, num_tma_threads_per_device=16)
 
 
 def smem(shape: tuple[int, ...], dtype: Any, swizzle: int = SWIZZLE) -> Any:
@@ -66,9 +67,9 @@ class Ops:
     def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
         return self.tile(jax.lax.broadcasted_iota(jnp.int32, shape, axis))
 
-    def load(self, ref: Any, index: Any, layout: Any) -> jax.Array:
-        """``ref[index]`` of shared or global memory, in a layout."""
-        return ref[index] if self.interpret else plgpu.load(ref, index, layout=layout)
+    def load(self, ref: Any, index: Any, layout: Any, optimized: bool = True) -> jax.Array:
+        """``ref[index]`` in a layout, of shared memory; of global memory too if not `optimized`."""
+        return ref[index] if self.interpret else plgpu.load(ref, index, layout=layout, optimized=optimized)
 
     def dot(
         self,
@@ -96,7 +97,6 @@ class Ops:
             a = plgpu.transpose_ref(a, (1, 0))
         if transpose_b:
             b = plgpu.transpose_ref(b, (1, 0))
-
 
         def issue(ref: Any) -> None:
             plgpu.wgmma(ref, a, b)
@@ -127,7 +127,7 @@ class Ops:
         return pl.run_scoped(both, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
     def add(self, *terms: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, ...]:
-        """``acc + a @ b`` of every term `(acc, a, b)`; an `a` that is a function is called when those before are under way."""
+        """``acc + a @ b`` of every term `(acc, a, b)`; where `a` is a function, it runs when those before are under way."""
         if self.interpret:
             return tuple(self.dot(a() if callable(a) else a, b, acc=acc) for acc, a, b in terms)
 

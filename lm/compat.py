@@ -62,7 +62,7 @@ def compile_interpreted_threads_once() -> None:
 _LOCK = threading.Lock()
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)
 def _program(jaxpr: Any, *shapes: Any) -> Any:
     def run(consts: Any, *args: Any) -> None:
         jax.core.eval_jaxpr(jaxpr, consts, *args)

@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels_pallas.common import NEG
 from kernels_pallas.flash import gpu_backward, gpu_forward
-from kernels_pallas.flash.gpu_tile import LOG2E, ROWS, Spec, tables
+from kernels_pallas.flash.gpu_tile import LOG2E, ROWS, Shape, Spec, smem_bytes, tables
 from kernels_pallas.flash.tpu import FAR
 
 WIDEST = 256
@@ -33,6 +33,22 @@ def refusal(q: jax.Array, size: dict[str, int]) -> str | None:
         f"blocks {size}, on a GPU 64 or 128": not set(size.values()) <= {64, 128},
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def shapes(d: int, size: dict[str, int]) -> dict[str, Shape]:
+    """Tile sizes of every kernel for heads `d` wide, a multiple of 32."""
+    return {
+        "forward": gpu_forward.shape(d, size["block_q"], size["block_k"]),
+        "backward_q": gpu_backward.shape(d, size["block_q"]),
+        "backward_kv": gpu_backward.shape(d, size["block_k"]),
+    }
+
+
+def memory(d: int, size: dict[str, int]) -> tuple[int, int]:
+    """Shared memory of a block of threads forward, and at most backward, bytes."""
+    d = _up(d, 32)
+    of = {name: smem_bytes(d, shape, 1 if name == "forward" else 2) for name, shape in shapes(d, size).items()}
+    return of["forward"], max(of["backward_q"], of["backward_kv"])
 
 
 @dataclass(frozen=True)
@@ -101,14 +117,9 @@ def flash(
     scale, softcap."""
     (T, S), (B, width) = lengths, (q.shape[0], q.shape[-1])
     d = _up(width, 32)
-    shapes = {
-        "forward": gpu_forward.shape(d, size["block_q"], size["block_k"]),
-        "backward_q": gpu_backward.shape(d, size["block_q"]),
-        "backward_kv": gpu_backward.shape(d, size["block_k"]),
-    }
     long = {"q": _up(T, 128), "k": _up(S, 128)}  # a multiple of every block
     plans, lists = {}, {}
-    for name, shape in shapes.items():
+    for name, shape in shapes(d, size).items():
         major = int(name == "backward_kv")
         block_q, block_k = (shape.stream, shape.rows) if major else (shape.rows, shape.stream)
         n_q, n_k = long["q"] // block_q, long["k"] // block_k
@@ -128,8 +139,7 @@ def flash(
         name: padded(name, jnp.broadcast_to(a, (B, a.shape[-1])), -1 if name.endswith("index") else 0)
         for name, a in rows.items()
     }
-    x = {"q": padded("q", q), "k": padded("k", k), "v": padded("k", v)}
-    heads = {"slopes": slopes, "sinks": sinks}
-    x |= {name: None if a is None else a.astype(jnp.float32) for name, a in heads.items()}
-    out, lse = attention(Plan(**plans, n_queries=T), x, numbers, lists)
+    x: dict[str, Any] = {"q": padded("q", q), "k": padded("k", k), "v": padded("k", v)}
+    heads = {name: None if a is None else a.astype(jnp.float32) for name, a in (("slopes", slopes), ("sinks", sinks))}
+    out, lse = attention(Plan(**plans, n_queries=T), x | heads, numbers, lists)
     return out[:, :T, :, :width], lse[:, :, :T].swapaxes(1, 2)

@@ -1,12 +1,12 @@
 """Backward kernels of `flash` for Hopper: dQ (and slopes); dK and dV.
 
-Both compute logits and probabilities again from the log-sum-exp, in two warpgroups of 64 rows and one that fetches. dQ holds 128
-queries and their dO, and walks tiles of 64 keys and values; dK and dV hold 128 keys and values, and walk tiles of 64 queries
-and dO of every query head of the key head. No atomics: results do not depend on the order of blocks. Shared memory at
-width 128: 64 KiB held, where results are put together too, and 32 KiB per slot, four of them. Registers of a computing
-thread at width 128: dQ 64 of sums, 64 of logits and their gradient; dK and dV 128 and 64, out of 240. Wider heads:
-64 rows in one warpgroup, and dK and dV in a launch each, because their sums do not fit together (one product in five is
-then done twice). Work: 6 d and 8 d operations per pair of a visited tile. arXiv 2307.08691.
+Both compute logits and probabilities again from the log-sum-exp, in two warpgroups of 64 rows and one that fetches. dQ
+holds 128 queries and their dO, and walks tiles of 64 keys and values; dK and dV hold 128 keys and values, and walk tiles
+of 64 queries and dO of every query head of the key head. No atomics: results do not depend on the order of blocks.
+Shared memory at width 128: 64 KiB held, where results are put together too, and 32 KiB per slot, four of them. Registers
+of a computing thread at width 128: dQ 64 of sums, 64 of logits and their gradient; dK and dV 128 and 64, out of 232.
+Wider heads: 64 rows in one warpgroup, and dK and dV in a launch each, because their sums do not fit together (the logits
+are then computed twice: 5 products for 4). Work: 6 d and 8 d operations per pair of a visited tile. arXiv 2307.08691.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def shape(d: int, rows: int) -> Shape:
 
 
 def _fetching(spec: Spec, x: dict[str, Any], groups: int, scratch: dict[str, Any], names: str, where: Any) -> None:
-    """The memory warpgroup: the two operands of a tile arrive at one barrier. `where`: (tile, group) -> place in memory."""
+    """The memory warpgroup: both operands of a tile arrive at one barrier. `where`: (tile, group) -> place in memory."""
     registers(spec, False)
     operands = {"kv": ("k", "v"), "qo": ("q", "d_out")}[names]
 
@@ -137,7 +137,7 @@ def _backward_kv(
             numbers = held | {
                 name: load(o, x[name], (batch,), tile * STREAM, STREAM, 1) for name in x if name.startswith("q_")
             }
-            lse, shift = (load(o, x[name], (batch, head), tile * STREAM, STREAM, 1) for name in ("lse", "shift"))
+            lse = load(o, x["lse"], (batch, head), tile * STREAM, STREAM, 1)
             slope = x["slopes"][head] if spec.sloped else None
             plgpu.barrier_wait(scratch["full"].at[at])
 
@@ -145,11 +145,14 @@ def _backward_kv(
                 s, bend, _ = logits(o, spec, s, numbers, (tile * STREAM, first), slope, whole, 1)
                 return jnp.exp2(s * spec.unit - along(lse, s.shape, 1)), bend
 
+            def with_shift(s: jax.Array) -> Any:  # read when `lse` has left its registers
+                return *probabilities(s), load(o, x["shift"], (batch, head), tile * STREAM, STREAM, 1)
+
             if "dk" not in outs:
                 p, _ = probabilities(o.dot(k, q, transpose_b=True))
                 sums = dict(zip(outs, o.add((sums["dv"], p.astype(jnp.bfloat16), d_out)), strict=True))
             else:
-                (p, bend), dp = o.pair(k, q, v, d_out, probabilities)
+                (p, bend, shift), dp = o.pair(k, q, v, d_out, with_shift)
 
                 def ds() -> jax.Array:
                     out = p * (dp - along(shift, p.shape, 1))

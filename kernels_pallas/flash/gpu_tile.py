@@ -2,12 +2,13 @@
 
 A block of threads holds `rows` of one side (queries, or keys in the kernel of dK and dV), 64 per compute warpgroup, and
 walks the tiles of the other side that its list names. One more warpgroup fetches them by TMA into `stages` slots of
-shared memory; "full" and "empty" barriers hand a slot over and back. Numbers per token (index, segment, position, log-sum-exp)
-are read from global memory into registers when a tile begins.
+shared memory; "full" and "empty" barriers hand a slot over and back. Numbers per token (index, segment, position,
+log-sum-exp) are read from global memory into registers when a tile begins.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from kernels_pallas.flash import table
 LOG2E = math.log2(math.e)
 ROWS = 64  # of a warpgroup: what one instruction of the matrix unit multiplies
 L2 = 32 * 2**20  # bytes of keys and values that blocks running at one time should share; an H100 has 50 MB
-MEMORY, COMPUTE = 24, 240  # registers of a thread beside two computing warpgroups; at most 168 on average
+MEMORY, COMPUTE = 40, 232  # registers of a thread beside two computing warpgroups; at most 168 on average
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Spec:
-    """What is static. `n_queries`, `n_keys`: before padding; `kinds`: whether the list has whole, and partial, tiles."""
+    """What is static. `n_keys`: before padding; `kinds`: whether the list has whole, and partial, tiles."""
 
     mask: Any
     shape: Shape
@@ -95,11 +96,11 @@ def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
 
 def load(o: hopper.Ops, ref: Any, row: tuple[Any, ...], first: Any, n: int, axis: int) -> jax.Array:
     """Numbers of `n` tokens from ``ref [*row, tokens]`` in global memory, to be laid along `axis` of a tile."""
-    return o.load(ref, (*row, pl.ds(first, n)), plgpu.Layout.WGMMA.reduce(1 - axis))
+    return o.load(ref, (*row, pl.ds(first, n)), plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
 def walk(x: dict[str, Any], spec: Spec, groups: int, step: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
-    """``carry = step(n, tile, group, whole, carry)`` over the tiles of this block, `groups` times; and the number of steps."""
+    """``carry = step(n, tile, group, whole, carry)`` over the tiles of this block, `groups` times; returns `n` too."""
     row = lax.axis_index("block")
     edges = [x["starts"][row, i] for i in (1, 2, 3)]
     n = jnp.int32(0)
@@ -123,21 +124,25 @@ def slot(n: Any, stages: int) -> Any:
     return lax.rem(n, jnp.int32(stages))
 
 
+def _wait(barriers: Any, at: Any) -> None:
+    plgpu.barrier_wait(barriers.at[at])
+
+
 def produce(x: dict[str, Any], spec: Spec, groups: int, empties: tuple[Any, ...], fetch: Callable[..., None]) -> None:
-    """The memory warpgroup: ``fetch(i, slot, tile, group)`` for operand `i` when its slot is empty; then waits for the rest."""
+    """The memory warpgroup: ``fetch(i, slot, tile, group)`` for operand `i` when its slot is empty, to the last one."""
     stages = spec.shape.stages
 
     def step(n: Any, tile: Any, group: Any, whole: bool, carry: Any) -> Any:
         at = slot(n, stages)
         for i, empty in enumerate(empties):
-            pl.when(n >= stages)(lambda empty=empty: plgpu.barrier_wait(empty.at[at]))
+            pl.when(n >= stages)(functools.partial(_wait, empty, at))
             fetch(i, at, tile, group)
         return carry
 
     n, _ = walk(x, spec, groups, step, ())
     for at in range(stages):
         for empty in empties:
-            pl.when(at < n)(lambda empty=empty, at=at: plgpu.barrier_wait(empty.at[at]))
+            pl.when(at < n)(functools.partial(_wait, empty, at))
 
 
 def logits(
@@ -152,13 +157,13 @@ def logits(
 ) -> tuple[jax.Array, Any, Any]:
     """Logits over `Spec.unit` from products `s`, invisible pairs at `NEG`; d logit / d score; distances.
 
-    `numbers`: per token of the tile, ``q_*`` along `q_axis`, ``k_*`` along the other; `first`: index of the first query and key.
+    `numbers`: per token of the tile, ``q_*`` along `q_axis`, ``k_*`` along the other; `first`: its first query and key.
     """
 
     def tile(name: str) -> jax.Array:
         return along(numbers[name], s.shape, q_axis if name[0] == "q" else 1 - q_axis)
 
-    distance, bend = None, None
+    distance, bend, shape = None, None, (s.shape[0], s.shape[1])
     if not spec.late:
         s = s * spec.scale
     if spec.sloped:
@@ -173,8 +178,8 @@ def logits(
             qi, ki = tile("q_index"), tile("k_index")
             seen = spec.mask(qi, ki) & (qi >= 0) & (ki >= 0)
         else:
-            qi = o.iota(s.shape, q_axis) + (spec.offset + first[0])
-            ki = o.iota(s.shape, 1 - q_axis) + first[1]
+            qi = o.iota(shape, q_axis) + (spec.offset + first[0])
+            ki = o.iota(shape, 1 - q_axis) + first[1]
             seen = spec.mask(qi, ki) & (ki < spec.n_keys)
     if "q_segments" in numbers:
         same = tile("q_segments") == tile("k_segments")
@@ -190,8 +195,8 @@ def call(
     """`plgpu.kernel` of ``body(o, spec, place, x, outs, scratch)``; `held`: "q" or "k", the side whose blocks lead.
 
     `place`: batch row, head of the held side, block, warpgroup.
-    Blocks that run at one time are those of the heads that share a section of keys and values (or queries) fitting the L2
-    cache, the longest lists first.
+    Blocks that run at one time are those of heads whose keys and values (or queries) fit the L2 cache together, the
+    longest lists first.
     """
     (B, T, H, d), (S, K) = x["q"].shape, x["k"].shape[1:3]
     heads = H if held == "q" else K
