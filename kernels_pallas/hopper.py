@@ -127,7 +127,7 @@ class Ops:
         return pl.run_scoped(both, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
     def add(self, *terms: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, ...]:
-        """``acc + a @ b`` of every term `(acc, a, b)`; where `a` is a function, it runs when those before are under way."""
+        """``acc + a @ b`` of each term `(acc, a, b)`; an `a` that is a function runs when those before are under way."""
         if self.interpret:
             return tuple(self.dot(a() if callable(a) else a, b, acc=acc) for acc, a, b in terms)
 

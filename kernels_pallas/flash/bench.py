@@ -1,7 +1,7 @@
 """What `kernels_pallas.check` compiles and runs of `flash`; as a program, times.
 
-``python -m kernels_pallas.flash.bench``: forward and backward of all logits at once in XLA operations against the kernel
-of this machine; on a GPU in brackets against cuDNN, which serves plain causal masks only.
+``python -m kernels_pallas.flash.bench``: forward and backward of all logits at once in XLA operations against the
+kernel of this machine; on a GPU in brackets against cuDNN, which serves plain causal masks only.
 """
 
 from __future__ import annotations

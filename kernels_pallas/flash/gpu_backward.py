@@ -1,12 +1,13 @@
 """Backward kernels of `flash` for Hopper: dQ (and slopes); dK and dV.
 
-Both compute logits and probabilities again from the log-sum-exp, in two warpgroups of 64 rows and one that fetches. dQ
-holds 128 queries and their dO, and walks tiles of 64 keys and values; dK and dV hold 128 keys and values, and walk tiles
-of 64 queries and dO of every query head of the key head. No atomics: results do not depend on the order of blocks.
-Shared memory at width 128: 64 KiB held, where results are put together too, and 32 KiB per slot, four of them. Registers
-of a computing thread at width 128: dQ 64 of sums, 64 of logits and their gradient; dK and dV 128 and 64, out of 232.
-Wider heads: 64 rows in one warpgroup, and dK and dV in a launch each, because their sums do not fit together (the logits
-are then computed twice: 5 products for 4). Work: 6 d and 8 d operations per pair of a visited tile. arXiv 2307.08691.
+Both compute logits and probabilities again from the log-sum-exp, in two warpgroups of 64 rows and one that fetches.
+dQ holds 128 queries and their dO, and walks tiles of 64 keys and values; dK and dV hold 128 keys and values, and walk
+tiles of 64 queries and dO of every query head of the key head. No atomics: results do not depend on the order of
+blocks. Shared memory at width 128: 64 KiB held, where results are put together too, and 32 KiB per slot, four of
+them. Registers of a computing thread at width 128: dQ 64 of sums, 64 of logits and their gradient; dK and dV 128 and
+64, out of 232. Wider heads: 64 rows in one warpgroup, and dK and dV in a launch each, because their sums do not fit
+together (the logits are then computed twice: 5 products for 4). Work: 6 d and 8 d operations per pair of a visited
+tile. arXiv 2307.08691.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def shape(d: int, rows: int) -> Shape:
 
 
 def _fetching(spec: Spec, x: dict[str, Any], groups: int, scratch: dict[str, Any], names: str, where: Any) -> None:
-    """The memory warpgroup: both operands of a tile arrive at one barrier. `where`: (tile, group) -> place in memory."""
+    """The memory warpgroup: both operands of a tile arrive at one barrier. `where`: their place, of (tile, group)."""
     registers(spec, False)
     operands = {"kv": ("k", "v"), "qo": ("q", "d_out")}[names]
 

@@ -1,10 +1,11 @@
 """Forward kernel of `flash` for Hopper: output and log-sum-exp.
 
 Per block of threads: two warpgroups of 64 queries, and a third that fetches keys and values, 128 of them a tile (64
-where heads are wider than 128), in two to four slots. Shared memory at width 128: 32 KiB of queries, where the output is
-put together too, and 64 KiB per slot, three of them. Registers of a computing thread at width 128: 64 of output, 64 of
-logits, 32 of probabilities in bfloat16, out of 232. The two warpgroups take turns at the matrix unit: while one
-multiplies, the other takes exponentials. Work: 4 d operations per pair of a visited tile. arXiv 2205.14135, 2407.08608.
+where heads are wider than 128), in two to four slots. Shared memory at width 128: 32 KiB of queries, where the output
+is put together too, and 64 KiB per slot, three of them. Registers of a computing thread at width 128: 64 of output,
+64 of logits, 32 of probabilities in bfloat16, out of 232. The two warpgroups take turns at the matrix unit: while one
+multiplies, the other takes exponentials. Work: 4 d operations per pair of a visited tile. arXiv 2205.14135,
+2407.08608.
 """
 
 from __future__ import annotations
