@@ -27,7 +27,7 @@ import numpy as np
 from kernels_pallas.common import CHIPS, MIB, Case
 
 # Each has a `bench` with `cases(chip)`, `small_cases()` and `gpu_cases()`.
-KERNELS = ("flash", "block_table", "int4_matmul", "lightning", "tree_decode")
+KERNELS = ("flash", "branches", "block_table", "int4_matmul", "lightning", "tree_decode")
 # Ordinary arrays live on the CPU; libtpu serves as a compiler, and other processes may load it as well.
 COMPILER_ALONE = {
     "JAX_PLATFORMS": "cpu",

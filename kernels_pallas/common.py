@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from lm.errors import UserError, unknown
 
-NEG = -1e30  # finite stand-in for -inf, the same as `lm.attention.branches.NEG`
+NEG = -1e30  # finite stand-in for -inf: exp(NEG - x) is 0 and NEG - NEG is 0, never NaN
 MIB = 2**20
 
 # "auto": see `run`. "tpu": Mosaic TPU. "gpu": Mosaic GPU, for Hopper. "cudnn": NVIDIA's library, where it serves.
@@ -49,7 +49,9 @@ class Gpu:
     smem: int
 
 
-GPUS = {"h100": Gpu("9.0", 227 * 1024)}  # H100, H200, GH200: kernels use its wgmma and TMA, no other generation has both
+GPUS = {
+    "h100": Gpu("9.0", 227 * 1024)
+}  # H100, H200, GH200: kernels use its wgmma and TMA, no other generation has both
 
 KINDS = {
     "TPU v4": "v4",
@@ -145,8 +147,8 @@ def run(
 ) -> Any:
     """Calls the implementation named, or for 'auto' the best one that serves the call.
 
-    `forms`: functions of `args` by name, 'xla' among them; `refusals` says of a form why it cannot serve the call. 'auto'
-    becomes 'tpu' where the program is lowered for a TPU, whatever the machine that lowers it; where for CUDA, 'cudnn',
+    `forms`: functions of `args` by name, 'xla' among them; `refusals` says of a form why it cannot serve the call.
+    'auto' becomes 'tpu' where the program is lowered for a TPU, whatever machine lowers it; where for CUDA, 'cudnn',
     else 'gpu' if `chip` is one it is written for; and 'xla' elsewhere and in place of what is refused.
     Raises UserError for an unknown name, or a form asked for by name that cannot serve the call.
     """

@@ -1,6 +1,6 @@
-"""What the Mosaic GPU kernels share: operands of the matrix unit, layouts in registers, and how all of it is interpreted.
+"""What the Mosaic GPU kernels share: operands of the matrix unit, layouts in registers, and how they are interpreted.
 
-A kernel body takes an `Ops`. Compiled, `Ops` is the operations of `jax.experimental.pallas.mosaic_gpu`. Interpreted on a
+A kernel body takes an `Ops`: compiled, the operations of `jax.experimental.pallas.mosaic_gpu`. Interpreted on a
 CPU, threads, barriers, copies and the indices of everything are simulated by jax's interpreter, which looks for races;
 it has no word for transposed operands, accumulators that go on, and layouts: there a product is `jnp.dot` of what the
 references hold, and a layout is nothing. So the interpreter checks what is computed from what, and in which order; that
@@ -81,7 +81,7 @@ class Ops:
         acc: Any = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> jax.Array:
-        """``acc + a @ b``: `a` a reference to shared memory or a tile in registers, `b` a reference to shared memory.
+        """``acc + a @ b``: `a` in shared memory (a reference) or a tile in registers, `b` in shared memory.
 
         `meanwhile` runs when the product is under way, not yet done.
         """
@@ -127,7 +127,7 @@ class Ops:
         return pl.run_scoped(both, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
     def add(self, *terms: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, ...]:
-        """``acc + a @ b`` of each term `(acc, a, b)`; an `a` that is a function runs when those before are under way."""
+        """``acc + a @ b`` of each term `(acc, a, b)`; an `a` that is a function runs when those before do."""
         if self.interpret:
             return tuple(self.dot(a() if callable(a) else a, b, acc=acc) for acc, a, b in terms)
 

@@ -34,8 +34,9 @@ def main(
 
 
 def names() -> tuple[str, ...]:
-    """Implementations that can be timed here: XLA operations, and the TPU kernel where there is a TPU."""
-    return ("xla", "tpu") if jax.default_backend() == "tpu" else ("xla",)
+    """Implementations that can be timed here: XLA operations, and the kernel of the accelerator that is here."""
+    here = jax.default_backend()
+    return ("xla", here) if here in ("tpu", "gpu") else ("xla",)
 
 
 def seconds(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -52,17 +53,18 @@ def seconds(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def report(kernel: str, rows: Sequence[Mapping[str, Any]], base: str, path: Path | None) -> None:
-    """Prints a row per case (milliseconds, and the ratio base/form: above 1 is faster than `base`); writes JSON."""
+    """Prints a row per case (milliseconds, and base/form: above 1 is faster than `base`, or, where that was not run,
+    than the first form); writes JSON."""
     device = jax.devices()[0].device_kind
     forms = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
     print(f"{kernel} on {device} (jax {jax.__version__}); in brackets: times faster than {base}")
     print(f"{'case':28s}" + "".join(f"{name:>24s}" for name in forms))
     for row in rows:
-        cells = []
+        cells, against = [], row["seconds"][base if base in row["seconds"] else next(iter(row["seconds"]))]
         for name in forms:
             if name in row["seconds"]:
                 found = row["seconds"][name]
-                cells.append(f"{found * 1e3:12.3f} ms ({row['seconds'][base] / found:5.2f})")
+                cells.append(f"{found * 1e3:12.3f} ms ({against / found:5.2f})")
             else:
                 cells.append("-")
         print(f"{row['case']:28s}" + "".join(f"{cell:>24s}" for cell in cells))

@@ -1,7 +1,7 @@
 """What `kernels_pallas.check` compiles and runs of `flash`; as a program, times.
 
 ``python -m kernels_pallas.flash.bench``: forward and backward of all logits at once in XLA operations against the
-kernel of this machine; on a GPU in brackets against cuDNN, which serves plain causal masks only.
+kernel of this machine; on a GPU against cuDNN too, which serves plain causal masks only.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _shapes(
     return tuple(out)
 
 
-def _gradient(attend: Any, *args: Any) -> Any:
+def gradient(attend: Any, *args: Any) -> Any:
     """Gradients of a loss that weighs output and log-sum-exp unevenly, to every float argument."""
     floats = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
@@ -96,10 +96,10 @@ def _gradient(attend: Any, *args: Any) -> Any:
 
 def _pair(name: str, attend: Any, args: tuple[Any, ...], memory: tuple[int, int], **more: Any) -> list[Case]:
     reference = more.pop("reference", None)
-    back = None if reference is None else functools.partial(_gradient, reference)
+    back = None if reference is None else functools.partial(gradient, reference)
     return [
         Case(f"{name} forward", attend, args, memory[0], reference, **more),
-        Case(f"{name} backward", functools.partial(_gradient, attend), args, memory[1], back, **more),
+        Case(f"{name} backward", functools.partial(gradient, attend), args, memory[1], back, **more),
     ]
 
 
@@ -219,20 +219,21 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     T = 100 if small else 4096
     sizes = [("causal", Band(), T), ("window + sinks", Band(T // 8, 16), T)]
     if on_gpu and not small:
-        sizes += [("causal", Band(), n * 4096) for n in (2, 4, 8)]
-        sizes += [("window 4096 + sinks (cudnn: causal)", Band(4096, 16), 32768)]
+        sizes += [("causal", Band(), n * T) for n in (2, 4, 8)] + [("window + sinks", Band(4096, 16), 8 * T)]
     for name, mask, T in sizes:
         args = _draw(np.random.default_rng(0), _shapes(1, T, T, (H, K), D, dtype, frozenset()))
-        # All logits of 32 heads: 2 GiB at 4k and 128 GiB at 32k.
-        dense = timing.names() if T <= 8192 else ()
-        kernels = ("gpu",) if on_gpu and chip in common.GPUS and dtype == jnp.bfloat16 else ()
+        serving = {
+            "xla": T <= 8192,  # all logits of 32 heads: 8 GiB at 8k, 128 GiB at 32k
+            "gpu": chip in common.GPUS and not small,
+            "cudnn": on_gpu and not small and mask == Band(),
+        }
         for kind in ("forward", "backward"):
             forms = {}
-            for form in (*dense, *kernels, *(("cudnn",) if on_gpu else ())):
-                causal = form == "cudnn"
-                attend = functools.partial(_attend, form, Band() if causal else mask, chip, frozenset(), causal=causal)
-                call = attend if kind == "forward" else functools.partial(_no_lse, attend)
-                forms[form] = functools.partial(jax.jit(call), *args)
+            for form in (*timing.names(), "cudnn"):
+                if serving.get(form, True):
+                    attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
+                    call = attend if kind == "forward" else functools.partial(_no_lse, attend)
+                    forms[form] = functools.partial(jax.jit(call), *args)
             yield f"{name} {T} {kind}", forms
 
 

@@ -53,8 +53,9 @@ def attend(
 ) -> tuple[jax.Array, jax.Array]:
     """One softmax over the union of `branches`: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``.
 
-    ``auto`` takes `blocked` where tiles can pay (more queries than a block and as many keys, or several queries that
-    list blocks), else `dense`; `pallas`, the kernels of `lm.attention.pallas`, only by name. Tile sizes that are None
+    ``auto`` takes `pallas`, the kernels of `lm.attention.pallas`, or where they cannot serve or the program is not for
+    TPUs `blocked`, where tiles can pay (more queries than a block and as many keys, or several queries that list
+    blocks), else `dense`. By name, a backend works or says why it cannot. Tile sizes that are None
     are chosen by `lm.attention.tiles.block`, those of the kernels by `kernels_pallas.common.BLOCKS`. Where the layout
     cuts the length, parts of the keys go round the devices (`lm.attention.ring`), each meeting on the backend.
 
@@ -85,9 +86,13 @@ def _here(
     S = ctx.k_BSKd.shape[1]
     if backend == "pallas":
         return pallas.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
+    given_q, given_k = block_q, block_k
     chosen = block(B * H, jax.default_backend())
     block_q, block_k = block_q or chosen[0], block_k or chosen[1]
     listed = T > 1 and all(isinstance(branch, BlockBranch) for branch in branches)
-    if backend == "blocked" or (backend == "auto" and (listed or (T == S and T > block_q))):
+    tiled = listed or (T == S and T > block_q)
+    if backend == "auto" and tiled and pallas.platform() == "tpu" and pallas.refusal(ctx, branches) is None:
+        return pallas.attend(ctx, v_BSKd, branches, softcap, given_q, given_k)
+    if backend == "blocked" or (backend == "auto" and tiled):
         return blocked.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
     return dense.attend(ctx, v_BSKd, branches, softcap)

@@ -1,7 +1,7 @@
-"""The backend ``pallas``: every branch by the kernel `kernels_pallas.flash`, branches merged by log-sum-exp.
+"""The backend ``pallas``: a union of branches by `kernels_pallas.branches`, which is the kernel `flash` per branch.
 
-One call per branch: LM-Infinite is its window and its clamped sinks, two-range positions are their two ranges. Tiles
-are listed by the same `lm.attention.tiles.visit` that the blocked backend walks. Listed blocks of keys
+LM-Infinite is its window and its clamped sinks, two-range positions are their two ranges. Tiles are listed by the same
+`lm.attention.tiles.visit` that the blocked backend walks. Listed blocks of keys
 (`lm.attention.branches.BlockBranch`) go to `kernels_pallas.block_table` for a token added to a cache; several queries,
 each with a list of its own, are sorted by block instead (`lm.attention.block_gather.by_block`, XLA operations).
 
@@ -19,7 +19,8 @@ import numpy as np
 
 from kernels_pallas import common
 from kernels_pallas.block_table.api import block_table
-from kernels_pallas.flash.api import flash
+from kernels_pallas.branches.api import branches as union
+from kernels_pallas.branches.part import Part
 from lm.attention.block_gather import by_block
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.masks import Causal
@@ -39,6 +40,21 @@ def check(pattern: Any) -> None:
         )
 
 
+def refusal(ctx: Context, branches: tuple[AnyBranch, ...]) -> str | None:
+    """Why the kernels cannot serve these branches, or None."""
+    if any(isinstance(branch, Branch) and branch.gather_BHTn is not None for branch in branches):
+        return "serves plain branches, and this pattern lists keys at run time"
+    if _bias(ctx) and not hasattr(ctx.positions, "head_slopes"):
+        return f"serves biases linear in distance, and {type(ctx.positions).__name__} is not"
+    return None
+
+
+def platform() -> str:
+    """What the program is for: the devices of the layout (`lm.parallel`), else the default ones."""
+    found = current()
+    return str(jax.default_backend() if found is None else found[1].devices.flat[0].platform)
+
+
 def attend(
     ctx: Context,
     v_BSKd: jax.Array,
@@ -47,37 +63,34 @@ def attend(
     block_q: int | None,
     block_k: int | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Same contract as `lm.attention.dense.attend`; `UserError` for what the kernel cannot serve."""
-    T = ctx.q_BTHd.shape[1]
-    outs, lses = [], []
-    for branch in branches:
-        if isinstance(branch, BlockBranch):
-            out, lse = _listed(ctx, v_BSKd, branch, softcap)
-            outs.append(out)
-            lses.append(lse)
-            continue
-        if branch.gather_BHTn is not None:
-            raise UserError(f"{KEY} serves plain branches, and this pattern lists keys at run time; {ELSE}")
-        # What cuDNN serves it returns with a rounded log-sum-exp, which a single branch does not need.
-        out, lse = _branch(ctx, v_BSKd, branch, softcap, block_q, block_k, alone=len(branches) == 1)
-        rest = T - out.shape[1]
-        outs.append(jnp.pad(out, ((0, 0), (rest, 0), (0, 0), (0, 0))))
-        lses.append(jnp.pad(lse, ((0, 0), (rest, 0), (0, 0)), constant_values=NEG))
-    return merge(outs, lses)
+    """Same contract as `lm.attention.dense.attend`; `UserError` for what the kernels cannot serve."""
+    if reason := refusal(ctx, branches):
+        raise UserError(f"{KEY} {reason}; {ELSE}")
+    found = [_listed(ctx, v_BSKd, branch, softcap) for branch in branches if isinstance(branch, BlockBranch)]
+    plain = [branch for branch in branches if isinstance(branch, Branch)]
+    if plain:
+        device, where = _where(ctx.q_BTHd.shape[0], ctx.q_BTHd.shape[2], ctx.k_BSKd.shape[2])
+        slopes = jnp.asarray(ctx.positions.head_slopes(ctx.q_BTHd.shape[2]), jnp.float32) if _bias(ctx) else None
+        one = union(
+            [_part(ctx, branch) for branch in plain],
+            v_BSKd,
+            n_queries=ctx.q_BTHd.shape[1],
+            slopes_H=slopes,
+            scale=ctx.scale,
+            softcap=softcap,
+            block_q=block_q,
+            block_k=block_k,
+            chip=common.chip(device),
+            implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
+            **where,
+        )
+        found.append(one)
+    return merge(*zip(*found, strict=True))
 
 
-def _branch(
-    ctx: Context,
-    v_BSKd: jax.Array,
-    branch: Branch,
-    softcap: float | None,
-    block_q: int | None,
-    block_k: int | None,
-    alone: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """One branch: output ``[B, rows, H, d]`` and log-sum-exp ``[B, rows, H]``."""
-    T, H = ctx.q_BTHd.shape[1:3]
-    S = ctx.k_BSKd.shape[1]
+def _part(ctx: Context, branch: Branch) -> Part:
+    """A branch as the kernel takes it: queries and keys turned to its positions, its tiles listed."""
+    T, S = ctx.q_BTHd.shape[1], ctx.k_BSKd.shape[1]
     rows = min(branch.rows or T, T)
     (q, qp), (k, kp) = ctx.queries_at(branch.q_positions, rows), ctx.keys_at(branch.k_positions)
     queries, keys = ctx.queries, ctx.keys
@@ -89,27 +102,22 @@ def _branch(
     def tiles(n_queries: int, n_keys: int, block_q: int, block_k: int) -> np.ndarray:
         return visit(branch.mask, Grid(n_queries, n_keys, block_q, block_k, T - rows, contiguous, aligned=T == S))
 
-    device, where = _where(q.shape[0], H, k.shape[2])
-    return flash(
+    return Part(
         q,
         k,
-        v_BSKd,
         branch.mask,
         tiles=tiles,
         index=None if contiguous else (queries.index_BT[:, T - rows :], keys.index_BT),
         segments=segments,
         positions=(qp, kp),
-        slopes_H=_slopes(ctx.positions, H),
-        scale=ctx.scale,
-        softcap=softcap,
         offset=T - rows,
-        causal=alone and contiguous and branch.mask == Causal() and segments is None,
-        block_q=block_q,
-        block_k=block_k,
-        chip=common.chip(device),
-        implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
-        **where,
+        causal=contiguous and branch.mask == Causal() and segments is None,
     )
+
+
+def _bias(ctx: Context) -> bool:
+    """Whether positions add a bias to the logits."""
+    return ctx.positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), ctx.q_BTHd.shape[2]) is not None
 
 
 def _where(rows: int, n_heads: int, n_kv_heads: int) -> tuple[Any, dict[str, Any]]:
@@ -168,11 +176,3 @@ def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float
         **where,
     )
     return out, jnp.maximum(lse, NEG)
-
-
-def _slopes(positions: Any, n_heads: int) -> jax.Array | None:
-    if positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), n_heads) is None:
-        return None
-    if not hasattr(positions, "head_slopes"):
-        raise UserError(f"{KEY} serves biases linear in distance, and {type(positions).__name__} is not; {ELSE}")
-    return jnp.asarray(positions.head_slopes(n_heads), jnp.float32)

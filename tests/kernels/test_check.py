@@ -61,6 +61,7 @@ def test_gpu_without_a_gpu_is_lowered(tmp_path: Path, capsys: pytest.CaptureFixt
 # Of every kernel: forward and backward where it has one, what is ragged, packed, or large.
 COMPILED = {
     "block_table": ("1/1q 65536/256 x16 1x32:8x128 16 turns", "1024/64q 32768/64 x64 1x32:8x128"),
+    "branches": ("window 2048 + groups of 8 32k forward",),
     "flash": ("slopes, soft-cap, sinks 8k forward", "1 query, 32k keys backward"),
     "int4_matmul": ("int4g32z 8x4096x4096 forward", "int8g128z 8x4096x11008 forward"),
     "lightning": ("8000x32x128 forward", "8192x32x96 backward"),

@@ -160,7 +160,7 @@ def test_rows_spread_over_8_devices() -> None:
 
 
 def test_compiled_for_the_chips_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A gradient for four v5e, lowered on a machine without any: the kernels, with the chip's block sizes."""
+    """A gradient for four v5e, lowered without one: 'auto' takes the kernels, with the chip's block sizes."""
     pytest.importorskip("libtpu", reason="the compiler for TPUs (extra 'aot') is not installed")
     from jax.experimental import topologies
 
@@ -172,7 +172,7 @@ def test_compiled_for_the_chips_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> 
     params = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), parameters(BASE))
     tokens = jax.ShapeDtypeStruct((8, 2048), jnp.int32, sharding=rows)
 
-    chosen = merge(_on("pallas", PLUGS["lm_infinite"]), {"attention": {"block_q": None, "block_k": None}}, "model")
+    chosen = merge(_on("auto", PLUGS["lm_infinite"]), {"attention": {"block_q": None, "block_k": None}}, "model")
 
     def loss(params: Any, tokens: Any) -> jax.Array:
         return Decoder(chosen).apply({"params": params}, tokens).logits_BTV.mean()
