@@ -67,9 +67,9 @@ class Ops:
     def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
         return self.tile(jax.lax.broadcasted_iota(jnp.int32, shape, axis))
 
-    def load(self, ref: Any, index: Any, layout: Any, optimized: bool = True) -> jax.Array:
-        """``ref[index]`` in a layout, of shared memory; of global memory too if not `optimized`."""
-        return ref[index] if self.interpret else plgpu.load(ref, index, layout=layout, optimized=optimized)
+    def load(self, ref: Any, index: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+        """``ref[index]`` of shared memory, or (not `optimized`) of global memory, in a layout."""
+        return ref[index] if self.interpret else compat.gpu_load(ref, index, layout=layout, optimized=optimized)
 
     def dot(
         self,
@@ -94,9 +94,9 @@ class Ops:
                 meanwhile()
             return product if acc is None else acc + product
         if transpose_a:
-            a = plgpu.transpose_ref(a, (1, 0))
+            a = compat.gpu_transposed(a)
         if transpose_b:
-            b = plgpu.transpose_ref(b, (1, 0))
+            b = compat.gpu_transposed(b)
 
         def issue(ref: Any) -> None:
             plgpu.wgmma(ref, a, b)
@@ -118,8 +118,8 @@ class Ops:
             return between(self.dot(a, b, transpose_b=True)), self.dot(c, d, transpose_b=True)
 
         def both(first: Any, second: Any) -> tuple[Any, jax.Array]:
-            plgpu.wgmma(first, a, plgpu.transpose_ref(b, (1, 0)))
-            plgpu.wgmma(second, c, plgpu.transpose_ref(d, (1, 0)))
+            plgpu.wgmma(first, a, compat.gpu_transposed(b))
+            plgpu.wgmma(second, c, compat.gpu_transposed(d))
             got = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
             return got, second[...]
 

@@ -84,7 +84,7 @@ def flash(
     refusal = f"blocks {size}, on a TPU multiples of {table.LANES}" if uneven else None
     refusals = {"tpu": refusal, "interpret": refusal}
     on_gpu = common.blocks(NAME, chip if chip in common.GPUS else "h100", block_q=block_q, block_k=block_k)
-    refusals["gpu"] = refusals["interpret_gpu"] = gpu.refusal(q_BTHd, on_gpu)
+    refusals["gpu"] = refusals["interpret_gpu"] = gpu.refusal(q_BTHd, k_BSKd, v_BSKd, on_gpu)
     refusals["cudnn"] = cudnn.refusal(q_BTHd, k_BSKd, causal, rows, slopes_H, sinks_H, softcap)
 
     def local(*arrays: Any) -> tuple[jax.Array, jax.Array]:

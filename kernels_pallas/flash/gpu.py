@@ -23,11 +23,12 @@ from kernels_pallas.flash.tpu import FAR
 WIDEST = 256
 
 
-def refusal(q: jax.Array, size: dict[str, int]) -> str | None:
+def refusal(q: jax.Array, k: jax.Array, v: jax.Array, size: dict[str, int]) -> str | None:
     """Why the kernel cannot serve this call, or None. `size`: ``block_q``, ``block_k``."""
     T, d = q.shape[1], q.shape[-1]
+    odd = next((str(a.dtype) for a in (q, k, v) if a.dtype != jnp.bfloat16), None)
     reasons = {
-        f"dtype {q.dtype} (valid: bfloat16)": q.dtype != jnp.bfloat16,
+        f"dtype {odd} (valid: bfloat16)": odd is not None,
         f"heads wider than {WIDEST} ({d})": d > WIDEST,
         f"fewer than {ROWS} queries ({T}): a block per head leaves most of a GPU idle": T < ROWS,
         f"blocks {size}, on a GPU 64 or 128": not set(size.values()) <= {64, 128},
