@@ -219,7 +219,8 @@ def call(
         num_threads=spec.shape.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=[scratch],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Said, for later versions have another default, in which a mask's ~ is not lowered.
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=hopper.params(spec.interpret),
         kernel_name="flash" + body.__name__,
     )
