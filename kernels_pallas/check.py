@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", default="", help="only the cases whose names contain this")
     parser.add_argument("--json", type=Path, help="file to write the table to, with the versions it depends on")
     args = parser.parse_args(argv)
+    if args.platform == "interpret":
+        os.environ.setdefault("NPROC", "16")  # XLA's threads: the warpgroups of an interpreted GPU kernel wait in them
     if args.platform == "tpu":
         for name, value in COMPILER_ALONE.items():
             os.environ.setdefault(name, value)

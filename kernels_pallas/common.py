@@ -79,6 +79,7 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "v5e": {"block_q": 512, "block_k": 1024},
         "v5p": {"block_q": 512, "block_k": 1024},
         "v6e": {"block_q": 512, "block_k": 1024},
+        "h100": {"block_q": 128, "block_k": 128},
     },
     # Tokens of a chunk.
     "lightning": {"default": {"chunk": 128}, "v6e": {"chunk": 256}},

@@ -9,6 +9,7 @@ layouts and tilings fit is checked by the lowering, which needs no GPU either.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lm import compat
 
 WARPGROUP = 128  # threads of one; the matrix unit multiplies 64 rows for each
 SWIZZLE = 128  # bytes of a row of a tile in shared memory
@@ -27,13 +30,16 @@ def params(interpret: bool) -> Any:
         return False
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # no public name yet
 
-    return InterpretGPUParams(detect_races=True)
+    compat.compile_interpreted_threads_once()
+
+    # Copies that share a simulated thread seem ordered, so that a wait for one hides a missing wait for another.
+    return InterpretGPUParams(detect_races=True, num_tma_threads_per_device=16)
 
 
-def smem(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory for an operand of the matrix unit: tiles of 8 rows by 128 bytes, swizzled."""
-    columns = SWIZZLE // jnp.dtype(dtype).itemsize
-    tiled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE))
+def smem(shape: tuple[int, ...], dtype: Any, swizzle: int = SWIZZLE) -> Any:
+    """Shared memory for an operand of the matrix unit: tiles of 8 rows by `swizzle` bytes (128, 64, 32), swizzled."""
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    tiled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=tiled)
 
 
@@ -61,28 +67,72 @@ class Ops:
     def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
         return self.tile(jax.lax.broadcasted_iota(jnp.int32, shape, axis))
 
-    def load(self, ref: Any, index: Any, layout: Any) -> jax.Array:
-        """``ref[index]`` of shared or global memory, in a layout."""
-        return ref[index] if self.interpret else plgpu.load(ref, index, layout=layout)
+    def load(self, ref: Any, index: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+        """``ref[index]`` of shared memory, or (not `optimized`) of global memory, in a layout."""
+        return ref[index] if self.interpret else compat.gpu_load(ref, index, layout=layout, optimized=optimized)
 
     def dot(
-        self, a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False, acc: Any = None
+        self,
+        a: Any,
+        b: Any,
+        *,
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        acc: Any = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> jax.Array:
-        """``acc + a @ b``: `a` in shared memory (a reference) or a tile in registers, `b` in shared memory."""
+        """``acc + a @ b``: `a` in shared memory (a reference) or a tile in registers, `b` in shared memory.
+
+        `meanwhile` runs when the product is under way, not yet done.
+        """
         if self.interpret:
             x, y = (a if isinstance(a, jax.Array) else a[...]), b[...]
+            plgpu.commit_smem()  # the matrix unit reads as copies write; a plain read does not
             x, y = (x.T if transpose_a else x), (y.T if transpose_b else y)
             product = jnp.dot(x, y, preferred_element_type=jnp.float32)
+            if meanwhile is not None:
+                meanwhile()
             return product if acc is None else acc + product
         if transpose_a:
-            a = plgpu.transpose_ref(a, (1, 0))
+            a = compat.gpu_transposed(a)
         if transpose_b:
-            b = plgpu.transpose_ref(b, (1, 0))
+            b = compat.gpu_transposed(b)
+
+        def issue(ref: Any) -> None:
+            plgpu.wgmma(ref, a, b)
+            if meanwhile is not None:
+                meanwhile()
+
         if acc is not None:
-            return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+            return pl.run_state(issue)(plgpu.ACC.init(acc))
 
         def alone(ref: Any) -> jax.Array:
-            plgpu.wgmma(ref, a, b)
+            issue(ref)
             return ref[...]
 
         return pl.run_scoped(alone, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+    def pair(self, a: Any, b: Any, c: Any, d: Any, between: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
+        """``between(a @ b.T), c @ d.T``: `between` runs while the second product is under way."""
+        if self.interpret:
+            return between(self.dot(a, b, transpose_b=True)), self.dot(c, d, transpose_b=True)
+
+        def both(first: Any, second: Any) -> tuple[Any, jax.Array]:
+            plgpu.wgmma(first, a, compat.gpu_transposed(b))
+            plgpu.wgmma(second, c, compat.gpu_transposed(d))
+            got = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
+            return got, second[...]
+
+        shapes = ((a.shape[0], b.shape[0]), (c.shape[0], d.shape[0]))
+        return pl.run_scoped(both, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+    def add(self, *terms: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, ...]:
+        """``acc + a @ b`` of each term `(acc, a, b)`; an `a` that is a function runs when those before do."""
+        if self.interpret:
+            return tuple(self.dot(a() if callable(a) else a, b, acc=acc) for acc, a, b in terms)
+
+        def issue(refs: Any) -> None:
+            for ref, (_, a, b) in zip(refs, terms, strict=True):
+                plgpu.wgmma(ref, a() if callable(a) else a, b)
+
+        return tuple(pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms)))

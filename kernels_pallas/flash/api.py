@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import common
-from kernels_pallas.flash import cudnn, reference, table, tpu
+from kernels_pallas.flash import cudnn, gpu, reference, table, tpu
 from kernels_pallas.flash.tpu import Spec
 from lm.errors import UserError
 
@@ -83,16 +83,22 @@ def flash(
     uneven = any(s % table.LANES for s in size.values()) and implementation != "interpret"
     refusal = f"blocks {size}, on a TPU multiples of {table.LANES}" if uneven else None
     refusals = {"tpu": refusal, "interpret": refusal}
+    on_gpu = common.blocks(NAME, chip if chip in common.GPUS else "h100", block_q=block_q, block_k=block_k)
+    refusals["gpu"] = refusals["interpret_gpu"] = gpu.refusal(q_BTHd, k_BSKd, v_BSKd, on_gpu)
     refusals["cudnn"] = cudnn.refusal(q_BTHd, k_BSKd, causal, rows, slopes_H, sinks_H, softcap)
 
     def local(*arrays: Any) -> tuple[jax.Array, jax.Array]:
         spec = Spec(
             mask, size["block_q"], size["block_k"], T, S, offset, scale, softcap, common.vmem(chip), interpret=False
         )
+        settings = {"offset": offset, "scale": scale, "softcap": softcap}
+        mosaic = functools.partial(gpu.flash, mask, tiles, on_gpu, (T, S), settings)
         dense = functools.partial(reference.attention, mask=mask, offset=offset, scale=scale, softcap=softcap)
         forms: dict[str, Callable[..., Any]] = {
             "tpu": functools.partial(_tpu, spec, tiles),
             "interpret": functools.partial(_tpu, dataclasses.replace(spec, interpret=interpret), tiles),
+            "gpu": functools.partial(mosaic, False),
+            "interpret_gpu": functools.partial(mosaic, True),
             "cudnn": functools.partial(cudnn.attention, scale=scale),
             "xla": jax.checkpoint(dense),  # nothing of size T S waits for the backward pass
             "reference": functools.partial(_exact, dense),

@@ -1,7 +1,7 @@
 """What `kernels_pallas.check` compiles and runs of `flash`; as a program, times.
 
-``python -m kernels_pallas.flash.bench``: all logits at once in XLA operations against the kernel on a TPU and cuDNN on
-a GPU, forward and backward.
+``python -m kernels_pallas.flash.bench``: forward and backward of all logits at once in XLA operations against the
+kernel of this machine; on a GPU against cuDNN too, which serves plain causal masks only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from kernels_pallas import common, timing
 from kernels_pallas.common import Case
-from kernels_pallas.flash import table
+from kernels_pallas.flash import gpu, table
 from kernels_pallas.flash.api import flash
 
 H, K, D = 32, 8, 128  # query heads, key heads, head width of the real sizes
@@ -94,15 +94,22 @@ def gradient(attend: Any, *args: Any) -> Any:
     return jax.grad(loss, floats)(*args)
 
 
-def _pair(name: str, attend: Any, args: tuple[Any, ...], size: dict[str, int], **more: Any) -> list[Case]:
-    d, bytes_ = args[0].shape[-1], args[0].dtype.itemsize
-    memory = [table.tile_bytes(size["block_q"], size["block_k"], d, bytes_, backward) for backward in (False, True)]
+def _pair(name: str, attend: Any, args: tuple[Any, ...], memory: tuple[int, int], **more: Any) -> list[Case]:
     reference = more.pop("reference", None)
     back = None if reference is None else functools.partial(gradient, reference)
     return [
         Case(f"{name} forward", attend, args, memory[0], reference, **more),
         Case(f"{name} backward", functools.partial(gradient, attend), args, memory[1], back, **more),
     ]
+
+
+def _memory(size: dict[str, int], d: int, dtype: Any) -> tuple[int, int]:
+    """Of a TPU kernel, forward and backward."""
+    n = jnp.dtype(dtype).itemsize
+    forward, backward = (
+        table.tile_bytes(size["block_q"], size["block_k"], d, n, backward) for backward in (False, True)
+    )
+    return forward, backward
 
 
 def cases(chip: str) -> list[Case]:
@@ -125,7 +132,7 @@ def cases(chip: str) -> list[Case]:
     for name, mask, (T, S), d, dtype, features in sizes:
         names = frozenset(features)
         attend = functools.partial(_attend, "tpu", mask, chip, names)
-        out += _pair(name, attend, _shapes(1, T, S, (H, K), d, dtype, names), size)
+        out += _pair(name, attend, _shapes(1, T, S, (H, K), d, dtype, names), _memory(size, d, dtype))
     return out
 
 
@@ -161,21 +168,44 @@ def small_cases() -> list[Case]:
         reference = functools.partial(_attend, "xla", mask, None, names)
         tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
         args = _shapes(1, T, S, (4, 2), d, dtype, names)
-        out += _pair(name, attend, args, size, reference=reference, tolerance=tolerance, draw=_draw)
+        memory = _memory(size, d, dtype)
+        out += _pair(name, attend, args, memory, reference=reference, tolerance=tolerance, draw=_draw)
+    for name, mask, d, features in (
+        ("gpu, window + sinks", Band(70, 3), 64, set()),
+        ("gpu, slopes, soft-cap, sinks", Band(), 96, {"slopes", "softcap", "sinks"}),
+        ("gpu, packed", Band(40), 128, {"index", "segments"}),
+    ):
+        attend = functools.partial(_attend, "interpret_gpu", mask, "h100", frozenset(features))
+        truth = functools.partial(_attend, "reference", mask, None, frozenset(features))
+        args = _shapes(1, 100, 150, (4, 2), d, jnp.bfloat16, frozenset(features))
+        memory = gpu.memory(d, common.blocks("flash", "h100"))
+        out += _pair(name, attend, args, memory, reference=truth, tolerance=1e-2, draw=_draw)
     return out
 
 
 def gpu_cases() -> list[Case]:
-    """XLA, which serves a GPU whatever the mask; 'auto'; and cuDNN, which can only be lowered where it is, on a GPU."""
+    """The kernel for Hopper at real sizes; XLA, 'auto' and cuDNN, which can only be lowered where it is, on a GPU."""
     args = _shapes(1, 4096, 4096, (H, K), D, jnp.bfloat16, frozenset())
     cudnn = ("cudnn",) if jax.default_backend() == "gpu" else ()
     out = []
     for name in ("xla", "auto", *cudnn):
         attend = functools.partial(_attend, name, Band(), None, frozenset(), causal=True)
-        out += [
-            Case(f"causal 4k, {name} forward", attend, args),
-            Case(f"causal 4k, {name} backward", functools.partial(gradient, attend), args),
-        ]
+        out += _pair(f"causal 4k, {name}", attend, args, (0, 0))
+    band, size = Band(4096, 16), common.blocks("flash", "h100")
+    sizes: list[tuple[str, Band, int, int, set[str]]] = [
+        ("causal 8k", Band(), 8192, D, set()),
+        ("causal 32k", Band(), 32768, D, set()),
+        ("causal 128k", Band(), 131072, D, set()),
+        ("window + sinks 32k", band, 32768, D, set()),
+        ("window + sinks 128k", band, 131072, D, set()),
+        ("slopes, soft-cap, sinks 8k", Band(), 8192, D, {"slopes", "softcap", "sinks"}),
+        ("packed 8k", Band(), 8192, D, {"index", "segments"}),
+        *[(f"width {d} 8k", Band(), 8192, d, set()) for d in (64, 96, 256)],
+    ]
+    for name, mask, T, d, features in sizes:
+        names = frozenset(features)
+        attend = functools.partial(_attend, "gpu", mask, "h100", names)
+        out += _pair(f"{name}, gpu", attend, _shapes(1, T, T, (H, K), d, jnp.bfloat16, names), gpu.memory(d, size))
     return out
 
 
@@ -185,22 +215,31 @@ def _no_lse(attend: Any, *args: Any) -> Any:
 
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
-    T, dtype = (100, jnp.float32) if small else (4096, jnp.bfloat16)
-    for name, mask in {"causal": Band(), "window + sinks": Band(T // 8, 16)}.items():
+    on_gpu, dtype = jax.default_backend() == "gpu", jnp.float32 if small else jnp.bfloat16
+    T = 100 if small else 4096
+    sizes = [("causal", Band(), T), ("window + sinks", Band(T // 8, 16), T)]
+    if on_gpu and not small:
+        sizes += [("causal", Band(), n * T) for n in (2, 4, 8)] + [("window + sinks", Band(4096, 16), 8 * T)]
+    for name, mask, T in sizes:
         args = _draw(np.random.default_rng(0), _shapes(1, T, T, (H, K), D, dtype, frozenset()))
-        cudnn = ("cudnn",) if jax.default_backend() == "gpu" and mask == Band() else ()
+        serving = {
+            "xla": T <= 8192,  # all logits of 32 heads: 8 GiB at 8k, 128 GiB at 32k
+            "gpu": chip in common.GPUS and not small,
+            "cudnn": on_gpu and not small and mask == Band(),
+        }
         for kind in ("forward", "backward"):
             forms = {}
-            for form in (*timing.names(), *cudnn):
-                attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
-                call = attend if kind == "forward" else functools.partial(_no_lse, attend)
-                forms[form] = functools.partial(jax.jit(call), *args)
+            for form in (*timing.names(), "cudnn"):
+                if serving.get(form, True):
+                    attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
+                    call = attend if kind == "forward" else functools.partial(_no_lse, attend)
+                    forms[form] = functools.partial(jax.jit(call), *args)
             yield f"{name} {T} {kind}", forms
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Times every case and prints the table."""
-    timing.main("flash", "xla", _forms, argv)
+    timing.main("flash", "cudnn" if jax.default_backend() == "gpu" else "xla", _forms, argv)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,26 @@ def pack(tiles: np.ndarray, n_major: int, major: int) -> np.ndarray:
     return (rows[:, 0] << 17 | rows[:, 1] << 4 | flags).astype(np.int32)
 
 
+def runs(tiles: np.ndarray, n_major: int, major: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, bool]]:
+    """What a GPU's blocks of threads walk: ``starts [n_major, 4]``, ``runs [n, 2]``, and which kinds of run there are.
+
+    A run is ``(first, end)`` of neighbouring blocks of the other side, listed by column `major` of `tiles` ``[n, 3]``
+    (query, key, whole). A row of `starts` is a block, where its runs of whole tiles begin, where they end and those of
+    partial tiles begin, and where these end; the blocks with the most tiles come first.
+    """
+    minor = 1 - major
+    order = np.lexsort((tiles[:, minor], 1 - tiles[:, 2], tiles[:, major]))
+    block, tile, whole = (tiles[order, c].astype(np.int64) for c in (major, minor, 2))
+    new = np.r_[True, (np.diff(block) != 0) | (np.diff(whole) != 0) | (np.diff(tile) != 1)][: len(tile)]
+    at = np.flatnonzero(new)
+    found = np.stack([tile[at], np.r_[tile[at[1:] - 1], tile[-1:]] + 1], 1) if len(at) else np.zeros((1, 2))
+    key = 2 * block[at] + (1 - whole[at])  # of a run, ascending
+    edges = np.searchsorted(key, np.stack([2 * np.arange(n_major), 2 * np.arange(n_major) + 1], 1))
+    starts = np.concatenate([np.arange(n_major)[:, None], edges, np.r_[edges[1:, :1], [[len(at)]]]], 1)
+    heavy = np.argsort(-np.bincount(block, minlength=n_major), kind="stable")
+    return starts[heavy].astype(np.int32), found.astype(np.int32), (bool(whole.any()), bool((1 - whole).any()))
+
+
 def q_block(word: Any) -> Any:
     return word >> 17
 

@@ -1,0 +1,146 @@
+"""Flash attention for Hopper through Mosaic GPU: what it serves, padding, and the gradient around the kernels.
+
+Kernels: `gpu_forward`, `gpu_backward`, with `gpu_tile` between them. bfloat16 only: the matrix unit has no float32. The
+sequence stays where it is, ``[B, T, H, d]``: copies by TMA cut tiles out of any layout, so nothing is transposed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.common import NEG
+from kernels_pallas.flash import gpu_backward, gpu_forward
+from kernels_pallas.flash.gpu_tile import LOG2E, ROWS, Shape, Spec, smem_bytes, tables
+from kernels_pallas.flash.tpu import FAR
+
+WIDEST = 256
+
+
+def refusal(q: jax.Array, k: jax.Array, v: jax.Array, size: dict[str, int]) -> str | None:
+    """Why the kernel cannot serve this call, or None. `size`: ``block_q``, ``block_k``."""
+    T, d = q.shape[1], q.shape[-1]
+    odd = next((str(a.dtype) for a in (q, k, v) if a.dtype != jnp.bfloat16), None)
+    reasons = {
+        f"dtype {odd} (valid: bfloat16)": odd is not None,
+        f"heads wider than {WIDEST} ({d})": d > WIDEST,
+        f"fewer than {ROWS} queries ({T}): a block per head leaves most of a GPU idle": T < ROWS,
+        f"blocks {size}, on a GPU 64 or 128": not set(size.values()) <= {64, 128},
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def shapes(d: int, size: dict[str, int]) -> dict[str, Shape]:
+    """Tile sizes of every kernel for heads `d` wide, a multiple of 32."""
+    return {
+        "forward": gpu_forward.shape(d, size["block_q"], size["block_k"]),
+        "backward_q": gpu_backward.shape(d, size["block_q"]),
+        "backward_kv": gpu_backward.shape(d, size["block_k"]),
+    }
+
+
+def memory(d: int, size: dict[str, int]) -> tuple[int, int]:
+    """Shared memory of a block of threads forward, and at most backward, bytes."""
+    d = _up(d, 32)
+    of = {name: smem_bytes(d, shape, 1 if name == "forward" else 2) for name, shape in shapes(d, size).items()}
+    return of["forward"], max(of["backward_q"], of["backward_kv"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A `Spec` per kernel."""
+
+    forward: Spec
+    backward_q: Spec
+    backward_kv: Spec
+    n_queries: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attention(plan: Plan, x: dict[str, Any], rows: dict[str, jax.Array], tables: dict[str, Any]) -> Any:
+    """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, H, T]`` of padded ``q, k, v, slopes, sinks``.
+
+    `rows`: numbers per token ``[B, T]`` and ``[B, S]``; `tables`: a `table.runs` per kernel.
+    """
+    return gpu_forward.forward(plan.forward, {**x, **rows, **tables["forward"]})
+
+
+def _fwd(plan: Plan, x: dict[str, Any], rows: Any, tables: Any) -> Any:
+    out, lse = attention(plan, x, rows, tables)
+    return (out, lse), (x, rows, tables, out, lse)
+
+
+def _bwd(plan: Plan, saved: Any, cotangents: Any) -> Any:
+    x, rows, tables, out, lse = saved
+    d_out, d_lse = cotangents
+    # d logit = p * (dO . v - sum(dO * O) + dLSE)
+    shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
+    part = (lse > NEG / 2) & (jnp.arange(lse.shape[-1]) < plan.n_queries)
+    safe = jnp.where(part, lse, FAR)
+    sinks = x["sinks"]
+    d_sinks = None if sinks is None else -(jnp.exp(sinks[:, None] - safe) * shift).sum((0, 2))
+    given = {name: x[name] for name in ("q", "k", "v", "slopes")}
+    given |= {"d_out": d_out.astype(jnp.bfloat16), "lse": safe * LOG2E, "shift": shift, **rows}
+    dq, d_slope = gpu_backward.backward_q(plan.backward_q, given | tables["backward_q"])
+    dk, dv = gpu_backward.backward_kv(plan.backward_kv, given | tables["backward_kv"])
+    d_slopes = None if d_slope is None else d_slope.sum((0, 2))
+    return {"q": dq, "k": dk, "v": dv, "slopes": d_slopes, "sinks": d_sinks}, None, None
+
+
+attention.defvjp(_fwd, _bwd)
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def flash(
+    mask: Any,
+    tiles: Callable[..., Any] | None,
+    size: dict[str, int],
+    lengths: tuple[int, int],
+    settings: dict[str, Any],
+    interpret: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rows: dict[str, jax.Array],
+    slopes: Any,
+    sinks: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """What `api.flash` calls. Lengths are padded to whole blocks, head widths to multiples of 32; `settings`: offset,
+    scale, softcap."""
+    (T, S), (B, width) = lengths, (q.shape[0], q.shape[-1])
+    d = _up(width, 32)
+    long = {"q": _up(T, 128), "k": _up(S, 128)}  # a multiple of every block
+    plans, lists = {}, {}
+    for name, shape in shapes(d, size).items():
+        major = int(name == "backward_kv")
+        block_q, block_k = (shape.stream, shape.rows) if major else (shape.rows, shape.stream)
+        n_q, n_k = long["q"] // block_q, long["k"] // block_k
+        if tiles is None:
+            listed = np.array([(i, j, 0) for i in range(n_q) for j in range(n_k)], np.int32)
+        else:
+            listed = np.asarray(tiles(T, S, block_q, block_k), np.int32).reshape(-1, 3)
+        lists[name], kinds = tables(listed, (n_q, n_k)[major], major)
+        plans[name] = Spec(mask, shape, kinds, S, sloped=slopes is not None, interpret=interpret, **settings)
+
+    def padded(name: str, a: jax.Array, fill: int = 0) -> jax.Array:
+        pads = [(0, 0), (0, long[name[0]] - a.shape[1])]
+        pads += [(0, 0), (0, d - width)] if a.ndim == 4 else []
+        return jnp.pad(a, pads, constant_values=fill)
+
+    numbers = {
+        name: padded(name, jnp.broadcast_to(a, (B, a.shape[-1])), -1 if name.endswith("index") else 0)
+        for name, a in rows.items()
+    }
+    x: dict[str, Any] = {"q": padded("q", q), "k": padded("k", k), "v": padded("k", v)}
+    heads = {name: None if a is None else a.astype(jnp.float32) for name, a in (("slopes", slopes), ("sinks", sinks))}
+    out, lse = attention(Plan(**plans, n_queries=T), x | heads, numbers, lists)
+    return out[:, :T, :, :width], lse[:, :, :T].swapaxes(1, 2)
