@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,17 @@ def on_tpu_vm() -> bool:
     return bool(cloud_tpu_init.running_in_cloud_tpu_vm)
 
 
+def gpu_load(ref: Any, index: Any, **how: Any) -> jax.Array:
+    """``ref[index]`` in a Mosaic GPU kernel; later versions take the index by `ref.at` alone."""
+    import inspect
+
+    from jax.experimental.pallas import mosaic_gpu
+
+    if "idx" in inspect.signature(mosaic_gpu.load).parameters:
+        return mosaic_gpu.load(ref, index, **how)
+    return mosaic_gpu.load(ref.at[index], **how)  # type: ignore[call-arg]
+
+
 def keep_compiled(folder: Path) -> None:
     """Compiled programs are kept in `folder` and found there by the next process."""
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
@@ -46,3 +59,31 @@ def times_int8(x: jax.Array, q: jax.Array) -> jax.Array:
     if JAX_VERSION < (0, 11):
         return jnp.matmul(x, q.astype(x.dtype).T, preferred_element_type=jnp.float32)
     return jnp.einsum("mi,oi->mo", x, q.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def compile_interpreted_threads_once() -> None:
+    """Interpreted GPU kernels: jax 0.10 compiles the body for every thread of every grid point, jax 0.12 once."""
+    if JAX_VERSION >= (0, 11):
+        return
+    from jax._src.pallas.mosaic.interpret import thread_map
+
+    thread_map._run_jaxpr = _run_thread
+
+
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=32)
+def _program(jaxpr: Any, *shapes: Any) -> Any:
+    def run(consts: Any, *args: Any) -> None:
+        jax.core.eval_jaxpr(jaxpr, consts, *args)
+
+    consts, args = shapes[: len(jaxpr.constvars)], shapes[len(jaxpr.constvars) :]
+    return jax.jit(run).lower(list(consts), *args).compile()
+
+
+def _run_thread(jaxpr: Any, consts: Any, *args: Any) -> None:
+    shapes = (jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in (*jaxpr.constvars, *jaxpr.invars))
+    with _LOCK:
+        program = _program(jaxpr, *shapes)
+    program(list(consts), *args)
