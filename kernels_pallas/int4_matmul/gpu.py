@@ -153,7 +153,7 @@ def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: An
 
         total = lax.fori_loop(0, count, step, o.tile(jnp.zeros((64, p.tile_m), jnp.float32)))
         where = (split, pl.ds(tile * p.tile_n + thread * 64, 64), pl.ds(rows * p.tile_m, p.tile_m))
-        out_ref[where] = total.astype(out_ref.dtype)
+        out_ref[where] = total  # float32: its stores are whole sectors of 32 bytes, those of bfloat16 are halves
 
     @pl.when(thread == warpgroups)
     def _() -> None:
@@ -197,7 +197,7 @@ def int4_matmul(x_MK: jax.Array, weights: Quantized, *, interpret: bool = False,
     per_group = plgpu.SMEM((p.stages, groups, p.tile_n), weights.scales_GN.dtype)
     out = plgpu.kernel(
         functools.partial(_kernel, hopper.Ops(interpret), p, bits, group, K // p.step),
-        out_type=jax.ShapeDtypeStruct((p.splits, N, padded), jnp.float32 if p.splits > 1 else x_MK.dtype),
+        out_type=jax.ShapeDtypeStruct((p.splits, N, padded), jnp.float32),
         grid=(p.splits, N // p.tile_n, padded // p.tile_m),
         grid_names=("split", "n", "m"),
         num_threads=p.tile_n // 64 + 1,
@@ -211,4 +211,4 @@ def int4_matmul(x_MK: jax.Array, weights: Quantized, *, interpret: bool = False,
         ],
         interpret=hopper.params(interpret),
     )(*arrays)
-    return jnp.sum(out, axis=0).T[:M].astype(x_MK.dtype) if p.splits > 1 else out[0].T[:M]
+    return jnp.sum(out, axis=0).T[:M].astype(x_MK.dtype)

@@ -103,8 +103,9 @@ def small_cases() -> list[Case]:
         run = functools.partial(tree_decode, implementation="interpret", tile_s=128)
         out.append(Case(str(size), run, shapes(size), 0, truth, tolerance, draw))
         if size.dtype == jnp.bfloat16:
+            whole = replace(size, S=size.S // 8 * 8)
             run = functools.partial(tree_decode, implementation="interpret_gpu", chip="h100")
-            out.append(Case(f"{size} gpu", run, shapes(size), 0, truth, tolerance, draw))
+            out.append(Case(f"{whole} gpu", run, shapes(whole), 0, truth, tolerance, draw))
     return out
 
 
