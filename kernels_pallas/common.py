@@ -89,6 +89,8 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "v5e": {"tile_m": 128, "tile_n": 512, "mib": 24},
         "v5p": {"tile_m": 256, "tile_n": 512, "mib": 24},
         "v6e": {"tile_m": 256, "tile_n": 512, "mib": 24},
+        # `stages` of copies under way in a block of threads; inputs are split until there are `ctas` blocks.
+        "h100": {"tile_m": 128, "tile_n": 128, "stages": 4, "ctas": 264},
     },
     # Slots of the cache per grid step, at most; fewer where many queries share them.
     "tree_decode": {
@@ -96,6 +98,8 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "v5e": {"tile_s": 1024},
         "v5p": {"tile_s": 1024},
         "v6e": {"tile_s": 1024},
+        # `stages` of copies under way at most; the cache is split until `ctas` blocks of threads have work.
+        "h100": {"tile_s": 128, "stages": 4, "ctas": 132},
     },
     # Listed blocks of a grid step, at most; fewer where they would take more than `mib`. `kib` of scalar memory for the
     # lists of one call.

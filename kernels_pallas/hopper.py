@@ -9,7 +9,7 @@ layouts and tilings fit is checked by the lowering, which needs no GPU either.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,18 @@ class Ops:
         """A number per column of a tile."""
         return self.cast(x, plgpu.Layout.WGMMA.reduce(0))
 
-    def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
+    def iota(self, shape: tuple[int, ...], axis: int) -> jax.Array:
         return self.tile(jax.lax.broadcasted_iota(jnp.int32, shape, axis))
 
     def load(self, ref: Any, index: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
         """``ref[index]`` of shared memory, or (not `optimized`) of global memory, in a layout."""
         return ref[index] if self.interpret else compat.gpu_load(ref, index, layout=layout, optimized=optimized)
+
+    def load_transposed(self, ref: Any) -> jax.Array:
+        """``ref[...].T`` of swizzled shared memory; `tile` makes it an operand once it has 16 bits."""
+        if self.interpret:
+            return ref[...].T
+        return self.cast(compat.gpu_transposed(ref)[...], plgpu.Layout.WGMMA_TRANSPOSED)
 
     def dot(
         self,
@@ -136,3 +142,16 @@ class Ops:
                 plgpu.wgmma(ref, a() if callable(a) else a, b)
 
         return tuple(pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms)))
+
+    def dots(self, pairs: Sequence[tuple[Any, Any]], *, transpose_b: bool = False) -> jax.Array:
+        """The sum of ``a @ b`` over `pairs`, in one accumulator; operands as of `dot`."""
+        if self.interpret:
+            return sum(self.dot(a, b, transpose_b=transpose_b) for a, b in pairs)  # type: ignore[return-value]
+        pairs = [(a, compat.gpu_transposed(b) if transpose_b else b) for a, b in pairs]
+
+        def together(ref: Any) -> jax.Array:
+            for a, b in pairs:
+                plgpu.wgmma(ref, a, b)
+            return ref[...]
+
+        return pl.run_scoped(together, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import check_chip, precision, run
-from kernels_pallas.int4_matmul import reference, tpu
+from kernels_pallas.int4_matmul import gpu, reference, tpu
 from kernels_pallas.int4_matmul.reference import Quantized
 from kernels_pallas.int4_matmul.tpu import Tiles
 from lm.errors import UserError
@@ -43,14 +43,17 @@ def _matmul(
     x_MK: jax.Array, weights: Quantized, K: int, implementation: str, chip: str | None, tiles: Tiles | None
 ) -> jax.Array:
     kernel = functools.partial(tpu.int4_matmul, chip=chip, tiles=tiles)
+    hopper = functools.partial(gpu.int4_matmul, **(tiles._asdict() if tiles else {}))
     forms: dict[str, Callable[..., Any]] = {
         "reference": reference.reference,
         "xla": reference.xla,
         "tpu": kernel,
+        "gpu": hopper,
         "interpret": functools.partial(kernel, interpret=True),
+        "interpret_gpu": functools.partial(hopper, interpret=True),
     }
-    refusal = tpu.refusal(x_MK, weights, chip)
-    refusals = {"tpu": refusal, "interpret": refusal}
+    on_tpu, on_gpu = tpu.refusal(x_MK, weights, chip), gpu.refusal(x_MK, weights, tiles)
+    refusals = {"tpu": on_tpu, "interpret": on_tpu, "gpu": on_gpu, "interpret_gpu": on_gpu}
     return run(NAME, implementation, forms, refusals, x_MK, weights, chip=chip)
 
 
@@ -80,7 +83,7 @@ def int4_matmul(
     """``x @ w``: x [..., K] bfloat16 or float32, `weights` [K, N] -> [..., N] in the dtype of `x`.
 
     The weights are constants: the gradient goes to `x` alone, through XLA operations. `chip` and `tiles` choose the
-    tile sizes of the TPU kernel (`kernels_pallas.common.BLOCKS`).
+    tile sizes of the TPU and GPU kernels (`kernels_pallas.common.BLOCKS`).
     Raises UserError for shapes or dtypes that do not fit each other, and for an implementation that cannot serve.
     """
     check_chip(NAME, chip)

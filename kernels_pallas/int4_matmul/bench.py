@@ -1,13 +1,14 @@
 """What `kernels_pallas.check` compiles and runs of `int4_matmul`; as a program, times.
 
-``python -m kernels_pallas.int4_matmul.bench``: XLA on the same packed weights, and the TPU kernel where there is a TPU,
-against a product with bfloat16 weights.
+``python -m kernels_pallas.int4_matmul.bench``: XLA on the same packed weights, and the kernel where there is a TPU or a
+Hopper GPU, against a product with bfloat16 weights. On a GPU a call may take less than its launch from Python: there
+one program makes `CALLS` of them, each with weights of its own (a cache would hold one matrix), and is timed whole.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from kernels_pallas import timing
 from kernels_pallas.common import Case
-from kernels_pallas.int4_matmul import tpu
+from kernels_pallas.int4_matmul import gpu, tpu
 from kernels_pallas.int4_matmul.api import NAME, int4_matmul
 from kernels_pallas.int4_matmul.reference import Quantized, dequantize, quantize, shape
 
@@ -29,6 +30,11 @@ REAL: tuple[Size, ...] = (
     (8, 4096, 11008, 8, 32, False),
     (8, 4096, 11008, 8, 128, True),
 )
+# Of a GPU: batch 1, 8, 64 and 512.
+GPU: tuple[Size, ...] = tuple(
+    (M, K, N, 4, 128, False) for K, N in ((4096, 4096), (4096, 11008), (11008, 4096)) for M in (1, 8, 64, 512)
+)
+CALLS = 16
 FEED = (4096, 11008, 4, 128, False)
 SMALL: tuple[Size, ...] = ((1, 256, 512, 4, 128, False), (8, 512, 256, 4, 64, True), (20, 288, 200, 8, 32, False))
 
@@ -83,34 +89,61 @@ def small_cases() -> list[Case]:
     for size in SMALL:
         for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
             fn, kind = (gradients, "backward") if size is SMALL[1] else (int4_matmul, "forward")
-            run, truth = (functools.partial(fn, implementation=name) for name in ("interpret", "reference"))
-            run = functools.partial(run, tiles=tpu.Tiles(16, 128))
-            name = f"{_name(size)} {dtype.__name__} {kind}"
-            out.append(Case(name, run, _shapes(size, dtype), 0, truth, tolerance, _draw))
+            truth = functools.partial(fn, implementation="reference")
+            run = functools.partial(fn, implementation="interpret", tiles=tpu.Tiles(16, 128))
+            name = f"{_name(size)} {dtype.__name__}"
+            out.append(Case(f"{name} {kind}", run, _shapes(size, dtype), 0, truth, tolerance, _draw))
+            if dtype == jnp.bfloat16 and size[2] % 64 == 0:
+                run = functools.partial(fn, implementation="interpret_gpu", chip="h100")
+                out.append(Case(f"{name} gpu {kind}", run, _shapes(size, dtype), 0, truth, tolerance, _draw))
     return out
 
 
 def gpu_cases() -> list[Case]:
-    """What a GPU runs: XLA operations."""
-    kinds: dict[str, Callable[..., Any]] = {"forward": int4_matmul, "backward": gradients}
+    """What a GPU runs: the kernel, forward at real sizes and once backward, and XLA operations."""
+
+    def case(size: Size, implementation: str, fn: Any, kind: str) -> Case:
+        x, weights = _shapes(size)
+        cut = gpu.plan(x, weights)
+        tile = gpu.memory(cut, *size[3:5], weights.scales_GN.dtype, size[5]) if implementation == "gpu" else 0
+        run = functools.partial(fn, implementation=implementation, chip="h100")
+        return Case(f"{_name(size)} {implementation} {kind}", run, (x, weights), tile, draw=_draw)
+
+    more = [size for size in REAL if size[0] == 8 and size[5]]  # groups of 32 to 256, zero points, 8 bits
+    sizes = [size for size in GPU if size[1:] == FEED or size[0] in (1, 512)]
     return [
-        Case(f"{_name(size)} {kind}", functools.partial(fn, implementation="xla"), _shapes(size), draw=_draw)
-        for size in REAL
-        if size in ((8, *FEED), (2048, *FEED))
-        for kind, fn in kinds.items()
+        *(case(size, "gpu", int4_matmul, "forward") for size in (*sizes, *more)),
+        case((512, *FEED), "gpu", gradients, "backward"),
+        *(case((8, *FEED), "xla", fn, kind) for fn, kind in ((int4_matmul, "forward"), (gradients, "backward"))),
     ]
 
 
+def _chain(fn: Any, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
+    """`fn` of `x` and each of the weights, one call after the other."""
+    for w in weights:
+        y = fn(x, w)
+        x = x + (0 * y[:, :1]).astype(x.dtype)  # not 0 for all the compiler knows
+    return y
+
+
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
-    for size in SMALL if small else REAL:
-        x, weights = _draw(np.random.default_rng(0), _shapes(size))
-        w = dequantize(weights, size[1]).astype(x.dtype)
-        forms: dict[str, Any] = {"bfloat16": functools.partial(jax.jit(jnp.matmul), x, w)}
-        for name in timing.names():
-            forms[name] = functools.partial(
-                jax.jit(functools.partial(int4_matmul, implementation=name, chip=chip)), x, weights
-            )
-        yield _name(size), forms
+    on_gpu = jax.default_backend() == "gpu"
+    names, calls = (*timing.names(), *(("gpu",) if on_gpu and chip == "h100" else ())), CALLS if on_gpu else 1
+    for size in SMALL if small else GPU if on_gpu else REAL:
+        rng = np.random.default_rng(0)
+        x, first = _draw(rng, _shapes(size))
+        weights = [first, *(jax.tree.map(jnp.copy, first) for _ in range(calls - 1))]
+        w = dequantize(first, size[1]).astype(x.dtype)
+        plain = [w, *(jnp.copy(w) for _ in range(calls - 1))]
+        forms: dict[str, Any] = {
+            "bfloat16": functools.partial(jax.jit(functools.partial(_chain, jnp.matmul)), x, plain)
+        }
+        for name in names:
+            call = functools.partial(int4_matmul, implementation=name, chip=chip)
+            if name == "gpu" and gpu.refusal(x, first):
+                continue
+            forms[name] = functools.partial(jax.jit(functools.partial(_chain, call)), x, weights)
+        yield _name(size) + (f" x{calls}" if calls > 1 else ""), forms
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import MIB, blocks, precision, vmem
+from kernels_pallas.common import CHIPS, MIB, blocks, precision, vmem
 from kernels_pallas.int4_matmul.reference import Quantized, shape
 
 GROUPS = (32, 64, 128, 256)
@@ -44,7 +44,7 @@ def choose_tiles(x_MK: Any, weights: Quantized, chip: str | None) -> Tiles | Non
     M, K = x_MK.shape
     N = weights.scales_GN.shape[1]
     bits, group = shape(weights, K)
-    most = blocks("int4_matmul", chip)
+    most = blocks("int4_matmul", chip if chip in CHIPS else None)
     rows = 8 if x_MK.dtype == jnp.float32 else 16
     for tile_n in (most["tile_n"], 256, 128):
         for tile_m in (most["tile_m"], 64, 16):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import check_chip, known_dtype, run
-from kernels_pallas.tree_decode import reference, tpu
+from kernels_pallas.tree_decode import gpu, reference, tpu
 from lm.errors import UserError
 
 NAME = "tree_decode"
@@ -50,14 +50,17 @@ def _check(q: Any, k: Any, v: Any, lengths: Any, new_k: Any, new_v: Any, ancesto
 def _attend(static: tuple[str, str | None, int | None, float], *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
     implementation, chip, tile_s, scale = static
     kernel = functools.partial(tpu.tree_decode, scale=scale, chip=chip, tile_s=tile_s)
+    hopper = functools.partial(gpu.tree_decode, scale=scale, tile_s=tile_s)
     forms: dict[str, Callable[..., Any]] = {
         "reference": functools.partial(reference.reference, scale=scale),
         "xla": functools.partial(reference.xla, scale=scale),
         "tpu": kernel,
+        "gpu": hopper,
         "interpret": functools.partial(kernel, interpret=True),
+        "interpret_gpu": functools.partial(hopper, interpret=True),
     }
-    refusal = tpu.refusal(arrays[0], arrays[1])
-    refusals = {"tpu": refusal, "interpret": refusal}
+    on_tpu, on_gpu = tpu.refusal(arrays[0], arrays[1]), gpu.refusal(arrays[0], arrays[1], tile_s)
+    refusals = {"tpu": on_tpu, "interpret": on_tpu, "gpu": on_gpu, "interpret_gpu": on_gpu}
     return run(NAME, implementation, forms, refusals, *arrays, chip=chip)
 
 

@@ -1,7 +1,8 @@
 """What `kernels_pallas.check` compiles and runs of `tree_decode`; as a program, times.
 
 ``python -m kernels_pallas.tree_decode.bench``: the running softmax over chunks in XLA operations, and the kernel where
-there is a TPU, against one softmax over everything in float32.
+there is a TPU or a Hopper GPU, against one softmax over everything in float32. On a GPU against the XLA operations, for
+that softmax would not fit; beside cuDNN over the same keys, all of them, without the tree's mask or lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from kernels_pallas import timing
 from kernels_pallas.common import Case
-from kernels_pallas.tree_decode import tpu
+from kernels_pallas.tree_decode import gpu, tpu
 from kernels_pallas.tree_decode.api import NAME, tree_decode
 from kernels_pallas.tree_decode.reference import ancestors_of, pack_mask
 
@@ -48,6 +49,8 @@ REAL = (
     *(Size(64, 8192, H=16, K=16, d=d) for d in (64, 96, 256)),
     Size(64, 8192, dtype=jnp.float32),
 )
+# Of a GPU: trees of 16, 64 and 256 nodes.
+GPU = tuple(Size(N, S, B) for S in (32768, 131072) for B in (1, 8) for N in (16, 64, 256))
 SMALL = (
     Size(8, 200, 2, 4, 2, 64, jnp.float32),
     Size(40, 256, 2, 2, 2, 96, jnp.float32, packed=True),
@@ -93,33 +96,61 @@ def cases(chip: str) -> list[Case]:
 
 def small_cases() -> list[Case]:
     """Sizes an interpreter can run, with the reference they must equal."""
-    run = functools.partial(tree_decode, implementation="interpret", tile_s=128)
     truth = functools.partial(tree_decode, implementation="reference")
-    return [
-        Case(str(size), run, shapes(size), 0, truth, 1e-5 if size.dtype == jnp.float32 else 1e-2, draw)
-        for size in SMALL
-    ]
+    out = []
+    for size in SMALL:
+        tolerance = 1e-5 if size.dtype == jnp.float32 else 1e-2
+        run = functools.partial(tree_decode, implementation="interpret", tile_s=128)
+        out.append(Case(str(size), run, shapes(size), 0, truth, tolerance, draw))
+        if size.dtype == jnp.bfloat16:
+            whole = replace(size, S=size.S // 8 * 8)
+            run = functools.partial(tree_decode, implementation="interpret_gpu", chip="h100")
+            out.append(Case(f"{whole} gpu", run, shapes(whole), 0, truth, tolerance, draw))
+    return out
 
 
 def gpu_cases() -> list[Case]:
-    """What a GPU runs: XLA operations in chunks."""
+    """What a GPU runs: the kernel, and XLA operations in chunks."""
+    sizes = [size for size in GPU if size.B == 1 or size.N == 64]
+    more = [Size(1, 32768), Size(64, 32000), replace(GPU[0], N=64, B=8, packed=True)]
+    more += [size for size in REAL if size.d != 128]
+    out = []
+    for size in (*sizes, *more):
+        args = shapes(size)
+        run = functools.partial(tree_decode, implementation="gpu", chip="h100")
+        out.append(Case(f"{size} gpu", run, args, gpu.memory(gpu.plan(*args[:2]), size.d), draw=draw))
     run = functools.partial(tree_decode, implementation="xla")
-    return [Case(str(size), run, shapes(size), draw=draw) for size in (REAL[0], replace(REAL[0], B=8, packed=True))]
+    return [*out, *(Case(f"{size} xla", run, shapes(size), draw=draw) for size in (REAL[0], more[2]))]
+
+
+def _library(arrays: tuple[Any, ...]) -> Any:
+    """cuDNN over cache and tree, every key for every node, in the layout it wants."""
+    q, k, v, _, new_k, new_v, _ = arrays
+    keys, values = (jnp.concatenate([jnp.swapaxes(a, 1, 2), b], axis=1) for a, b in ((k, new_k), (v, new_v)))
+    return functools.partial(
+        jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="cudnn")), q, keys, values
+    )
 
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
-    for size in SMALL if small else REAL:
+    on_gpu = jax.default_backend() == "gpu"
+    names = ("gpu",) if on_gpu and chip == "h100" else ()
+    for size in SMALL if small else GPU if on_gpu else REAL:
         arrays = draw(np.random.default_rng(0), shapes(size))
         forms = {}
-        for name in ("reference", *timing.names()):
+        for name in (*(() if on_gpu else ("reference",)), *timing.names(), *names):
+            if name == "gpu" and gpu.refusal(*arrays[:2]):
+                continue
             form = functools.partial(tree_decode, implementation=name, chip=chip)
             forms[name] = functools.partial(jax.jit(form), *arrays)
+        if on_gpu and size.dtype == jnp.bfloat16 and size.d <= 128:
+            forms["cudnn, no mask"] = _library(arrays)
         yield str(size), forms
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Times every case and prints the table."""
-    timing.main(NAME, "reference", _forms, argv)
+    timing.main(NAME, "xla" if jax.default_backend() == "gpu" else "reference", _forms, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import MIB, NEG, blocks, precision, vmem
+from kernels_pallas.common import CHIPS, MIB, NEG, blocks, precision, vmem
 
 LANES = 128
 SCORES = 4 * MIB  # bytes the scores of one step may take; many queries get narrower tiles
@@ -26,7 +26,7 @@ ROWS = 2048  # queries G * N that fit
 def choose_tile(S: int, rows: int, chip: str | None) -> int:
     """Slots per grid step: the chip's, fewer if the scores would not fit, all if there are no more."""
     fitting = max(LANES, SCORES // (4 * rows) // LANES * LANES)
-    return min(blocks("tree_decode", chip)["tile_s"], fitting, S)
+    return min(blocks("tree_decode", chip if chip in CHIPS else None)["tile_s"], fitting, S)
 
 
 def memory(tile_s: int, rows: int, N: int, d: int, dtype: Any) -> int:
