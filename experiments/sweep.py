@@ -124,6 +124,7 @@ def _sweep(args: Any, shared: Shared, head: dict[str, Any], name: str, sweep: Ca
     start = _engine(args, Given(todo, total), shared.workdir, name)
     for point in todo:
         point.begin()
+    collect(every, head, shared.workdir)
     try:
         start()
     finally:
@@ -142,6 +143,7 @@ def _search(args: Any, shared: Shared, head: dict[str, Any], name: str, space: C
         return 0
     start = _engine(args, search, shared.workdir, name)
     search.begin(args.storage, args.trials)
+    collect(search.points(), {**head, **search.found()}, shared.workdir)
     try:
         start()
     finally:

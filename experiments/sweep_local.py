@@ -124,7 +124,7 @@ class Local:
     """The points of `feed` as processes on this machine, `parallel` at a time."""
 
     def __init__(self, feed: Feed, parallel: int) -> None:
-        self.feed, self.parallel, self.total = feed, parallel, feed.total
+        self.feed, self.parallel = feed, parallel
         self.again: list[Point] = []  # that another point's training had kept from theirs
         self.later: list[Point] = []  # until another point has ended
         self.attempts: list[Attempt] = []
@@ -155,9 +155,9 @@ class Local:
     def _start(self, point: Point) -> None:
         try:
             self.attempts.append(Attempt(point))
-            say(point, self.total, "starts")
+            say(point, self.feed.total, "starts")
         except FileExistsError:
-            say(point, self.total, "is taken by another process, left alone")
+            say(point, self.feed.total, "is taken by another process, left alone")
             self.feed.ended(point, look(point))
         except OSError as e:
             points.fail(point, -1, f"{e.filename or RUN[0]}: {e.strerror or e}", 0.0, ())
@@ -169,12 +169,12 @@ class Local:
         self.again, self.later = self.again + self.later, []
         if state.name == "failed" and BUSY in state.detail and self.attempts:
             self.later.append(attempt.point)
-            say(attempt.point, self.total, "waits for a training that another point has begun")
+            say(attempt.point, self.feed.total, "waits for a training that another point has begun")
         else:
             self._tell(attempt.point, state)
 
     def _tell(self, point: Point, state: State) -> None:
-        tell(point, self.total, state)
+        tell(point, self.feed.total, state)
         self.feed.ended(point, state)
 
     def stop(self) -> None:

@@ -46,16 +46,19 @@ def _mean(entry: Mapping[str, Any], arm: str, metric: str) -> Any:
 
 
 def summary(entries: Sequence[Mapping[str, Any]], workdir: Path) -> str:
-    """A row per point: changes, state, and each measure's first metric for every arm, the baseline first."""
+    """A row per point: changes that not all have, state, each measure's first metric for every arm, baseline first."""
     arms = dict.fromkeys(arm for e in entries for arm in e["arms"])
     first: dict[str, str] = {}
     for metric in (m for e in entries for values in e["arms"].values() for m in values):
         first.setdefault(metric.rpartition("/")[0], metric)
     names = [(arm, m) for m in first.values() for arm in arms if any(m in e["arms"].get(arm, {}) for e in entries)]
     rows = [("point", "changes", "state", "seconds", *(f"{arm} {m}" for arm, m in names[:COLUMNS]))]
+    same = [k for k, v in entries[0]["overrides"].items() if all(e["overrides"].get(k) == v for e in entries[1:])]
+    same = same if len(entries) > 1 else []
     for e in entries:
+        changes = {k: v for k, v in e["overrides"].items() if k not in same}
         means = (tables.number(_mean(e, *name)) for name in names[:COLUMNS])
-        rows.append((str(e["point"]), shown(e["overrides"], 60), e["state"], tables.number(e["seconds"]), *means))
+        rows.append((str(e["point"]), shown(changes, 60), e["state"], tables.number(e["seconds"]), *means))
     counts = {s: sum(e["state"] == s for e in entries) for s in dict.fromkeys(e["state"] for e in entries)}
     end = f"{', '.join(f'{n} {s}' for s, n in counts.items())} of {len(entries)} points"
     return f"{cli.aligned(rows)}\n\n{end}\nall numbers  {workdir / 'sweep.csv'}, {workdir / 'sweep.json'}"

@@ -20,7 +20,8 @@ BINARIES = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "squeue", "scontr
 CPUS = 8  # that the node says it has: jobs of tests need not wait for each other
 STARTS = 30.0  # seconds
 
-# No cgroups and no accounting, which need a system's own set-up. A requeued job waits `cred_expire` seconds.
+# No cgroups and no accounting, which need a system's own set-up. A requeued job waits `cred_expire` seconds. The
+# processes of a step look for the first one by the name of its node.
 CONF = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -47,8 +48,8 @@ MpiDefault=none
 SwitchType=switch/none
 JobRequeue=0
 ReturnToService=2
-NodeName=node NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes=node Default=YES MaxTime=INFINITE State=UP
+NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=all Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -87,7 +88,7 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     daemons = [
         ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key", "--num-threads=1", *munge.values()],
         ["slurmctld", "-D"],
-        ["slurmd", "-D", "-N", "node"],
+        ["slurmd", "-D", "-N", "localhost"],
     ]
     started: list[subprocess.Popen[bytes]] = []
     try:
