@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MANY = 16  # curves in a panel, beyond which nothing can be told apart
 PANELS = 9
+WIDE = 30.0  # largest over smallest value, from which an axis is logarithmic
 WIDTH = 58  # letters of a label
 
 
@@ -71,7 +72,7 @@ def _curves(
 def _figure(name: str, key: str, curves: dict[str, dict[tuple[str, str], list[Any]]], sweep: Sweep) -> Figure:
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
-    figure = Figure(figsize=(1.6 + 3.9 * columns, 1.3 + 3.1 * lines), layout="constrained")
+    figure = Figure(figsize=(3.0 + 3.9 * columns, 1.3 + 3.1 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False)
     arms = list(dict.fromkeys(r.arm for r in sweep.rows))
     all_labels = list(dict.fromkeys(label for by in curves.values() for label in by))
@@ -79,10 +80,14 @@ def _figure(name: str, key: str, curves: dict[str, dict[tuple[str, str], list[An
     order = arms if by_arm else [" ".join(label) for label in all_labels]
     for axes, (metric, found) in zip(panels.flat, curves.items(), strict=False):
         xs = sorted({x for pairs in found.values() for x, _ in pairs if x is not None})
-        if plots._geometric(xs):
+        log = xs[0] > 0 and xs[-1] >= WIDE * xs[0]
+        if log:
             axes.set_xscale("log")
-        shown = xs if len(xs) <= 7 else [xs[round(i * (len(xs) - 1) / 6)] for i in range(7)]
-        axes.set_xticks(shown, [f"{x:g}" for x in shown])
+        if "trials" not in sweep.head:  # at the values themselves, as far as their labels have room
+            shown = _apart([math.log(x) for x in xs] if log else xs)
+            axes.set_xticks([xs[i] for i in shown], [f"{xs[i]:.3g}" for i in shown])
+        else:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.6g}"))
         for k, (label, pairs) in enumerate(found.items()):
@@ -100,8 +105,18 @@ def _figure(name: str, key: str, curves: dict[str, dict[tuple[str, str], list[An
     handles: dict[str, Any] = {}
     for axes in panels.flat:
         handles |= {label: h for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    figure.legend(handles.values(), handles, loc="outside right upper", frameon=False)
     return figure
+
+
+def _apart(places: Sequence[float]) -> list[int]:
+    """Numbers of the ascending places whose labels do not run into each other; the last place is always among them."""
+    room = 0.11 * (places[-1] - places[0])
+    out = [len(places) - 1]
+    for i in range(len(places) - 2, -1, -1):
+        if places[out[-1]] - places[i] >= room:
+            out.append(i)
+    return out[::-1]
 
 
 def _draw(axes: Any, pairs: list[tuple[float | None, Row]], style: dict[str, Any], label: str, order: float) -> None:
