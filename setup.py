@@ -27,6 +27,8 @@ BASE = [
     "numpy>=2.0,<3",
     # Deterministic random-access loading for training, without TensorFlow; 0.2.18 is the release tested.
     "grain>=0.2.18,<0.3",
+    # Student's t for confidence intervals in reports of sweeps. jax depends on it anyway and sets this floor.
+    "scipy>=1.14,<2",
     # Plots in reports. 3.9 is the first release line built for NumPy 2.
     "matplotlib>=3.9,<4",
     # Progress bars. Plain use, any 4.x will do.
@@ -91,6 +93,11 @@ EXTRAS = {
         # Job arrays and requeueing with one API for Slurm and for local processes; 1.5 is its current line.
         "submitit>=1.5,<2",
     ],
+    # Searches: `experiments.sweep --search=optuna`.
+    "optuna": [
+        # Samplers, and storages that survive interruptions. 4.0 named journal files as they are now; 4.9 was tested.
+        "optuna>=4.0,<5",
+    ],
     # What `make test` needs on top of [data].
     "test": [
         # 8.0 and 9.2 were tested.
@@ -111,6 +118,10 @@ EXTRAS = {
         'peft>=0.18,<0.22; python_version < "3.12"',
         # What the extra of the same name installs: its files are written and read back.
         "tensorboardX>=2.6,<3",
+        # What the extra `slurm` installs: jobs of a real cluster of one node, where Slurm itself is installed.
+        "submitit>=1.5,<2",
+        # What the extra of the same name installs.
+        "optuna>=4.0,<5",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.
         "ruff>=0.17.6,<0.18",
         # Type checker. One minor line only, for the same reason.

@@ -290,6 +290,25 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
+def reliability(out: dict[str, Any]) -> str:
+    """The three figures, each N of N: what survived, what was restored, what was noticed. A part that has not been run
+    has none. A damage counts as noticed when it changes what would be read: some bytes of a file nobody reads."""
+    lines = []
+    runs = [out[n] for n in ("kills", "pair_kills") if n in out]
+    if runs:
+        kills, survived = (sum(x[k] for x in runs) for k in ("kills", "survived"))
+        lines.append(f"kills survived: {survived} of {kills} (bit for bit the log of an undisturbed run)")
+    if "restores" in out:
+        lines.append(
+            "restores on other layouts: {same} of {restores} (losses within {limit:g})".format(**out["restores"])
+        )
+    if "damages" in out:
+        x = out["damages"]
+        noticed, all_told = x["older_used_and_told"] + x["refused"], x["damages"] - x["harmless"]
+        lines.append(f"corrupt shards detected: {noticed} of {all_told} ({x['harmless']} more damages change nothing)")
+    return "\n".join(lines)
+
+
 def _write(path: Path | None, out: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -358,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "damages" in chosen:  # only now may this process start a backend: forks of one that has do not work
         environment = describe()
     _write(options.out, {**out, **({"environment": environment} if environment else {})})
+    print(reliability(out), flush=True)
     bad = [n for n, good in GOOD.items() if n in out and not good(out[n])]
     return 1 if bad else 0
 

@@ -1,7 +1,8 @@
 """The report of a run: Markdown, one HTML file that needs nothing else, and a PNG per curve.
 
 ``python -m experiments.report RUN_FOLDER`` writes them into the folder of its ``results.json``, or into ``--out``.
-With several folders it prints a comparison of their arms and verdicts, and with ``--out`` writes it there.
+With several folders it prints a comparison of their arms and verdicts, and with ``--out`` writes it there. Of a sweep's
+folder it writes tables and plots over the swept keys, with confidence intervals (`experiments.report_sweep`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, results_file, tables
+from experiments import plots, report_sweep, results_file, tables
 from experiments.report_html import comparison_page, page
 from lm.errors import UserError
 
@@ -89,13 +90,17 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reports one run, or compares several; raises `UserError` for a folder without valid results."""
+    """Reports one run or sweep, or compares several runs; raises `UserError` for a folder without valid results."""
     parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or its results.json")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, its results.json, or a sweep's folder")
     parser.add_argument("--out", type=Path, help="folder to write into (default: the folder of the run)")
     args = parser.parse_args(argv)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out: {args.out} is a file; valid: a folder, which is made when absent")
+    if len(args.runs) == 1 and (folder := Path(args.runs[0])).is_dir() and (folder / "sweep.json").is_file():
+        for path in report_sweep.write(folder, args.out or folder):
+            print(path)
+        return 0
     loaded = [results_file.load(Path(run)) for run in args.runs]
     if len(loaded) == 1:
         for path in write(loaded[0][0], args.out or loaded[0][1]):

@@ -105,3 +105,11 @@ def comparison_page(runs: Sequence[str], found: Sequence[tables.Table]) -> str:
     for i, table in enumerate(t for t in found if t.rows):
         parts += [f"<h2>{escape(table.title)}</h2>", _table(table, numbers=i > 0 or table.title != "Verdicts")]
     return _PAGE.substitute(title=escape(title), body="\n".join(parts))
+
+
+def sections_page(title: str, said: Sequence[str], pictures: Mapping[str, Path], found: Sequence[tables.Table]) -> str:
+    """Sentences, pictures, and a section per table of numbers."""
+    parts = [f"<h1>{escape(title)}</h1>", *(f'<p class="dim">{escape(x)}</p>' for x in said)]
+    parts += [_picture(name, path) for name, path in pictures.items()]
+    parts += [f"<h2>{escape(t.title)}</h2>\n{_table(t, numbers=True)}" for t in found]
+    return _PAGE.substitute(title=escape(title), body="\n".join(parts))

@@ -28,7 +28,8 @@ def statistics(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def metrics(points: Points) -> dict[str, dict[str, dict[str, Any]]]:
-    """arm -> ``<label>/<metric>`` -> statistics over all seeds and samples; metrics without samples are left out."""
+    """arm -> ``<label>/<metric>`` -> statistics over all seeds and samples, and, of several seeds, each one's mean
+    (``by_seed``, in their order: what is independent); metrics without samples are left out."""
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for arm, labels in points.items():
         out[arm] = {}
@@ -37,6 +38,9 @@ def metrics(points: Points) -> dict[str, dict[str, dict[str, Any]]]:
                 samples = [x for point in seeds for x in point.samples.get(name, ())]
                 if samples:
                     out[arm][f"{label}/{name}"] = statistics(samples)
+                if len(seeds) > 1 and all(point.samples.get(name) for point in seeds):
+                    each = [statistics(point.samples[name])["mean"] for point in seeds]
+                    out[arm][f"{label}/{name}"]["by_seed"] = each
     return out
 
 

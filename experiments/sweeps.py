@@ -1,4 +1,4 @@
-"""Sweeps of a config file: combinators to write them with, the checked points they come to, and the points' states.
+"""Sweeps of a config file: combinators to write them with, and the checked points they come to.
 
 A sweep is a function ``sweep_NAME()`` in a config file that gives dicts from dotted keys to values, the keys being
 those of ``--config.KEY`` of `experiments.run`::
@@ -18,29 +18,21 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
-import json
-import math
-import os
 import random
 import re
-import socket
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import results_file
-from experiments.cache import key, write_json
+from experiments.cache import key
 from experiments.plan import Plan, Workdir, prepare
-from experiments.progress import duration
+from experiments.points import Changes, Point, literal, shown
 from experiments.registry import Source
 from experiments.settings import Text, names_first
 from lm.errors import UserError, unknown
 
 LIMIT = 10_000  # points; a generator that never ends is refused here
-STALE = 120.0  # seconds without a heartbeat after which a process on another host counts as dead
-Changes = dict[str, Any]
 
 
 def grid(values: Mapping[str, Iterable[Any]] | None = None, /, **more: Iterable[Any]) -> list[Changes]:
@@ -125,68 +117,13 @@ def _distinct(what: str, points: list[Changes]) -> list[Changes]:
     return points
 
 
-def literal(value: Any, place: str) -> str:
-    """`value` as a Python literal that the command line reads back as the same value; raises `UserError` when there is
-    none. Strings are quoted, so that ``'5'`` and ``'None'`` stay strings; scalars of NumPy become Python's."""
-    text = _literal(value)
-    if text is None:
-        raise UserError(
-            f"{place}: found {value!r} of type {type(value).__name__}; valid: None, True, False, finite or infinite "
-            "numbers, strings, and tuples, lists and dicts of these"
-        )
-    return text
-
-
-def _literal(value: Any) -> str | None:
-    if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, Mapping) or hasattr(value, "items"):
-        pairs = [(_literal(k), _literal(v)) for k, v in value.items()]
-        parts = [None if k is None or v is None else f"{k}: {v}" for k, v in pairs]
-        return None if None in parts else "{" + ", ".join(map(str, parts)) + "}"
-    if isinstance(value, (tuple, list)):
-        parts = [_literal(v) for v in value]
-        if None in parts:
-            return None
-        inner = ", ".join(map(str, parts))
-        return f"[{inner}]" if isinstance(value, list) else f"({inner},)" if len(parts) == 1 else f"({inner})"
-    if isinstance(value, float) and math.isinf(value):
-        return "1e999" if value > 0 else "-1e999"  # there is no literal for infinity, but this reads as it
-    if value is None or type(value) in (bool, int, str) or (isinstance(value, float) and not math.isnan(value)):
-        return repr(value)
-    return None
-
-
-def shown(changes: Mapping[str, Any], width: int = 100) -> str:
-    """``key=value, …`` on one line of at most `width` characters."""
-    text = ", ".join(f"{name}={value!r}" for name, value in changes.items()) or "no changes"
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
-@dataclass(frozen=True)
-class Point:
-    """One checked point. `number` counts from 1; `folder` is its run folder; `args` are those of `experiments.run`;
-    `arms` the chosen ones, the baseline first where it is among them, and `whole` says that these are all."""
-
-    number: int
-    changes: Changes
-    folder: Path
-    args: tuple[str, ...]
-    arms: tuple[str, ...]
-    whole: bool
-    run: Workdir | None = field(repr=False, compare=False)
-
-    def bare(self) -> Point:
-        """Without the plan: what another process needs."""
-        return dataclasses.replace(self, run=None)
-
-
-def choose(source: Source, name: str | None) -> tuple[str, Callable[[], Any]]:
-    """The sweep called `name`, or the only one; raises `UserError` that lists them."""
-    found = {n.removeprefix("sweep_"): f for n, f in vars(source.module).items() if n.startswith("sweep_")}
+def choose(source: Source, name: str | None, kind: str = "sweep") -> tuple[str, Callable[..., Any]]:
+    """The sweep (or, by `kind`, the search) called `name`, or the only one; raises `UserError` that lists them."""
+    found = {n.removeprefix(f"{kind}_"): f for n, f in vars(source.module).items() if n.startswith(f"{kind}_")}
     found = {n: f for n, f in found.items() if callable(f)}
     if not found:
-        raise UserError(f"{source.path}: has no sweep; valid: a function sweep_NAME() that yields dicts of dotted keys")
+        valid = {"sweep": "sweep_NAME() that yields dicts", "search": "search_NAME(trial) that returns a dict"}[kind]
+        raise UserError(f"{source.path}: has no {kind}; valid: a function {valid} of dotted keys")
     if name is None:
         if len(found) > 1:
             raise UserError(f"--sweep: missing, {source.path.name} has several; valid: {', '.join(sorted(found))}")
@@ -201,14 +138,9 @@ def expand(name: str, sweep: Callable[[], Any]) -> list[Changes]:
     out: list[Changes] = []
     try:
         for changes in sweep():
-            place = f"sweep {name}: point {len(out) + 1}"
             if len(out) == LIMIT:
                 raise UserError(f"sweep {name}: more than {LIMIT} points; valid: a generator that ends")
-            if not isinstance(changes, Mapping) or not all(isinstance(k, str) for k in changes):
-                raise UserError(f"{place}: expected a dict from dotted keys to values, found {changes!r}")
-            _union(place, [{k: v} for k, v in changes.items()])
-            # What is checked here is what the point's own process will read.
-            out.append({k: ast.literal_eval(literal(v, f"{place}: {k}")) for k, v in names_first(changes)})
+            out.append(readable(f"sweep {name}: point {len(out) + 1}", changes))
     except UserError as e:
         raise e if str(e).startswith("sweep ") else UserError(f"sweep {name}: {e}") from None
     except Exception as e:
@@ -218,58 +150,69 @@ def expand(name: str, sweep: Callable[[], Any]) -> list[Changes]:
     return out
 
 
-def points(
-    source: Source,
-    settings: Mapping[str, Any],
-    config: str,
-    name: str,
-    every: Sequence[Changes],
-    overrides: Sequence[tuple[str, Text]],
-    arms: str | None,
-    workdir: Path,
-    absent_is_fine: bool = False,
-) -> list[Point]:
-    """All points of sweep `name` (`every` from `expand`), checked; nothing is written.
+def readable(place: str, changes: Any) -> Changes:
+    """The changes as the point's own process will read them; raises `UserError` that begins with `place`."""
+    if not isinstance(changes, Mapping) or not all(isinstance(k, str) for k in changes):
+        raise UserError(f"{place}: expected a dict from dotted keys to values, found {changes!r}")
+    _union(place, [{k: v} for k, v in changes.items()])
+    return {k: ast.literal_eval(literal(v, f"{place}: {k}")) for k, v in names_first(changes)}
 
-    `config` is the text after ``--config=``; `overrides` hold for every point. Raises `UserError` for the first
-    mistake, which names the sweep, the point and the key.
-    """
+
+@dataclass(frozen=True)
+class Shared:
+    """What all points of one sweep or search have in common. `config` is the text after ``--config=``; `overrides` hold
+    for every point; `absent_is_fine`: of checkpoints, where nothing is to be run."""
+
+    source: Source
+    settings: Mapping[str, Any]
+    config: str
+    overrides: Sequence[tuple[str, Text]]
+    arms: str | None
+    workdir: Path
+    absent_is_fine: bool = False
+
+    def point(self, place: str, number: int, changes: Changes) -> tuple[Point, str]:
+        """The checked point and the hash of its settings; nothing is written. Raises `UserError` for the first mistake,
+        which names the key and begins with `place`, unless it is in what all points share."""
+        _refuse_clash(place, changes, self.overrides)
+        plan = self._plan(place, changes)
+        at = key({"file": self.source.place, "config": plan.exp.to_dict()})
+        folder = self.workdir / f"{at[:8]}-{slug(changes)}"
+        args = [f"--config={self.config}", f"--workdir={folder}"]
+        args += [] if self.arms is None else [f"--arms={self.arms}"]
+        args += [f"--config.{k}={v}" for k, v in self.overrides]
+        args += [f"--config.{k}={literal(v, k)}" for k, v in changes.items()]
+        run = Workdir(folder, self.source.place, plan)
+        run.check()
+        chosen = tuple(plan.chosen)
+        return Point(number, dict(changes), folder, tuple(args), chosen, len(chosen) == len(plan.arms), run), at
+
+    def base(self) -> Plan:
+        """The plan without any point's changes."""
+        return prepare(self.settings, self.overrides, self.arms, self.absent_is_fine)
+
+    def _plan(self, place: str, changes: Changes) -> Plan:
+        try:
+            plan = prepare(self.settings, [*self.overrides, *changes.items()], self.arms, self.absent_is_fine)
+        except UserError as e:
+            self.base()  # the mistake may be in what all points share
+            raise UserError(f"{place}: {e}") from None
+        return dataclasses.replace(plan, base=None)  # a tokenizer for each of a thousand points would be too much
+
+
+def points(shared: Shared, name: str, every: Sequence[Changes]) -> list[Point]:
+    """All points of sweep `name` (`every` from `expand`), checked; raises `UserError`, also where two are the same."""
     out: list[Point] = []
     seen: dict[str, int] = {}
     for number, changes in enumerate(every, 1):
         place = f"sweep {name}: point {number}"
-        _refuse_clash(place, changes, overrides)
-        plan = _plan(place, settings, overrides, changes, arms, absent_is_fine)
-        at = key({"file": source.place, "config": plan.exp.to_dict()})
+        point, at = shared.point(place, number, changes)
         if seen.setdefault(at, number) != number:
             raise UserError(
                 f"{place}: comes to the same settings as point {seen[at]} ({shown(changes)}); valid: different points"
             )
-        folder = workdir / f"{at[:8]}-{slug(changes)}"
-        args = [f"--config={config}", f"--workdir={folder}", *([] if arms is None else [f"--arms={arms}"])]
-        args += [f"--config.{k}={v}" for k, v in overrides]
-        args += [f"--config.{k}={literal(v, k)}" for k, v in changes.items()]
-        run = Workdir(folder, source.place, plan)
-        run.check()
-        chosen = tuple(plan.chosen)
-        out.append(Point(number, dict(changes), folder, tuple(args), chosen, len(chosen) == len(plan.arms), run))
+        out.append(point)
     return out
-
-
-def _plan(
-    place: str,
-    settings: Mapping[str, Any],
-    overrides: Sequence[tuple[str, Any]],
-    changes: Changes,
-    arms: str | None,
-    absent_is_fine: bool,
-) -> Plan:
-    try:
-        plan = prepare(settings, [*overrides, *changes.items()], arms, absent_is_fine)
-    except UserError as e:
-        prepare(settings, overrides, arms, absent_is_fine)  # the mistake may be in what all points share
-        raise UserError(f"{place}: {e}") from None
-    return dataclasses.replace(plan, base=None)  # a tokenizer for each of a thousand points would be too much
 
 
 def _refuse_clash(place: str, changes: Changes, overrides: Sequence[tuple[str, Any]]) -> None:
@@ -285,84 +228,3 @@ def slug(changes: Mapping[str, Any], width: int = 48) -> str:
     words = [f"{_plug(k).rpartition('.')[2]}{v if isinstance(v, str) else literal(v, k)}" for k, v in changes.items()]
     safe = [re.sub(r"[^A-Za-z0-9_.+-]+", "_", w).strip("_.") for w in words]
     return "-".join(w for w in safe if w)[:width].rstrip("-_.") or "base"
-
-
-@dataclass(frozen=True)
-class State:
-    """`name`: done, running, failed, interrupted or new; `detail`: who runs it, or why it failed."""
-
-    name: str
-    seconds: float | None = None
-    detail: str = ""
-
-
-def look(point: Point) -> State:
-    """The state that the files in the point's folder tell."""
-    done, running, failed = (read_state(point.folder / n) for n in ("DONE", "RUNNING", "FAILED"))
-    if done and set(point.arms) <= set(done.get("arms", ())) and results_of(point) is not None:
-        return State("done", done.get("seconds"))
-    if running and live(running):
-        since = duration(max(time.time() - running.get("began", time.time()), 0))
-        return State(
-            "running", None, f"left alone, process {running['pid']} on {running['host']} has worked on it for {since}"
-        )
-    if failed:
-        return State("failed", failed.get("seconds"), f"exit code {failed.get('code')}: {failed.get('last', '')}")
-    return State("interrupted" if (point.folder / "log.txt").exists() else "new")
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """The record in a state file; empty when there is none, or none of ours."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def results_of(point: Point) -> dict[str, Any] | None:
-    """The point's results.json; None when there is none that can be read."""
-    try:
-        return results_file.load(point.folder)[0]
-    except UserError:
-        return None
-
-
-def new_record(pid: int) -> dict[str, Any]:
-    """What RUNNING says of a process of this host that begins now."""
-    now = time.time()
-    return {"pid": pid, "host": socket.gethostname(), "born": _born(pid), "began": now, "heartbeat": now}
-
-
-def _born(pid: int) -> str | None:
-    """When the process began, as the system counts it: a later process with the same number differs. Empty where that
-    cannot be known, None when there is no such process."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return None
-    except PermissionError:
-        pass  # somebody else's
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return None if fields[0] == "Z" else fields[19]
-
-
-def live(record: Mapping[str, Any]) -> bool:
-    """Whether the process of a RUNNING file is at work: by its heartbeat on another host, for certain on this one."""
-    try:
-        fresh = time.time() - record["heartbeat"] < STALE
-        if record["host"] != socket.gethostname():
-            return fresh
-        born = _born(record["pid"])
-        return born is not None and (born == record["born"] if born and record["born"] else fresh)
-    except (KeyError, TypeError):
-        return False
-
-
-def fail(point: Point, code: int, last: str, seconds: float, lines: Sequence[str]) -> None:
-    """Writes FAILED: the exit code, the last line or what went wrong, and the lines before."""
-    what = {"code": code, "last": last, "seconds": seconds, "lines": list(lines)}
-    write_json(point.folder / "FAILED", what)

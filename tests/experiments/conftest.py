@@ -1,18 +1,22 @@
-"""Fixtures: the toy experiment in a folder of its own, and a tiny checkpoint on disk."""
+"""Fixtures: the toy experiment in a folder of its own, sweeps of it, and a tiny checkpoint on disk."""
 
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_sweeps import Cluster, Sweeps
 from safetensors.numpy import save_file
 from toy_experiment import CONFIG, HF, Fixed, Lab, Toy
 
 import lm.measures
+from experiments import sweep_local, sweep_slurm
 
 
 @pytest.fixture
@@ -26,6 +30,21 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     config = tmp_path / "toy.py"
     config.write_text(CONFIG)
     return Lab(tmp_path, config, tmp_path / "run", Toy.calls)
+
+
+@pytest.fixture
+def s(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweeps:
+    monkeypatch.setattr(sweep_local, "RUN", (sys.executable, "-S", str(lab.root / "fake.py")))
+    monkeypatch.setattr(sweep_local, "POLL", 0.01)
+    monkeypatch.setattr(sweep_local, "HEARTBEAT", 0.02)
+    return Sweeps(lab, capsys)
+
+
+@pytest.fixture
+def submitit(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = types.SimpleNamespace(DelayedSubmission=lambda fn: ("again", fn))
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Cluster, helpers=again))
+    monkeypatch.setattr(sweep_slurm, "POLL", 0.01)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_a_claim_about_nan_fails_and_says_so(lab: Lab) -> None:
     lab.config.write_text(CONFIG.replace('"value": 1.0}', '"value": float("nan")}'))
     assert lab("--arms=zero,window") == 0
     made = lab.results()
-    assert made["arms"]["zero"]["toy/value"] == {"mean": None, "std": None, "n": 4}
+    assert made["arms"]["zero"]["toy/value"] == {"mean": None, "std": None, "n": 4, "by_seed": [None, None]}
     assert made["claims"][1]["holds"] is False and made["claims"][1]["measured"] == {"zero": "NaN"}
 
 

@@ -28,9 +28,10 @@ def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]) -
     assert (made["experiment"], made["scale"], made["complete"]) == ("toy", "smoke", True)
     assert list(made["arms"]) == ["zero", "window", "also"]  # as defined, not sorted
     # seeds 0 and 1, two samples each: 1, 2, 2, 3
-    assert made["arms"]["zero"]["toy/value"] == {"mean": 2.0, "std": pytest.approx((2 / 3) ** 0.5), "n": 4}
+    value = {"mean": 2.0, "std": pytest.approx((2 / 3) ** 0.5), "n": 4, "by_seed": [1.5, 2.5]}
+    assert made["arms"]["zero"]["toy/value"] == value
     assert made["arms"]["window"]["toy/value"]["mean"] == 3.0
-    assert made["arms"]["zero"]["other/value"] == {"mean": 5.5, "std": pytest.approx(0.5**0.5), "n": 2}
+    assert made["arms"]["zero"]["other/value"]["by_seed"] == [5.0, 6.0]
     assert set(made["arms"]["also"]) == {"toy/value", "toy/embed", "toy/up"}  # `only`
     assert [c["holds"] for c in made["claims"]] == [True, True, None]
     assert made["claims"][0] | {"holds": True, "measured": {"window": 3.0}, "paper": "2"} == made["claims"][0]

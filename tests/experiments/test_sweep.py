@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
-import pickle
 import shlex
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_sweeps import TAIL, VALUES_SWEEP, Cluster, Sweeps
 from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_experiment import Lab
 
-from experiments import registry, run, sweep, sweeps
+from experiments import points, registry, run, sweep, sweep_local, sweep_slurm, sweeps
 from experiments.plan import prepare
-from experiments.sweeps import chain, grid, literal, prefix, product, subsample, zip_
+from experiments.points import literal
+from experiments.sweeps import chain, grid, prefix, product, subsample, zip_
 from lm.errors import UserError
 from lm.train import loop
 
@@ -53,70 +52,6 @@ def test_values_survive_the_command_line(value: Any) -> None:
     line = shlex.join([f"--config.some.key={literal(value, 'some.key')}"])
     [(name, text)] = run.arguments(["--config=x", *shlex.split(line)])[1]
     assert "\0" not in line and name == "some.key" and repr(text.literal()) == repr(value)
-
-
-TAIL = "\n\nfrom experiments.sweeps import chain, grid, prefix, product, subsample, zip_\n\n\n"
-VALUES_SWEEP = TAIL + 'def sweep_values():\n    return grid({"measures.toy.value": (1.0, 2.0, 3.0)})\n'
-
-FAKE = """
-import json, os, pathlib, signal, sys, time
-signal.alarm(30)  # ends what waits in vain
-args = dict(a.lstrip("-").split("=", 1) for a in sys.argv[1:])
-folder = pathlib.Path(args["workdir"])
-value = float(args.get("config.measures.toy.value", 1.0))
-with open("calls.txt", "a") as f:
-    f.write(f"{value}\\n")
-exec(pathlib.Path("behave.py").read_text())
-names = args.get("arms", "zero,window,also").split(",")
-arms = {a: {"toy/value": {"mean": value + i, "std": None, "n": 1}, "toy/more": 7} for i, a in enumerate(names)}
-results = {"schema": 1, "experiment": "toy", "arms": arms, "complete": complete and len(names) == 3}
-(folder / "results.json").write_text(json.dumps(results))
-print("measured", value, flush=True)
-print(said, file=sys.stderr)
-sys.exit(code)
-"""
-
-
-class Sweeps:
-    """``s("--engine=…")`` sweeps the toy config; runs are `FAKE`, which does what `behave` says."""
-
-    def __init__(self, lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-        self.root, self.config, self.work, self.capsys = lab.root, lab.config, lab.root / "work", capsys
-        self.text = self.config.read_text()
-        self.write(VALUES_SWEEP)
-        (self.root / "fake.py").write_text(FAKE)
-        self.behave("")
-
-    def write(self, tail: str) -> None:
-        self.config.write_text(self.text + tail)
-
-    def behave(self, text: str) -> None:
-        (self.root / "behave.py").write_text(f"code, said, complete = 0, '', True\n{text}\n")
-
-    def __call__(self, *args: str) -> int:
-        (self.root / "calls.txt").write_text("")
-        code = sweep.main([f"--config={self.config}:smoke", f"--workdir={self.work}", *args])
-        self.out, self.err = self.capsys.readouterr()
-        return code
-
-    @property
-    def calls(self) -> list[float]:
-        return [float(x) for x in (self.root / "calls.txt").read_text().split()]
-
-    def folder(self, value: float) -> Path:
-        [found] = self.work.glob(f"*-value{value}")
-        return found
-
-    def states(self) -> str:
-        return " ".join(p["state"] for p in json.loads((self.work / "sweep.json").read_text())["points"])
-
-
-@pytest.fixture
-def s(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweeps:
-    monkeypatch.setattr(sweep, "RUN", (sys.executable, "-S", str(lab.root / "fake.py")))
-    monkeypatch.setattr(sweep, "POLL", 0.01)
-    monkeypatch.setattr(sweep, "HEARTBEAT", 0.02)
-    return Sweeps(lab, capsys)
 
 
 BAD = {
@@ -208,7 +143,7 @@ def test_printed_lines_say_the_same_settings(s: Sweeps) -> None:
     assert len(lines) == 3 and not s.work.exists()
     source, settings = registry.find(f"{s.config}:smoke")
     for line, wanted in zip(lines, source.module.sweep_tricky(), strict=True):
-        assert tuple(line[:3]) == sweep.RUN
+        assert tuple(line[:3]) == sweep_local.RUN
         args, overrides = run.arguments(line[3:])
         assert (args.config, args.arms, args.workdir.parent) == (f"{s.config}:smoke", "zero,window", s.work)
         assert overrides[0] == ("measures.other.n", "2") and {k: v.literal() for k, v in overrides[1:]} == wanted
@@ -243,7 +178,7 @@ def test_done_points_are_skipped(s: Sweeps) -> None:
 
 
 def test_failed_points_are_tried_again(s: Sweeps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with loop._alone(tmp_path), pytest.raises(UserError, match=sweep.BUSY), loop._alone(tmp_path):
+    with loop._alone(tmp_path), pytest.raises(UserError, match=sweep_local.BUSY), loop._alone(tmp_path):
         pass  # what a run says whose training another process has
     s.behave("if value == 2.0:\n    code, said = 3, 'first\\nerror: too bad'")
     assert s() == 1 and s.calls == [1.0, 2.0, 3.0] and s.states() == "done failed done"
@@ -253,7 +188,7 @@ def test_failed_points_are_tried_again(s: Sweeps, tmp_path: Path, monkeypatch: p
     s.behave("")
     assert s() == 0 and s.calls == [2.0] and not (s.folder(2.0) / "FAILED").exists()
     assert (s.folder(2.0) / "log.txt").read_text().count("$ ") == 2  # both attempts
-    monkeypatch.setattr(sweep, "RUN", ("/nonexistent/python",))
+    monkeypatch.setattr(sweep_local, "RUN", ("/nonexistent/python",))
     assert s("--config.seeds=(5,)") == 1 and s.states() == "failed failed failed" and not list(s.work.glob("*/RUNNING"))
 
 
@@ -267,7 +202,7 @@ SHARE = f"""again = lambda: pathlib.Path('calls.txt').read_text().count('2.0') >
 while value == 1 and not (again() or list(folder.parent.glob('*-value2.0/FAILED'))):
     time.sleep(0.01)
 if value == 2 and not again():
-    code, said = 2, 'error: {sweep.BUSY}; valid: wait'"""
+    code, said = 2, 'error: {sweep_local.BUSY}; valid: wait'"""
 # What a run does (of value 1, 2, ...) -> exit code, states and words of the command with two points at a time.
 ENDS = {
     "if value == 1: complete = False": (1, "failed done done", "it ended without complete results"),
@@ -297,16 +232,20 @@ def test_ends_of_runs(s: Sweeps, behaviour: str) -> None:
 
 
 # This very process lives: one whose sweep is gone works on, and a number may come to belong to another process.
-LIVE: list[Any] = [{}, {"heartbeat": 0.0}, {"host": "elsewhere"}]
-DEAD: list[Any] = [None, {"born": "1"}, {"pid": 2**22 + 1}, {"pid": "x"}, {"host": "elsewhere", "heartbeat": 0.0}]
+# A record of this very job's earlier life is of a process that is gone, wherever it was.
+JOB = {"host": "elsewhere", "job": "7_1", "starts": 1}
+LIVE: list[Any] = [{}, {"heartbeat": 0.0}, {"host": "elsewhere"}, {**JOB, "starts": 2}, {**JOB, "job": "7_2"}]
+DEAD: list[Any] = [None, {"born": "1"}, {"pid": 2**22 + 1}, {"pid": "x"}, {"host": "elsewhere", "heartbeat": 0.0}, JOB]
 
 
 @pytest.mark.parametrize("change", LIVE + DEAD)
-def test_who_works_on_a_point(s: Sweeps, change: dict[str, Any] | None) -> None:
+def test_who_works_on_a_point(s: Sweeps, change: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "1", "JOB_ID": "8", "RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     assert s() == 0
     folder = s.folder(2.0)
     (folder / "DONE").unlink()
-    record = "{" if change is None else json.dumps({**sweeps.new_record(os.getpid()), **change})
+    record = "{" if change is None else json.dumps({**points.new_record(os.getpid()), **change})
     (folder / "RUNNING").write_text(record)
     assert s() == (1 if change in LIVE else 0)
     if change in LIVE:
@@ -317,66 +256,51 @@ def test_who_works_on_a_point(s: Sweeps, change: dict[str, Any] | None) -> None:
         assert s.calls == [2.0] and not (folder / "RUNNING").exists()
 
 
-class Cluster:
-    """A stand-in for submitit: jobs run here, one after the other, through a pickle as on a cluster."""
-
-    cluster = ""
-    settings: dict[str, Any] = {}
-
-    def __init__(self, folder: Path, cluster: str) -> None:
-        self.batch = contextlib.nullcontext
-        Cluster.cluster = cluster
-
-    def update_parameters(self, **settings: Any) -> None:
-        Cluster.settings = settings
-        if "slurm_colour" in settings:
-            raise NameError("no\ncolour")
-
-    def submit(self, task: sweep.Task) -> Any:
-        error = RuntimeError("no result\nnode failed") if Path("lost").exists() and task.point.number == 2 else None
-        if error is None:
-            pickle.loads(pickle.dumps(task))()
-        return types.SimpleNamespace(job_id=f"7_{task.point.number}", done=lambda: True, exception=lambda: error)
-
-
-@pytest.fixture
-def submitit(monkeypatch: pytest.MonkeyPatch) -> None:
-    again = types.SimpleNamespace(DelayedSubmission=lambda fn: ("again", fn))
-    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Cluster, helpers=again))
-
-
 def test_slurm(s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPatch) -> None:
     (s.root / "lost").touch()
-    args = ["--engine=slurm", "--slurm=partition=x,timeout_min=60", "--slurm=mem_gb=4", "--parallel=5"]
+    args = ["--engine=slurm", "--slurm=partition=x,timeout_min=60", "--slurm=mem_gb=4,cluster=local", "--parallel=5"]
     assert s(*args) == 1 and s.calls == [1.0, 3.0] and s.states() == "done failed done"
     wanted = {"slurm_array_parallelism": 5, "slurm_partition": "x", "timeout_min": 60, "mem_gb": 4, "name": "values"}
-    assert Cluster.cluster == "slurm" and Cluster.settings == wanted
-    assert "submitted as job 7_1" in s.err and "exit code -1: job 7_2: node failed" in s.err
+    wanted |= {"slurm_additional_parameters": {"requeue": True}, "slurm_max_num_timeout": sweep_slurm.REQUEUES}
+    assert Cluster.settings == {"cluster": "local", **wanted}
+    assert "submitted as job 7_1" in s.err and "exit code -1: job 7_2 ended before its point: node failed" in s.err
     (s.root / "lost").unlink()
-    assert s("--engine=slurm", "--slurm=cluster=local") == 0 and s.calls == [2.0] and Cluster.cluster == "local"
+    assert s("--engine=slurm", "--slurm=cluster=local") == 0 and s.calls == [2.0]
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert s("--engine=slurm", "--config.seeds=(7,)") == 2 and s.calls == []
     assert "submitit is not installed; valid: pip install 'decoder-lab[slurm]'" in s.err
 
 
+def test_a_job_waits_for_a_training_that_another_job_has(
+    s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep_slurm, "WAIT", 0.01)
+    s.behave(
+        f"if value == 2 and pathlib.Path('calls.txt').read_text().count('2.0') < 3:\n"
+        f"    code, said = 2, 'error: {sweep_local.BUSY}; valid: wait'"
+    )
+    assert s("--engine=slurm", "--slurm=cluster=local") == 0 and s.calls == [1.0, 2.0, 2.0, 2.0, 3.0]
+
+
 def test_a_preempted_job(s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit calls `checkpoint` in a signal handler, in the middle of the task, and then ends the process."""
     source, settings = registry.find(f"{s.config}:smoke")
-    [point] = sweeps.points(source, settings, f"{s.config}:smoke", "values", [{"seeds": (1,)}], [], None, s.work)
-    point.run.start({})
+    shared = sweeps.Shared(source, settings, f"{s.config}:smoke", [], None, s.work)
+    [point] = sweeps.points(shared, "values", [{"seeds": (1,)}])
+    point.begin()
     s.behave("time.sleep(20)")
-    task = sweep.Task(point.bare(), 1)
+    task = sweep_slurm.Task(point.bare(), 1)
 
-    def preempt(attempt: sweep.Attempt) -> None:
+    def preempt(attempt: sweep_local.Attempt) -> None:
         assert task.checkpoint()[1].point == point and attempt.process.poll() is not None
         raise SystemExit
 
     with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr(sweep.Attempt, "beat", preempt)
+        m.setattr(sweep_local.Attempt, "beat", preempt)
         task()
-    assert sweeps.look(point).name == "interrupted" and not (point.folder / "RUNNING").exists()
+    assert points.look(point).name == "interrupted" and not (point.folder / "RUNNING").exists()
     s.behave("")
-    assert [sweep.Task(point.bare(), 1)() for _ in range(2)] == ["done", "done"]
+    assert [sweep_slurm.Task(point.bare(), 1)() for _ in range(2)] == ["done", "done"]
     assert (point.folder / "log.txt").read_text().count("$ ") == 2  # not a third time
 
 

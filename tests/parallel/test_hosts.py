@@ -34,7 +34,7 @@ SETTINGS = [
     *(f"--config.train.{kv}" for kv in (f"steps={STEPS}", "save_every=4", "keep_every=4", "eval_every=8")),
     "--config.model.n_layers=1",
 ]
-FSDP = ["--config.train.mesh.fsdp=2", "--config.train.mesh.data=1"]
+FSDP = ["--config.train.mesh.fsdp=2"]  # and data 1 of two processes, 2 of four
 ENDS = 60.0  # seconds: a bound for tests, on a busy machine; Gloo notices at once
 
 
@@ -50,12 +50,14 @@ def losses(cache: Path) -> list[Any]:
 
 
 class Pair:
-    """Two processes of one run, their output in files."""
+    """Two processes of one run (or `n`), their output in files."""
 
-    def __init__(self, folder: Path, cache: Path, who: Callable[[int], tuple[list[str], Mapping[str, str]]]) -> None:
+    def __init__(
+        self, folder: Path, cache: Path, who: Callable[[int], tuple[list[str], Mapping[str, str]]], n: int = 2
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.processes = folder, []
-        for i in range(2):
+        for i in range(n):
             flags, more = who(i)
             env = {**os.environ, "PYTHONPATH": str(ROOT), "DECODER_LAB_CACHE": str(cache), **more}
             env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
@@ -87,11 +89,11 @@ class Pair:
             time.sleep(0.02)
 
 
-def by_flags() -> Callable[[int], tuple[list[str], dict[str, str]]]:
+def by_flags(n: int = 2) -> Callable[[int], tuple[list[str], dict[str, str]]]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return lambda i: ([f"--coordinator=127.0.0.1:{port}", "--processes=2", f"--process={i}", "--heartbeat=10"], {})
+    return lambda i: ([f"--coordinator=127.0.0.1:{port}", f"--processes={n}", f"--process={i}", "--heartbeat=10"], {})
 
 
 def by_slurm() -> Callable[[int], tuple[list[str], dict[str, str]]]:
@@ -118,10 +120,23 @@ def alone(cache: Path, workdir: Path, *more: str) -> None:
         assert run.main([*SETTINGS, f"--workdir={workdir}", *more]) == 0
 
 
+SHORT = ["--config.train.steps=6", "--config.train.eval_every=0", '--config.arms.base.only=("training",)']
+
+
+def test_four_processes_train_as_one(tmp_path: Path) -> None:
+    """The loss of every step, by fsdp 2 x data 2: the order of the texts does not depend on the processes either."""
+    who = by_flags(4)
+    four = Pair(tmp_path / "four", tmp_path / "cache4", lambda i: ([*SHORT, *who(i)[0]], {}), 4)
+    assert four.codes(300) == [0] * 4, "".join(four.err(i) for i in range(4))
+    alone(tmp_path / "cache", tmp_path / "run", *SHORT)
+    got, want = ([x["loss"] for x in losses(tmp_path / c) if "loss" in x] for c in ("cache4", "cache"))
+    assert len(got) == len(want) == 6 and len(set(want)) == 6
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_two_processes_train_as_one(unbroken: tuple[Pair, Path], tmp_path: Path) -> None:
-    pair, cache = unbroken
     alone(tmp_path / "cache", tmp_path / "run")
-    got, want = losses(cache), losses(tmp_path / "cache")
+    got, want = losses(unbroken[1]), losses(tmp_path / "cache")
     assert [x["step"] for x in got] == [x["step"] for x in want] and len(got) == STEPS + 3
     for name in ("loss", "grad_norm", "held_out_nll", "final_nll", "tokens"):
         pairs = np.array([(g[name], w[name]) for g, w in zip(got, want, strict=True) if name in w])
