@@ -7,7 +7,7 @@ shared memory in bfloat16), and k^T times the decayed v. Queries, keys and value
 behind tokens, `stages` chunks ahead; outputs are written the same way while the next chunk is computed.
 
 Registers of a thread, D 128: state 64, powers 32, a product 32, outputs 32, beside addresses and what is in flight.
-Shared memory of a block (`memory`), D 128 and 2 stages: 112 KiB, so that two blocks share a multiprocessor and one
+Shared memory of a block (`memory`), D 128 and 2 stages: 104 KiB, so that two blocks share a multiprocessor and one
 computes while the other waits. Work of a chunk: 128 * 64 * (D + 64) + 256 * 64 * D operations; q k^T is computed again
 for each 64 columns of the values. One row of 32 heads, E 128, is 64 blocks: half of an H100.
 
@@ -35,9 +35,9 @@ STATE = 128  # rows of the state that fit the registers
 
 
 def memory(D: int, stages: int) -> int:
-    """Bytes of shared memory of a block: chunks ahead, the state and the decayed values, two outputs."""
+    """Bytes of shared memory of a block: chunks ahead, the state, and decayed values that give way to outputs."""
     D = D + -D % WIDTH
-    return 2 * (stages * CHUNK * (2 * D + WIDTH) + D * WIDTH + CHUNK * WIDTH + 2 * CHUNK * WIDTH) + 8 * stages
+    return 2 * (stages * CHUNK * (2 * D + WIDTH) + D * WIDTH + CHUNK * WIDTH) + 8 * stages
 
 
 def _ahead(chip: str | None, stages: int | None) -> int:
@@ -71,7 +71,6 @@ def _kernel(
     v: Any,
     state: Any,
     decayed: Any,
-    o: Any,
     full: Any,
     *,
     ops: hopper.Ops,
@@ -113,17 +112,16 @@ def _kernel(
         state[...] = S.astype(jnp.bfloat16)
         plgpu.barrier_wait(full.at[slot])
         values = ops.load(v, (slot,), plgpu.Layout.WGMMA)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last outputs have left the buffer
         decayed[...] = (values.astype(jnp.float32) * write).astype(jnp.bfloat16)
         plgpu.commit_smem()
         out = ops.dot(q.at[slot], state) * read
         weight = (ops.dot(q.at[slot], k.at[slot], transpose_b=True) * powers).astype(jnp.bfloat16)
         out = ops.dot(weight, v.at[slot], acc=out)
         S = ops.dot(k.at[slot], decayed, transpose_a=True, acc=S * jnp.exp2(rate * n.astype(jnp.float32)))
-        outputs = o.at[lax.rem(step, jnp.int32(2))]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the outputs before the last have left
-        outputs[...] = out.astype(jnp.bfloat16)
+        decayed[...] = out.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(outputs, o_ref.at[b, tokens(step), h, columns])
+        plgpu.copy_smem_to_gmem(decayed, o_ref.at[b, tokens(step), h, columns])
 
         @pl.when(step + stages < steps)
         def _() -> None:
@@ -177,7 +175,6 @@ def chunked(
             hopper.smem((stages, CHUNK, WIDTH), bf16),
             hopper.smem((Dp, WIDTH), bf16),
             hopper.smem((CHUNK, WIDTH), bf16),
-            hopper.smem((2, CHUNK, WIDTH), bf16),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
