@@ -182,7 +182,8 @@ def _integers(name: str, given: Any, shape: tuple[int, ...], default: jax.Array)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: Static, *args: Any) -> tuple[jax.Array, jax.Array]:
     implementation, chip, given, interpret, items = static
-    settings, sizes = dict(items), dict(given)
+    settings: dict[str, Any] = dict(items)
+    sizes: dict[str, Any] = dict(given)
     q, k, _, blocks, *_, angles = args
     w, q_block = settings["block_size"], settings["q_block"]
     on_tpu = {name: sizes.pop(name) for name in ("entries", "kib")}

@@ -168,7 +168,7 @@ def small_cases() -> list[Case]:
 def gpu_cases() -> list[Case]:
     """Real sizes for Mosaic GPU, and the gather in XLA operations."""
     out = []
-    for form, size in (*(("gpu", size) for size in GPU), ("xla", REAL[1])):
+    for form, size in (("xla", REAL[1]), *(("gpu", size) for size in GPU)):
         run = functools.partial(attend, size, implementation=form, chip="h100" if form == "gpu" else None)
         args = shapes(size)
         p = gpu.choose(args[0], size.n, size.lists, size.w, size.q_block, size.d // 2 if size.turns else 0, "h100")

@@ -138,7 +138,7 @@ def _kernel(*refs: Any, ops: hopper.Ops, p: Plan, sizes: tuple[int, ...], scale:
     words_ref, at_ref, k_ref, v_ref, k_short, v_short, q_ref = refs[:7]
     cos_ref, sin_ref = refs[7:9] if turned else (None, None)
     o_ref, lse_ref, listed, at, k, v, q, lse, have, full_k, full_v, free, ready = refs[7 + turned : 20 + turned]
-    turned_q = refs[20 + turned] if turned else None
+    turned_q: Any = refs[20 + turned] if turned else None
     out = refs[-1] if p.parts > 1 else q
     K, h, Q, w, tiles = sizes
     group = lax.axis_index("group") if p.groups > 1 else jnp.int32(0)
@@ -167,14 +167,10 @@ def _kernel(*refs: Any, ops: hopper.Ops, p: Plan, sizes: tuple[int, ...], scale:
         _, first = start(word(lax.div(step, jnp.int32(per_entry))), step)
         short = listed[END] < p.tile
         for ref, copy, buffer, full in ((k_ref, k_short, k, full_k), (v_ref, v_short, v, full_v)):
-
-            @pl.when(short)
-            def _(copy: Any = copy, buffer: Any = buffer, full: Any = full) -> None:
-                plgpu.copy_gmem_to_smem(copy.at[cache], buffer.at[slot], full.at[slot])
-
-            @pl.when(jnp.logical_not(short))
-            def _(ref: Any = ref, buffer: Any = buffer, full: Any = full) -> None:
-                plgpu.copy_gmem_to_smem(ref.at[cache, pl.ds(first, p.tile)], buffer.at[slot], full.at[slot])
+            to = buffer.at[slot], full.at[slot]
+            pl.when(short)(functools.partial(plgpu.copy_gmem_to_smem, copy.at[cache], *to))
+            listed_keys = ref.at[cache, pl.ds(first, p.tile)]
+            pl.when(jnp.logical_not(short))(functools.partial(plgpu.copy_gmem_to_smem, listed_keys, *to))
 
     def memory() -> None:
         """The warpgroup that fetches for the two others."""
@@ -182,14 +178,10 @@ def _kernel(*refs: Any, ops: hopper.Ops, p: Plan, sizes: tuple[int, ...], scale:
         plgpu.copy_gmem_to_smem(words_ref.at[unit], listed, have)
         steps = entries() * per_entry
 
-        def once_free(step: Any, _: Any) -> None:
-            @pl.when(step >= p.stages)
-            def _() -> None:
-                plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(p.stages))])
-
-            @pl.when(step < steps)
-            def _() -> None:
-                fetch(step)
+        def once_free(step: Any, carry: None) -> None:
+            slot = free.at[lax.rem(step, jnp.int32(p.stages))]
+            pl.when(step >= p.stages)(functools.partial(plgpu.barrier_wait, slot))
+            pl.when(step < steps)(functools.partial(fetch, step))
 
         lax.fori_loop(0, steps + jnp.minimum(steps, p.stages), once_free, None)
 
@@ -346,7 +338,8 @@ def attention(
         ],
         grid=(U * tiles * p.parts,),
         grid_names=("block",),
-        **({"num_threads": p.groups + 1, "thread_name": "group"} if p.groups > 1 else {}),
+        num_threads=p.groups + 1 if p.groups > 1 else None,
+        thread_name="group" if p.groups > 1 else None,
         scratch_types=[
             plgpu.SMEM((p.length,), jnp.int32),
             plgpu.SMEM((p.groups, ROWS), jnp.int32),

@@ -22,7 +22,7 @@ BF16 = jnp.bfloat16
 
 
 def test_results_and_gradients_are_those_of_the_loop() -> None:
-    """A last chunk of 36 of 64 tokens; widths that are padded, D narrower than E, which exchange roles on the way back."""
+    """A last chunk of 36 of 64 tokens; widths that are padded, D narrower than E."""
     arrays = _arrays(1, 100, 2, 40, 96, BF16)
     found, xla, truth = _all(arrays, "interpret_gpu"), _all(arrays, "xla"), _all(exact(arrays), "reference")
     assert found[0][0].dtype == BF16 and found[0][1].dtype == jnp.float32
