@@ -75,7 +75,7 @@ def plan(
     One warpgroup takes half of that where it can, so that two blocks share a multiprocessor.
     """
     groups = 2 if R > ROWS and d <= 128 else 1
-    rows = min(groups * ROWS, R + -R % 8)
+    rows = groups * ROWS if R > ROWS else R + -R % 8
     parts = max(1, min(n, fill // (U * -(-R // rows))))
     length = -(-(FIRST + n) // 32) * 32
     sizes = [x for x in range(min(tile, w) // 16 * 16, 0, -16) if w % x == 0]
@@ -355,7 +355,8 @@ def attention(
             *([rows()] if m else []),
             *([hopper.smem((p.groups, ROWS, d), f32, min(hopper.SWIZZLE, 4 * p.columns))] if partial else []),
         ],
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # By lanes, as the layouts here are written; by warpgroups, the default of later versions, does not infer them.
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=hopper.params(interpret),
         kernel_name="block_table",
     )(lists, at, k.reshape(B * K, -1, d), v.reshape(B * K, -1, d), *short, *queries)

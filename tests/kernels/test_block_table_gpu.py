@@ -28,6 +28,8 @@ BF16 = jnp.bfloat16
         (Size(1, 100, 1, 4, 32, 2, 4, 2, 64, turns=2), {"fill": 16}),  # lists in two parts, tiles of 32, turns
         (Size(9, 100, 8, 5, 32, 1, 4, 2, 96, shared=True, lead=False), {"softcap": 2.0, "fill": 1, "tile": 16}),
         (Size(4, 20, 4, 2, 64, 1, 2, 2, 64), {"fill": 1, "stages": 1}),  # fewer keys than a tile
+        # Two computing warpgroups, the second with 16 rows, and one that fetches; more tiles than stages.
+        (Size(40, 100, 40, 4, 32, 1, 2, 1, 64, shared=True, turns=2), {"fill": 1}),
     ],
     ids=str,
 )
