@@ -81,8 +81,8 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "v6e": {"block_q": 512, "block_k": 1024},
         "h100": {"block_q": 128, "block_k": 128},
     },
-    # Tokens of a chunk.
-    "lightning": {"default": {"chunk": 128}, "v6e": {"chunk": 256}},
+    # Tokens of a chunk; on a GPU also the chunks in shared memory at a time.
+    "lightning": {"default": {"chunk": 128}, "v6e": {"chunk": 256}, "h100": {"chunk": 64, "stages": 2}},
     # Rows and outputs of a grid step, at most; fewer where a step would take more than `mib` of fast memory.
     "int4_matmul": {
         "default": {"tile_m": 128, "tile_n": 512, "mib": 14},
@@ -102,8 +102,12 @@ BLOCKS: dict[str, dict[str, dict[str, int]]] = {
         "h100": {"tile_s": 128, "stages": 4, "ctas": 132},
     },
     # Listed blocks of a grid step, at most; fewer where they would take more than `mib`. `kib` of scalar memory for the
-    # lists of one call.
-    "block_table": {"default": {"entries": 4, "mib": 12, "kib": 256}},
+    # lists of one call. On a GPU: keys of a tile at most, tiles in shared memory at a time, and blocks of threads below
+    # which lists are cut into parts (two to each of 132 multiprocessors).
+    "block_table": {
+        "default": {"entries": 4, "mib": 12, "kib": 256},
+        "h100": {"tile": 128, "stages": 2, "fill": 264},
+    },
 }
 
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.block_table import reference, tpu
-from kernels_pallas.common import check_chip, known_dtype, run
+from kernels_pallas.block_table import gpu, reference, tpu
+from kernels_pallas.common import CHIPS, check_chip, known_dtype, run
 from lm.errors import UserError
 
 NAME = "block_table"
-Static = tuple[str, str | None, int | None, int | None, Any, tuple[tuple[str, Any], ...]]
+Static = tuple[str, str | None, tuple[tuple[str, int | None], ...], Any, tuple[tuple[str, Any], ...]]
 
 
 def block_table(
@@ -40,6 +40,9 @@ def block_table(
     chip: str | None = None,
     entries: int | None = None,
     kib: int | None = None,
+    tile: int | None = None,
+    stages: int | None = None,
+    fill: int | None = None,
     interpret: Any = True,
     mesh: Any = None,
     batch_axis: Any = "data",
@@ -66,8 +69,9 @@ def block_table(
 
     `scale` of the scores, 1 / sqrt(d) if None; `softcap` c: ``c tanh(score / c)``. Gradients reach q, k and v through
     both results, by the XLA form: the kernel has no backward pass. `chip`: row of `kernels_pallas.common.BLOCKS`;
-    `entries` of a grid step and `kib` of scalar memory for the lists of one call win over it. `implementation`,
-    `interpret`, `mesh`, `batch_axis`, `head_axis`: as in `kernels_pallas.flash.api.flash`; lists follow the heads.
+    `entries` of a grid step and `kib` of scalar memory for the lists of one call (TPU), keys of a `tile`, `stages` and
+    `fill` (GPU) win over it. `implementation`, `interpret`, `mesh`, `batch_axis`, `head_axis`: as in
+    `kernels_pallas.flash.api.flash`; lists follow the heads.
     Raises UserError for shapes, dtypes or ids that do not fit, and for an implementation that cannot serve.
     """
     check_chip(NAME, chip)
@@ -80,9 +84,11 @@ def block_table(
     B, T, _, d = q.shape
     S = k.shape[2]
     _check_turns(blocks, turn, angles, d)
-    for name, given, size in (("entries", entries, "entries"), ("kib", kib, "KiB")):
-        if given is not None and given < 1:
-            raise UserError(f"{NAME}: {name} {given}; valid: at least 1 {size}")
+    sizes = {"entries": entries, "kib": kib, "tile": tile, "stages": stages, "fill": fill}
+    for name, given in sizes.items():
+        least = 16 if name == "tile" else 1
+        if given is not None and given < least:
+            raise UserError(f"{NAME}: {name} {given}; valid: at least {least}{' KiB' if name == 'kib' else ''}")
     lengths = _integers("lengths", lengths, (B,), jnp.full((B,), S, jnp.int32))
     own = jnp.minimum(lengths, S)[:, None] - T + jnp.arange(T, dtype=jnp.int32)
     positions = _integers("positions", positions, (B, T), own)
@@ -92,7 +98,7 @@ def block_table(
         "scale": d**-0.5 if scale is None else float(scale),
         "softcap": softcap,
     }
-    static = (implementation, chip, entries, kib, interpret, tuple(settings.items()))
+    static = (implementation, chip, tuple(sizes.items()), interpret, tuple(settings.items()))
     args = (q, k, v, blocks, positions, lengths, turn, angles)
     if mesh is None:
         return _attend(static, *args)
@@ -175,19 +181,25 @@ def _integers(name: str, given: Any, shape: tuple[int, ...], default: jax.Array)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(static: Static, *args: Any) -> tuple[jax.Array, jax.Array]:
-    implementation, chip, entries, kib, interpret, items = static
-    settings = dict(items)
+    implementation, chip, given, interpret, items = static
+    settings: dict[str, Any] = dict(items)
+    sizes: dict[str, Any] = dict(given)
     q, k, _, blocks, *_, angles = args
-    kernel = functools.partial(tpu.attention, **settings, chip=chip, entries=entries, kib=kib)
+    w, q_block = settings["block_size"], settings["q_block"]
+    on_tpu = {name: sizes.pop(name) for name in ("entries", "kib")}
+    kernel = functools.partial(tpu.attention, **settings, chip=chip if chip in CHIPS else None, **on_tpu)
+    hopper = functools.partial(gpu.attention, **settings, chip=chip, **sizes)
     forms: dict[str, Callable[..., Any]] = {
         "reference": functools.partial(reference.reference, **settings),
         "xla": functools.partial(reference.xla, **settings),
         "tpu": kernel,
         "interpret": functools.partial(kernel, interpret=interpret),
+        "gpu": hopper,
+        "interpret_gpu": functools.partial(hopper, interpret=True),
     }
-    sizes = (blocks.shape[1], settings["block_size"], settings["q_block"])
-    refusal = tpu.refusal(q, k, *sizes, angles, tiled=implementation != "interpret")
-    refusals = {"tpu": refusal, "interpret": refusal}
+    refusal = tpu.refusal(q, k, blocks.shape[1], w, q_block, angles, tiled=implementation != "interpret")
+    on_gpu = gpu.refusal(q, k, blocks.shape, w, q_block, angles, chip, **sizes)
+    refusals = {"tpu": refusal, "interpret": refusal, "gpu": on_gpu, "interpret_gpu": on_gpu}
     return run(NAME, implementation, forms, refusals, *args, chip=chip)
 
 

@@ -1,6 +1,7 @@
 """What `kernels_pallas.check` compiles and runs of `block_table`; as a program, times.
 
-``python -m kernels_pallas.block_table.bench``: the gather in XLA operations, and the kernel where there is a TPU.
+``python -m kernels_pallas.block_table.bench``: the gather in XLA operations, and the kernel where there is a TPU or a
+Hopper GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import common, timing
-from kernels_pallas.block_table import tpu
+from kernels_pallas.block_table import gpu, tpu
 from kernels_pallas.block_table.api import NAME, block_table
 from kernels_pallas.common import Case
 
@@ -69,12 +70,14 @@ REAL = (
     Size(1, dtype=jnp.float32, turns=16),
     Size(8192, 8192, q_block=128, dtype=jnp.float32),
 )
+GPU = tuple(size for size in REAL if size.dtype == jnp.bfloat16)
 SMALL = (
     Size(37, 100, 8, 4, 16, 2, 4, 2, 64, jnp.float32),
     Size(37, 100, 8, 4, 16, 2, 4, 2, 64, jnp.float32, shared=True, turns=3),
     Size(1, 100, 1, 5, 16, 2, 4, 1, 128, jnp.float32, turns=3, lead=False),
     Size(20, 90, 4, 4, 16, 1, 2, 1, 128, jnp.bfloat16, turns=3),
 )
+SMALL_GPU = Size(1, 100, 1, 4, 32, 1, 2, 1, 64, turns=2)
 
 
 def shapes(size: Size) -> tuple[Any, ...]:
@@ -146,38 +149,39 @@ def cases(chip: str) -> list[Case]:
 
 def small_cases() -> list[Case]:
     """Sizes an interpreter can run, with the reference they must equal."""
+    runs = [(size, {"implementation": "interpret", "entries": 2}) for size in SMALL]
+    runs += [(SMALL_GPU, {"implementation": "interpret_gpu", "fill": 4})]
     return [
         Case(
-            str(size),
-            functools.partial(attend, size, implementation="interpret", entries=2),
+            f"{size}{', gpu' if size is SMALL_GPU else ''}",
+            functools.partial(attend, size, **given),
             shapes(size),
             0,
             functools.partial(attend, size, implementation="reference"),
             1e-5 if size.dtype == jnp.float32 else 1e-2,
             functools.partial(draw, size),
         )
-        for size in SMALL
+        for size, given in runs
     ]
 
 
 def gpu_cases() -> list[Case]:
-    """What a GPU runs: the gather in XLA operations."""
-    return [
-        Case(
-            str(size),
-            functools.partial(attend, size, implementation="xla"),
-            shapes(size),
-            draw=functools.partial(draw, size),
-        )
-        for size in (Size(1, B=8), Size(8192, q_block=128, turns=16))
-    ]
+    """Real sizes for Mosaic GPU, and the gather in XLA operations."""
+    out = []
+    for form, size in (("xla", REAL[1]), *(("gpu", size) for size in GPU)):
+        run = functools.partial(attend, size, implementation=form, chip="h100" if form == "gpu" else None)
+        args = shapes(size)
+        p = gpu.choose(args[0], size.n, size.lists, size.w, size.q_block, size.d // 2 if size.turns else 0, "h100")
+        memory = 0 if p is None or form == "xla" else p.memory
+        out.append(Case(f"{size}, {form}", run, args, memory, draw=functools.partial(draw, size)))
+    return out
 
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     for size in SMALL if small else REAL:
         arrays = draw(size, np.random.default_rng(0), shapes(size))
         forms = {}
-        for name in timing.names():
+        for name in (*timing.names(), *(("gpu",) if chip in common.GPUS and size in GPU else ())):
             form = functools.partial(attend, size, implementation=name, chip=chip)
             forms[name] = functools.partial(jax.jit(form), *arrays)
         yield str(size), forms

@@ -100,6 +100,16 @@ def from_units(x_BhQR: jax.Array, T: int, H: int, q_block: int) -> jax.Array:
     return x.reshape(B, Q * q_block, H, *x_BhQR.shape[4:])[:, :T]
 
 
+def turning(q: jax.Array, angles_Pm: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    """Cosines and signed sines ``[P, d]``, 1 and 0 where nothing turns, and queries with their halves swapped."""
+    m, d = angles_Pm.shape[-1], q.shape[-1]
+    cos, sin = jnp.cos(angles_Pm), jnp.sin(angles_Pm)
+    rest = ((0, 0), (0, d - 2 * m))
+    cos = jnp.pad(jnp.concatenate([cos, cos], -1), rest, constant_values=1.0)
+    sin = jnp.pad(jnp.concatenate([-sin, sin], -1), rest)
+    return (cos, sin), jnp.concatenate([q[..., m : 2 * m], q[..., :m], q[..., 2 * m :]], axis=-1)
+
+
 def xla(
     q_BTHd: jax.Array,
     k_BKSd: jax.Array,

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.block_table.reference import from_units, in_units
+from kernels_pallas.block_table.reference import from_units, in_units, turning
 from kernels_pallas.common import MIB, NEG, blocks, precision, vmem
 
 LANES = 128
@@ -246,7 +246,7 @@ def attention(
     q, at = in_units(q_BTHd, positions_BT, h, q_block)
     R, end = q.shape[3], jnp.minimum(lengths_B, S)
     words_BhQn = words(blocks_BhQn, turn_BhQn, at, end, w, -(-S // w))
-    turns, swapped = _turns(q, angles_Pm) if turn_BhQn is not None else ((), None)
+    turns, swapped = turning(q, angles_Pm) if turn_BhQn is not None else ((), None)
     row = blocks("block_table", chip, entries=entries, kib=kib)
     m = choose(n, w, R, d, q.dtype, row["entries"], row["mib"], turns[0].shape[0] if turns else 0)
     rest = -n % m
@@ -287,13 +287,3 @@ def attention(
         from_units(out.reshape(B, h, Q, R, d), T, H, q_block),
         from_units(lse.reshape(B, h, Q, R), T, H, q_block),
     )
-
-
-def _turns(q: jax.Array, angles_Pm: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
-    """Cosines and signed sines ``[P, d]``, 1 and 0 where nothing turns, and queries with their halves swapped."""
-    m, d = angles_Pm.shape[-1], q.shape[-1]
-    cos, sin = jnp.cos(angles_Pm), jnp.sin(angles_Pm)
-    rest = ((0, 0), (0, d - 2 * m))
-    cos = jnp.pad(jnp.concatenate([cos, cos], -1), rest, constant_values=1.0)
-    sin = jnp.pad(jnp.concatenate([-sin, sin], -1), rest)
-    return (cos, sin), jnp.concatenate([q[..., m : 2 * m], q[..., :m], q[..., 2 * m :]], axis=-1)

@@ -1,7 +1,7 @@
 """What `kernels_pallas.check` compiles and runs of `lightning`; as a program, times.
 
-``python -m kernels_pallas.lightning.bench``: the chunked form in XLA operations, and the kernel where there is a TPU,
-forward and in training.
+``python -m kernels_pallas.lightning.bench``: the chunked form in XLA operations, and the kernel where there is a TPU or
+a Hopper GPU, forward and in training.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import timing
-from kernels_pallas.common import Case, blocks
-from kernels_pallas.lightning import tpu
+from kernels_pallas.common import GPUS, Case, blocks
+from kernels_pallas.lightning import gpu, tpu
 from kernels_pallas.lightning.api import NAME, lightning
 
 # T, H, D, E and the dtype; one row of the batch.
@@ -29,6 +29,7 @@ REAL: tuple[Size, ...] = (
     (8000, 32, 128, 128, jnp.bfloat16),  # the last chunk is not full
     (8192, 32, 128, 128, jnp.float32),
 )
+GPU = tuple(size for size in REAL if size[-1] == jnp.bfloat16 and size[2] <= gpu.STATE)
 SMALL: tuple[Size, ...] = ((100, 2, 16, 16, jnp.float32), (37, 2, 8, 24, jnp.float32), (40, 2, 16, 16, jnp.bfloat16))
 
 
@@ -84,26 +85,35 @@ def small_cases() -> list[Case]:
             truth = functools.partial(fn, implementation="reference")
             tolerance = 1e-5 if size[-1] == jnp.float32 else 1e-2
             out.append(Case(_name(size, kind), run, _shapes(size), 0, truth, tolerance, _draw))
-    return out
+    size = (100, 2, 64, 64, jnp.bfloat16)
+    run, truth = (functools.partial(lightning, implementation=name) for name in ("interpret_gpu", "reference"))
+    return [*out, Case(f"{_name(size, 'forward')}, gpu", run, _shapes(size), 0, truth, 1e-2, _draw)]
 
 
 def gpu_cases() -> list[Case]:
-    """What a GPU runs: XLA operations in chunks."""
-    return [
-        Case(_name(REAL[0], kind), functools.partial(fn, implementation="xla"), _shapes(REAL[0]), draw=_draw)
-        for kind, fn in KINDS.items()
-    ]
+    """Real sizes for Mosaic GPU, the shortest also in training; XLA operations in chunks."""
+    out = []
+    for form, size, kind in (
+        *(("gpu", size, "forward") for size in GPU),
+        ("gpu", GPU[0], "backward"),
+        *(("xla", GPU[0], kind) for kind in KINDS),
+    ):
+        run = functools.partial(KINDS[kind], implementation=form, chip="h100" if form == "gpu" else None)
+        tile = gpu.memory(size[2], blocks(NAME, "h100")["stages"]) if form == "gpu" else 0
+        out.append(Case(f"{_name(size, kind)}, {form}", run, _shapes(size), tile, draw=_draw))
+    return out
 
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     for size in SMALL if small else REAL:
         arrays = _draw(np.random.default_rng(0), _shapes(size))
+        hopper = ("gpu",) if chip in GPUS and size in GPU else ()
         for kind, fn in KINDS.items():
             yield (
                 _name(size, kind),
                 {
                     name: functools.partial(jax.jit(functools.partial(fn, implementation=name, chip=chip)), *arrays)
-                    for name in timing.names()
+                    for name in (*timing.names(), *hopper)
                 },
             )
 

@@ -51,3 +51,18 @@ def assert_as_good(found: Any, xla: Any, truth: Any, dtype: Any) -> None:
 def lowered_for_tpu(function: Callable[..., Any], *arguments: Any) -> str:
     """The program for a TPU, from a machine without one and without its compiler."""
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+
+
+def lowered_for_gpu(function: Callable[..., Any], *arguments: Any) -> str:
+    """The program for CUDA; Mosaic GPU checks layouts and shared memory on the way, and needs no GPU for it."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def without_gpu_races(call: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> Any:
+    """The result of a call interpreted as `kernels_pallas.hopper.params` says; a race is printed or raised."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter  # no public name yet
+
+    try:
+        return without_races(call, capfd)
+    finally:
+        interpreter.reset_gpu_interpret_mode_state()
