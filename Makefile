@@ -22,13 +22,14 @@ AOT := $(VENV)/aot
 NEEDS_LIBTPU := from importlib.metadata import requires; \
   print(next(r.split(";")[0] for r in requires("decoder-lab") if r.startswith("libtpu")))
 
-.PHONY: help demo test lint format results clean check-python
+.PHONY: help demo test aot lint format results clean check-python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo "make demo     a real pretrained model read past its trained length; ends with a table, a plot and a verdict"
 	@echo "make test     linter, formatter, type checker and the whole test suite"
+	@echo "make aot      every kernel at real sizes through the compilers of four TPU generations, and lowered for CUDA"
 	@echo "make lint     the first three of these alone"
 	@echo "make format   rewrite the code as the formatter and linter want it"
 	@echo "make results  regenerate RESULTS.md and docs/certificates.md from what is kept"
@@ -85,6 +86,12 @@ format: check-python $(STAMP)-test
 test: lint
 	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PYTHONPATH=$(CURDIR)/$(AOT)$${PYTHONPATH:+:$$PYTHONPATH} $(PY) \
 	  -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_ARGS)
+
+# Two chips at a time. Needs no TPU and no GPU.
+aot: check-python $(STAMP)-test
+	@printf '%s\n' v4 v5e v5p v6e | JAX_PLATFORMS=cpu PYTHONPATH=$(CURDIR)/$(AOT)$${PYTHONPATH:+:$$PYTHONPATH} \
+	  xargs -P 2 -I CHIP $(PY) -m kernels_pallas.check --platform tpu --chip CHIP
+	@JAX_PLATFORMS=cpu $(PY) -m kernels_pallas.check --platform gpu
 
 results: check-python $(STAMP)-demo
 	@$(PY) -m experiments.results_page

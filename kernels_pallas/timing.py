@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.common import CHIPS, chip
+from kernels_pallas.common import CHIPS, GPUS, chip
 
 Forms = Mapping[str, Callable[[], Any]]
 
@@ -25,7 +25,7 @@ def main(
     parser.add_argument("--json", type=Path, help="file to write the table to")
     parser.add_argument("--repeats", type=int, default=20, help="timed calls of each form (default 20)")
     parser.add_argument("--size", choices=("real", "small"), default="real", help="small: seconds on a CPU")
-    parser.add_argument("--chip", choices=tuple(CHIPS), help="block sizes of the TPU kernel (default: the chip here)")
+    parser.add_argument("--chip", choices=(*CHIPS, *GPUS), help="block sizes of the kernel (default: the chip here)")
     options = parser.parse_args(argv)
     rows = []
     for name, calls in forms(options.size == "small", options.chip or chip(jax.devices()[0])):
@@ -34,9 +34,9 @@ def main(
 
 
 def names() -> tuple[str, ...]:
-    """Implementations that can be timed here: XLA operations, and the kernel of the accelerator that is here."""
-    here = jax.default_backend()
-    return ("xla", here) if here in ("tpu", "gpu") else ("xla",)
+    """Implementations that can be timed here: XLA operations, and the kernel where there is a chip that it is for."""
+    here = chip(jax.devices()[0])
+    return ("xla", *(["tpu"] if here in CHIPS else ["gpu"] if here in GPUS else []))
 
 
 def seconds(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

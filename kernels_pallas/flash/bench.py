@@ -7,6 +7,7 @@ kernel of this machine; on a GPU against cuDNN too, which serves plain causal ma
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -234,7 +235,19 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
                     attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
                     call = attend if kind == "forward" else functools.partial(_no_lse, attend)
                     forms[form] = functools.partial(jax.jit(call), *args)
+            if on_gpu and not small and importlib.util.find_spec("tokamax"):
+                peer = functools.partial(_tokamax, mask)
+                call = peer if kind == "forward" else functools.partial(_no_lse, peer)
+                forms["tokamax"] = functools.partial(jax.jit(call), *args)
             yield f"{name} {T} {kind}", forms
+
+
+def _tokamax(mask: Band, *args: Any) -> Any:
+    """The library where it is installed (`pip install tokamax`); it knows no sinks, and a window leaves them out."""
+    import tokamax  # type: ignore[import-not-found]
+
+    window = None if mask.window is None else (mask.window - 1, 0)
+    return (tokamax.dot_product_attention(*args, is_causal=True, local_window_size=window),)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

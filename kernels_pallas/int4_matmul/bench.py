@@ -128,7 +128,7 @@ def _chain(fn: Any, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
 
 def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     on_gpu = jax.default_backend() == "gpu"
-    names, calls = (*timing.names(), *(("gpu",) if on_gpu and chip == "h100" else ())), CALLS if on_gpu else 1
+    names, calls = timing.names(), CALLS if on_gpu else 1
     for size in SMALL if small else GPU if on_gpu else REAL:
         rng = np.random.default_rng(0)
         x, first = _draw(rng, _shapes(size))

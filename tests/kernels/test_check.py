@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from kernels_pallas import bench as kernels_bench
 from kernels_pallas import check, common
 from kernels_pallas.tree_decode import bench as tree_bench
 from kernels_pallas.tree_decode.api import tree_decode
@@ -112,3 +113,31 @@ def test_sizes_given_win_over_the_table_of_a_chip() -> None:
     assert common.blocks("flash", "a new one") == common.blocks("flash")
     with pytest.raises(KeyError):
         common.blocks("flash", block_z=1)
+
+
+def test_one_command_times_every_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU at small sizes; goals are met or missed by what was measured, and by nothing else."""
+    file = tmp_path / "times.json"
+    assert (
+        kernels_bench.main(["--size", "small", "--repeats", "1", "--kernel", "int4_matmul", "--json", str(file)]) == 0
+    )
+    table = json.loads(file.read_text())
+    assert table["kernels"]["int4_matmul"]["rows"] and not table["failures"]
+    assert [g["met"] for g in table["goals"]] == [None] and "NOT MEASURED  int4" in capsys.readouterr().out
+    goal = kernels_bench.GOALS[2]
+    rows = [{"case": goal.case, "seconds": {"gpu": 1.0}}, {"case": goal.peer_case, "seconds": {"cudnn": 4.0}}]
+    assert goal.verdict({"flash": {"rows": rows}}) == {"goal": goal.text, "measured": 4.0, "met": False}
+    assert goal.verdict({"flash": {"rows": rows[:1]}})["met"] is None
+
+
+def test_every_goal_is_of_a_case_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The names of the bench on a GPU, without running anything there."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    source = {g.kernel: set() for g in kernels_bench.GOALS}  # type: dict[str, set[str]]
+    flash = importlib.import_module("kernels_pallas.flash.bench")
+    monkeypatch.setattr(flash, "_draw", lambda rng, shapes: shapes)
+    source["flash"] = {name for name, _ in flash._forms(False, "h100")}
+    matmul = importlib.import_module("kernels_pallas.int4_matmul.bench")
+    source["int4_matmul"] = {f"{matmul._name(size)} x{matmul.CALLS}" for size in matmul.GPU}
+    for goal in kernels_bench.GOALS:
+        assert {goal.case, goal.peer_case or goal.case} <= source[goal.kernel]
