@@ -1,11 +1,12 @@
 """What a chip will hold during a training step, by arithmetic: no compiler, no devices, seconds instead of minutes.
 
-Arguments (parameters, optimizer state, batch) follow from the rules exactly. Temporaries are those of the fullest
-moment, the backward pass of a layer: the inputs of all layers (``model.remat``; without it, everything inside them),
-one layer's matrices gathered and their gradients not yet scattered, and the layer's own activations, of which five of
-the feed-forward width and five of the model width live at once in the programs that the compiler makes (read off its
-report for one architecture); or, if that is more, the loss: embedding and head gathered, the head's gradient in
-float32, one piece of logits. Against the compiler: ``docs/scaling.md``.
+Arguments (parameters, optimizer state, batch) follow from the rules exactly. Temporaries are those of the fullest of
+three moments. In the backward pass of a layer: the inputs of all layers (without ``model.remat`` what layers keep),
+stacked matrices cast to the type of the arithmetic, float32 gradients of stacked layers, one layer's matrices gathered
+and their gradients not yet scattered, and the layer's own activations, of which five of the feed-forward width and five
+of the model width live at once in the programs that the compiler makes (read off its report for one architecture). In
+the loss: layer inputs, the head gathered, its gradient, a piece of logits. At the end: all gradients, and the rows that
+the embedding's is summed from. How far that is from the compiler, and where it is not understood: ``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -127,14 +128,14 @@ def _temporaries(
         "inside a layer": inside,
         "microbatches that wait": belt,
     }
-    # Embedding and head as they multiply, the head's gradient in float32 before it is summed (twice where devices that
-    # do not cut it have rows of their own), and a piece's logits.
+    # The head as it multiplies, twice (large programs hold it transposed too, small ones do not), its gradient of a
+    # piece in float32, whole and cut, that of earlier pieces, cut; and the logits of a piece.
     piece = min(getattr(train.objective, "chunk", 0) or outside, outside)
-    head = (2 * size + (0 if adds else 4 * (2 if apart else 1))) * V * D
+    head = 2 * size * V * D + (0 if adds else 4 * V * D * (1 + (2 / layout.parts("embed", sizes))))
     loss = {
         "inputs of layers": inputs,
         "matrices in bfloat16": cast,
-        "the loss": head + (4 + size) * piece * V + NARROW * outside * D * size + belt / 3,
+        "the loss": head + 4 * piece * V + NARROW * outside * D * size + belt / 3,
     }
     # The embedding's gradient: float32 rows, sorted, added to a table.
     table = cut("embed", shapes["embed"])

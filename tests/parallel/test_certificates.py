@@ -85,6 +85,28 @@ def test_a_split_collective_counts_once_and_loops_by_their_condition() -> None:
     assert (found["reduce-scatter"].times, found["reduce-scatter"].sent) == (1, 2 * 8 * 4 / 2)
 
 
+BETWEEN_SLICES = """
+%all-reduce-scatter (input: f32[8,4]) -> f32[2,4] {
+  %all-reduce.3 = f32[8,4]{1,0} all-reduce(%input), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+}
+ENTRY %main (p: f32[8,4]) -> f32[2,4] {
+  %fusion = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter
+  %send = (f32[2,4]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%fusion, %after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type=\
+"ALL_REDUCE"}
+}
+""".replace("\\\n", "")
+
+
+def test_what_crosses_slices_is_told_apart_and_a_fused_scatter_from_a_sum() -> None:
+    found = {c.kind: c for c in collectives(BETWEEN_SLICES, 8)}
+    assert set(found) == {"reduce-scatter", "dcn-all-reduce"}
+    assert (found["reduce-scatter"].group, found["reduce-scatter"].sent) == (4, 8 * 4 * 4 * 3 / 4)
+    assert (found["dcn-all-reduce"].group, found["dcn-all-reduce"].sent) == (2, 2 * 4 * 4)
+    assert chips.slices("2xv5e:16x16") == (2, "v5e:16x16") and chips.split("2xv5e:16x16") == ("v5e", "16x16")
+    assert chips.count("2xv5e:16x16") == 512 and chips.count("v5p:4x20x28") == 2240
+
+
 def test_what_a_chip_holds() -> None:
     """Against the arithmetic: parameters and two moments over fsdp x tensor, no norm over tensor."""
     cfg = model_config(MODEL)
