@@ -1,7 +1,7 @@
 """What a chip will hold during a training step, by arithmetic: no compiler, no devices, seconds instead of minutes.
 
 Arguments (parameters, optimizer state, batch) follow from the rules exactly. Temporaries are those of the fullest of
-three moments. In the backward pass of a layer: the inputs of all layers (without ``model.remat`` what layers keep),
+three moments. In the backward pass of a layer: the inputs of all layers (``model.remat``; without it, what they keep),
 stacked matrices cast to the type of the arithmetic, float32 gradients of stacked layers, one layer's matrices gathered
 and their gradients not yet scattered, and the layer's own activations, of which five of the feed-forward width and five
 of the model width live at once in the programs that the compiler makes (read off its report for one architecture). In

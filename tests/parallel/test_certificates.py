@@ -92,8 +92,8 @@ BETWEEN_SLICES = """
 ENTRY %main (p: f32[8,4]) -> f32[2,4] {
   %fusion = f32[2,4]{1,0} fusion(%p), kind=kCustom, calls=%all-reduce-scatter
   %send = (f32[2,4]{1,0:T(8,128)}, u32[]{:S(2)}, token[]) send(%fusion, %after-all), channel_id=2, \
-is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type=\
-"ALL_REDUCE"}
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
 }
 """.replace("\\\n", "")
 
