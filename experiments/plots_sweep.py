@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from experiments import plots
 
 if TYPE_CHECKING:
-    from experiments.report_sweep import Row, Sweep
+    from experiments.swept import Row, Sweep
 
 MANY = 16  # curves in a panel, beyond which nothing can be told apart
 PANELS = 9

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import report, report_sweep
+from experiments import report, report_sweep, swept
 from lm.errors import UserError
 
 # Student's t for 95 %, from any printed table: degrees of freedom -> quantile.
@@ -23,15 +23,15 @@ PRINTED = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 30: 2.042}
 @pytest.mark.parametrize("df", PRINTED)
 def test_intervals_are_students(df: int) -> None:
     values = np.random.default_rng(df).normal(size=df + 1)
-    half = report_sweep.interval(list(values))
+    half = swept.interval(list(values))
     assert half is not None
     assert half * math.sqrt(df + 1) / values.std(ddof=1) == pytest.approx(PRINTED[df], abs=5e-4)
-    assert report_sweep.interval([1.0]) is None
+    assert swept.interval([1.0]) is None
 
 
 def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
     rng, n = np.random.default_rng(0), 4000
-    hit = sum(abs(x.mean()) <= (report_sweep.interval(x) or 0) for x in rng.normal(size=(n, 3)))
+    hit = sum(abs(x.mean()) <= (swept.interval(x) or 0) for x in rng.normal(size=(n, 3)))
     assert abs(hit / n - 0.95) < 4 * math.sqrt(0.95 * 0.05 / n)
 
 
