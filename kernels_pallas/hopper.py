@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lm import compat
+from lm.compat import compile_interpreted_threads_once, gpu_load, gpu_transposed
 
 WARPGROUP = 128  # threads of one; the matrix unit multiplies 64 rows for each
 SWIZZLE = 128  # bytes of a row of a tile in shared memory
@@ -30,7 +30,7 @@ def params(interpret: bool) -> Any:
         return False
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # no public name yet
 
-    compat.compile_interpreted_threads_once()
+    compile_interpreted_threads_once()
 
     # Copies that share a simulated thread seem ordered, so that a wait for one hides a missing wait for another.
     return InterpretGPUParams(detect_races=True, num_tma_threads_per_device=16)
@@ -69,13 +69,13 @@ class Ops:
 
     def load(self, ref: Any, index: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
         """``ref[index]`` of shared memory, or (not `optimized`) of global memory, in a layout."""
-        return ref[index] if self.interpret else compat.gpu_load(ref, index, layout=layout, optimized=optimized)
+        return ref[index] if self.interpret else gpu_load(ref, index, layout=layout, optimized=optimized)
 
     def load_transposed(self, ref: Any) -> jax.Array:
         """``ref[...].T`` of swizzled shared memory; `tile` makes it an operand once it has 16 bits."""
         if self.interpret:
             return ref[...].T
-        return self.cast(compat.gpu_transposed(ref)[...], plgpu.Layout.WGMMA_TRANSPOSED)
+        return self.cast(gpu_transposed(ref)[...], plgpu.Layout.WGMMA_TRANSPOSED)
 
     def dot(
         self,
@@ -100,9 +100,9 @@ class Ops:
                 meanwhile()
             return product if acc is None else acc + product
         if transpose_a:
-            a = compat.gpu_transposed(a)
+            a = gpu_transposed(a)
         if transpose_b:
-            b = compat.gpu_transposed(b)
+            b = gpu_transposed(b)
 
         def issue(ref: Any) -> None:
             plgpu.wgmma(ref, a, b)
@@ -124,8 +124,8 @@ class Ops:
             return between(self.dot(a, b, transpose_b=True)), self.dot(c, d, transpose_b=True)
 
         def both(first: Any, second: Any) -> tuple[Any, jax.Array]:
-            plgpu.wgmma(first, a, compat.gpu_transposed(b))
-            plgpu.wgmma(second, c, compat.gpu_transposed(d))
+            plgpu.wgmma(first, a, gpu_transposed(b))
+            plgpu.wgmma(second, c, gpu_transposed(d))
             got = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
             return got, second[...]
 
@@ -147,7 +147,7 @@ class Ops:
         """The sum of ``a @ b`` over `pairs`, in one accumulator; operands as of `dot`."""
         if self.interpret:
             return sum(self.dot(a, b, transpose_b=transpose_b) for a, b in pairs)  # type: ignore[return-value]
-        pairs = [(a, compat.gpu_transposed(b) if transpose_b else b) for a, b in pairs]
+        pairs = [(a, gpu_transposed(b) if transpose_b else b) for a, b in pairs]
 
         def together(ref: Any) -> jax.Array:
             for a, b in pairs:

@@ -53,7 +53,7 @@ GENERIC = {
 
 
 # What kernels may use of the library: it imports nothing of ours.
-LEAVES = ("lm.errors", "lm.compat")  # no imports of their own: a library of errors, and versions
+LEAVES = {"lm.compat", "lm.errors"}
 
 
 def _sources(*packages: str) -> list[Path]:
