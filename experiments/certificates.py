@@ -161,12 +161,12 @@ def keep(one: Wanted, content: dict[str, Any], folder: Path = FOLDER) -> None:
 
 
 COLUMNS = {
-    "train": "of, arm, slice, layout, rows x tokens and parts, memory GiB, FLOPs by formula, compiled / formula, "
-    "arithmetic s, memory s, links s, MFU at most",
+    "train": "of, arm, slice, layout, rows x tokens and parts, in Pallas kernels, memory GiB, FLOPs by formula, "
+    "compiled / formula, arithmetic s, memory s, links s, MFU at most",
     "decode": "of, arm, slice, layout, texts x tokens, cache GiB, memory GiB, compiled / formula, arithmetic ms, "
     "memory ms, links ms, a token ms",
-    "prefill": "of, arm, slice, layout, texts x tokens, cache GiB, memory GiB, compiled / formula, arithmetic s, "
-    "memory s, links s, a prompt s",
+    "prefill": "of, arm, slice, layout, texts x tokens, in Pallas kernels, cache GiB, memory GiB, compiled / formula, "
+    "arithmetic s, memory s, links s, a prompt s",
 }
 TITLES = {"train": "Training steps", "decode": "Decoding", "prefill": "Reading prompts"}
 
@@ -191,12 +191,15 @@ def rows(which: Sequence[Wanted], folder: Path = FOLDER) -> list[str]:
 def _row(one: Mapping[str, Any], step: str) -> str:
     of = one["train" if step == "train" else "serve"]
     memory, ratio = one["memory"], one["flops"].get("ratio") if "flops" in one else None
+    kernels = one.get("flops", {}).get("kernels")
+    share = f"{kernels / one['flops']['compiled']:.0%}" if kernels else "none"
     cells = [f"`{one['config']}`", one["arm"], one["topology"], where(one)]
     if step == "train":
-        cells += [f"{of['batch']:,} x {of['seq_len']:,}, {of['accumulate']}"]
+        cells += [f"{of['batch']:,} x {of['seq_len']:,}, {of['accumulate']}", share]
     else:
         cache = one["state"]["cache"] / GIB
-        cells += [f"{of['batch']:,} x {of['length']:,}", f"{cache:.2f}" if cache >= 0.1 else f"{cache:.4f}"]
+        cells += [f"{of['batch']:,} x {of['length']:,}", *([share] if step == "prefill" else [])]
+        cells += [f"{cache:.2f}" if cache >= 0.1 else f"{cache:.4f}"]
     cells.append(f"{memory['peak'] / GIB:.2f} of {one['hbm'] / GIB:.1f}" if "peak" in memory else "does not fit")
     cells += [f"{one['flops']['analytic']:.3g}"] if step == "train" else []
     cells.append("" if ratio is None else f"{ratio:.2f}")
@@ -223,7 +226,9 @@ its memory (memory), and its links. FLOPs by formula are what the model needs. C
 the program computes again (`model.remat`: up to a third more) or computes what a mask discards, and below 1 where it
 skips what the formula counts. MFU at most is the formula's arithmetic at full rate over the time of the slowest
 resource. Decoding is one token of every text with full caches; a prompt is read in one piece of 4,096 tokens and
-others of 256, each attending to the whole cache.
+others of 256, each attending to the whole cache. In Pallas kernels: their share of the compiled
+FLOPs. `model.attention.backend=auto` takes kernels in programs for TPUs; rows with none were made before it did and
+attend by XLA operations, which passes more through memory.
 """
 
 
