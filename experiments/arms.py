@@ -124,8 +124,8 @@ def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, An
             names = ("only", "trains", "untrained", "starts_from", "model", "train", "measures")
             raise UserError(f"{dotted}: unknown key{nearest(head, names)}; valid: {valid}")
     cfg = merge(base, model, "model")
-    if isinstance(cfg, Draft) and exp.checkpoint == RANDOM:
-        cfg = cfg.final()
+    if isinstance(cfg, Draft) and (exp.checkpoint == RANDOM or "vocab_size" in exp.model):
+        cfg = cfg.final()  # the config describes the whole model, also where the checkpoint is not at hand
     cfg.layers()  # refuses malformed layer overrides
     plugs = {label: measure(label, measures[label]) for label in chosen}
     if untrained and (train or trains or trains_itself):

@@ -180,6 +180,7 @@ def test_the_layout_is_no_part_of_a_runs_identity() -> None:
         "batch",
         "length",
         "layers",
+        "slots",
         "stream",
     }
     assert all(set(axes) <= set(AXES) for axes in RULES.values())
