@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.common import NEG
-from kernels_pallas.flash import gpu_backward, gpu_forward
+from kernels_pallas.flash import gpu_backward, gpu_forward, per_head
 from kernels_pallas.flash.gpu_tile import LOG2E, ROWS, Shape, Spec, smem_bytes, tables
 from kernels_pallas.flash.tpu import FAR
 
@@ -83,14 +83,13 @@ def _bwd(plan: Plan, saved: Any, cotangents: Any) -> Any:
     shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
     part = (lse > NEG / 2) & (jnp.arange(lse.shape[-1]) < plan.n_queries)
     safe = jnp.where(part, lse, FAR)
-    sinks = x["sinks"]
-    d_sinks = None if sinks is None else -(jnp.exp(sinks[:, None] - safe) * shift).sum((0, 2))
     given = {name: x[name] for name in ("q", "k", "v", "slopes")}
     given |= {"d_out": d_out.astype(jnp.bfloat16), "lse": safe * LOG2E, "shift": shift, **rows}
-    dq, d_slope = gpu_backward.backward_q(plan.backward_q, given | tables["backward_q"])
+    sums = per_head.sums(x["slopes"], x["sinks"])
+    dq, of_rows = gpu_backward.backward_q(plan.backward_q, given | tables["backward_q"], sums)
     dk, dv = gpu_backward.backward_kv(plan.backward_kv, given | tables["backward_kv"])
-    d_slopes = None if d_slope is None else d_slope.sum((0, 2))
-    return {"q": dq, "k": dk, "v": dv, "slopes": d_slopes, "sinks": d_sinks}, None, None
+    heads = per_head.gradients(of_rows, x["sinks"], safe, shift, d_lse)
+    return {"q": dq, "k": dk, "v": dv, **heads}, None, None
 
 
 attention.defvjp(_fwd, _bwd)

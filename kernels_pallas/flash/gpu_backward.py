@@ -75,9 +75,8 @@ def _backward_q(
         held = {name: load(o, x[name], (batch,), first, ROWS, 0) for name in x if name.startswith("q_")}
         lse, shift = (load(o, x[name], (batch, head), first, ROWS, 0) for name in ("lse", "shift"))
         slope = x["slopes"][head] if spec.sloped else None
-        sums = [o.tile(jnp.zeros((ROWS, d), jnp.float32))]
-        if spec.sloped:
-            sums.append(o.per_row(jnp.zeros((ROWS,), jnp.float32)))
+        names = [name for name in outs if name != "dq"]
+        sums = [o.tile(jnp.zeros((ROWS, d), jnp.float32)), *(o.per_row(jnp.zeros((ROWS,), jnp.float32)) for _ in names)]
         plgpu.barrier_wait(scratch["held"].at[warpgroup])
 
         def step(n: Any, tile: Any, group: Any, whole: bool, sums: Any) -> Any:
@@ -93,9 +92,12 @@ def _backward_q(
                 return jnp.exp2(s * spec.unit - along(lse, s.shape, 0)), bend, distance
 
             (p, bend, distance), dp = o.pair(q, k, d_out, v, probabilities)
-            ds = p * (dp - along(shift, p.shape, 0))
-            ds = ds if bend is None else ds * bend
-            more = [sums[1] - (ds * distance).sum(axis=1)] if spec.sloped else []
+            error = p * (dp - along(shift, p.shape, 0))
+            ds = error if bend is None else error * bend
+            terms: tuple[Any, ...] = (error,)
+            if spec.sloped:
+                terms = error, -ds * distance, -(p if bend is None else p * bend) * distance
+            more = [total + term.sum(axis=1) for total, term in zip(sums[1:], terms, strict=False)]
             (acc,) = o.add((sums[0], ds.astype(jnp.bfloat16), k))
             plgpu.barrier_arrive(scratch["empty"].at[at])
             return [acc, *more]
@@ -104,8 +106,8 @@ def _backward_q(
         q[...] = (sums[0] * spec.scale).astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q, outs["dq"].at[mine])
-        if spec.sloped:
-            outs["d_slope"].at[rows][...] = sums[1]
+        for name, total in zip(names, sums[1:], strict=True):
+            outs[name].at[rows][...] = total
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == spec.shape.warpgroups)
@@ -192,15 +194,14 @@ def _scratch(spec: Spec, d: int, held: tuple[str, str], streamed: tuple[str, str
     }
 
 
-def backward_q(spec: Spec, x: dict[str, Any]) -> tuple[jax.Array, jax.Array | None]:
-    """dQ ``[B, T, H, d]``, and d slope of every row float32 ``[B, H, T]``. `x`: as forward, with d_out, lse (times
-    `LOG2E`) and shift ``[B, H, T]``, and the table by queries."""
+def backward_q(spec: Spec, x: dict[str, Any], sums: tuple[str, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """dQ ``[B, T, H, d]``, and `per_head.sums` of every row float32 ``[B, H, T]``. `x`: as forward, with d_out, lse
+    (times `LOG2E`) and shift ``[B, H, T]``, and the table by queries."""
     B, T, H, d = x["q"].shape
     outs = {"dq": jax.ShapeDtypeStruct((B, T, H, d), jnp.bfloat16)}
-    if spec.sloped:
-        outs["d_slope"] = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
+    outs |= dict.fromkeys(sums, jax.ShapeDtypeStruct((B, H, T), jnp.float32))
     got = call(spec, _backward_q, x, outs, _scratch(spec, d, ("q", "d_out"), ("k", "v")), "q")
-    return got["dq"], got.get("d_slope")
+    return got.pop("dq"), got
 
 
 def backward_kv(spec: Spec, x: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

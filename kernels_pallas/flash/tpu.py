@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.common import NEG
+from kernels_pallas.flash import per_head
 from kernels_pallas.flash.table import FIRST, LANES, LAST, RUN, WHOLE, k_block, q_block
 
 FAR = 1e30  # log-sum-exp of a row that takes part in nothing: exp(s - FAR) is 0 for every s
@@ -139,40 +140,40 @@ def _forward(
 
 def _gradient_of_logits(
     spec: Spec, word: Any, head: Any, x: dict[str, Any], rows: Any, whole: bool, at: int
-) -> tuple[jax.Array, jax.Array, Any]:
-    """Probabilities and d loss / d score (before `scale`) of a tile, and distances."""
-    s, slope, distance = _logits(spec, word, head, x["q"][...], x["k"][...], rows, x["slopes"], whole, at)
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+    """Of a tile: probabilities, d loss / d logit, d logit / d score (before `scale`), distances."""
+    s, bend, distance = _logits(spec, word, head, x["q"][...], x["k"][...], rows, x["slopes"], whole, at)
     p = jnp.exp(s - _along(x["lse"][...], at))
     v, d_out = x["v"][...], x["d_out"][...]
     dp = _dot(d_out, v, (1, 1)) if at == 0 else _dot(v, d_out, (1, 1))
-    return p, p * (dp - _along(x["shift"][...], at)) * slope, distance
+    return p, p * (dp - _along(x["shift"][...], at)), bend, distance
 
 
-def _backward_q(
-    spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, dq: Any, d_slope: Any, acc: Any, acc_slope: Any
-) -> None:
+def _backward_q(spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, dq: Any, *more: Any) -> None:
+    """`more`: results ``[1, block_q]`` for `per_head.sums`, the accumulator of dq, accumulators of the sums."""
     head, word = pl.program_id(1), tiles[pl.program_id(2)]
+    sums, (acc, *acc_sums) = more[: len(more) // 2], more[len(more) // 2 :]
 
     @pl.when((word & FIRST) > 0)
     def _() -> None:
-        acc[...] = jnp.zeros_like(acc)
-        if d_slope is not None:
-            acc_slope[...] = jnp.zeros_like(acc_slope)
+        for each in (acc, *acc_sums):
+            each[...] = jnp.zeros_like(each)
 
     def body(whole: bool) -> None:
-        _, ds, distance = _gradient_of_logits(spec, word, head, x, rows, whole, 0)
-        k = x["k"][...]
+        p, error, bend, distance = _gradient_of_logits(spec, word, head, x, rows, whole, 0)
+        k, ds = x["k"][...], error * bend
         acc[...] += _dot(ds.astype(k.dtype), k, (1, 0))
-        if d_slope is not None:
-            acc_slope[...] -= jnp.broadcast_to((ds * distance).sum(1, keepdims=True), acc_slope.shape)
+        terms = (error,) if distance is None else (error, -ds * distance, -p * bend * distance)
+        for each, term in zip(acc_sums, terms, strict=False):  # none are kept without slopes and sinks
+            each[...] += jnp.broadcast_to(term.sum(1, keepdims=True), each.shape)
 
     _bodies(word, body)
 
     @pl.when((word & LAST) > 0)
     def _() -> None:
         dq[...] = (acc[...] * spec.scale).astype(dq.dtype)
-        if d_slope is not None:
-            d_slope[...] = acc_slope[...].T[:1]
+        for result, each in zip(sums, acc_sums, strict=True):
+            result[...] = each[...].T[:1]
 
 
 def _backward_kv(
@@ -187,9 +188,9 @@ def _backward_kv(
         acc_v[...] = jnp.zeros_like(acc_v)
 
     def body(whole: bool) -> None:
-        p, ds, _ = _gradient_of_logits(spec, word, head, x, rows, whole, 1)
+        p, error, bend, _ = _gradient_of_logits(spec, word, head, x, rows, whole, 1)
         q, d_out = x["q"][...], x["d_out"][...]
-        acc_k[...] += _dot(ds.astype(q.dtype), q, (1, 0))
+        acc_k[...] += _dot((error * bend).astype(q.dtype), q, (1, 0))
         acc_v[...] += _dot(p.astype(d_out.dtype), d_out, (1, 0))
 
     _bodies(word, body)
@@ -322,17 +323,17 @@ def _attention_bwd(spec: Spec, saved: Any, cotangents: Any) -> Any:
     shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     part = (lse > NEG / 2) & (jnp.arange(T) < spec.n_queries)
     safe = jnp.where(part, lse, FAR)
-    d_sinks = None if sinks is None else -(jnp.exp(sinks[:, None] - safe) * shift).sum((0, 2))
     x = {"q": q, "k": k, "v": v, "d_out": d_out, "slopes": slopes, "lse": safe[:, :, None], "shift": shift[:, :, None]}
-    dq, d_slope = _call(
+    names = per_head.sums(slopes, sinks)
+    dq, *of_rows = _call(
         spec,
         _backward_q,
         3,
         tables[0],
         x,
         rows,
-        ((jax.ShapeDtypeStruct(q.shape, q.dtype), "q"), None if slopes is None else _row(B, H, T)),
-        [pltpu.VMEM((spec.block_q, d), jnp.float32), pltpu.VMEM((spec.block_q, LANES), jnp.float32)],
+        ((jax.ShapeDtypeStruct(q.shape, q.dtype), "q"), *[_row(B, H, T)] * len(names)),
+        [pltpu.VMEM((spec.block_q, d), jnp.float32), *[pltpu.VMEM((spec.block_q, LANES), jnp.float32)] * len(names)],
     )
     dk, dv = _call(
         spec,
@@ -345,8 +346,9 @@ def _attention_bwd(spec: Spec, saved: Any, cotangents: Any) -> Any:
         [pltpu.VMEM((spec.block_k, d), jnp.float32)] * 2,
         grouped=True,
     )
-    d_slopes = None if slopes is None else d_slope[:, :, 0].sum((0, 2))
-    return dq, dk, dv, d_slopes, d_sinks, None, None
+    sums = {name: row[:, :, 0] for name, row in zip(names, of_rows, strict=True)}
+    heads = per_head.gradients(sums, sinks, safe, shift, d_lse)
+    return dq, dk, dv, heads["slopes"], heads["sinks"], None, None
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)

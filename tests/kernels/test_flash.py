@@ -105,15 +105,22 @@ def test_reference_against_numpy() -> None:
             np.testing.assert_allclose(out[0, t, h], np.exp(s) @ v[: t + 3, 0] / total, atol=1e-6)
 
 
-def test_bfloat16_errs_no_more_than_twice_what_xla_does() -> None:
-    """Against float32 on the same rounded inputs, output and every gradient."""
-    rounded = tuple(a.astype(jnp.bfloat16) for a in arrays(64, 64, 2, 1, 64))
+@pytest.mark.parametrize("per_head", [False, True])
+def test_bfloat16_errs_no_more_than_twice_what_xla_does(per_head: bool) -> None:
+    """Against float32 on the same rounded inputs, output and every gradient, those to slopes and sinks included."""
+    H = 16 if per_head else 2  # the error of a gradient with one number per head is that of a sample of H
+    rounded = tuple(a.astype(jnp.bfloat16) for a in arrays(64, 64, H, H // 2, 64))
+    heads = {"slopes_H": 2.0 ** -jnp.arange(1.0, H + 1), "sinks_H": jnp.linspace(-1.0, 1.0, H)} if per_head else {}
     settings: dict[str, Any] = {"tiles": listing(Causal())}
-    (_, (want, _)), wanted = pull("xla", Causal(), tuple(a.astype(jnp.float32) for a in rounded), {}, **settings)
-    (_, (xla, _)), of_xla = pull("xla", Causal(), rounded, {}, **settings)
-    (_, (out, _)), grads = pull("interpret", Causal(), rounded, {}, block_q=32, block_k=16, **settings)
+    if per_head:
+        settings["positions"] = (jnp.arange(64.0)[None], jnp.arange(64.0)[None])
+    (_, (want, _)), wanted = pull("xla", Causal(), tuple(a.astype(jnp.float32) for a in rounded), heads, **settings)
+    (_, (xla, _)), of_xla = pull("xla", Causal(), rounded, heads, **settings)
+    (_, (out, _)), grads = pull("interpret", Causal(), rounded, heads, block_q=32, block_k=16, **settings)
     assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in grads[0])
-    for a, b, c in zip((out, *grads[0]), (xla, *of_xla[0]), (want, *wanted[0]), strict=True):
+    found, of_others, truth = (jax.tree.leaves(each) for each in ((out, grads), (xla, of_xla), (want, wanted)))
+    assert len(found) == 4 + len(heads)
+    for a, b, c in zip(found, of_others, truth, strict=True):
         assert 0 < rms_ratio(a, c) <= 2 * rms_ratio(b, c)
 
 

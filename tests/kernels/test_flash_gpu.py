@@ -80,8 +80,8 @@ def test_equals_the_reference_forward_and_gradient(name: str, capfd: pytest.Capt
     assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in dx)
     for a, b, c in zip((out, *dx), (xla[0][0], *xla[1]), (truth[0][0], *truth[1]), strict=True):
         assert_as_good(a, b, c, jnp.bfloat16)
-    for key in d_heads:  # from the rounded output, as everywhere: XLA's form has the exact one at hand
-        assert rms_ratio(d_heads[key], truth[2][key]) <= 1e-2
+    for key in d_heads:
+        assert rms_ratio(d_heads[key], truth[2][key]) <= 2 * rms_ratio(xla[2][key], truth[2][key])
 
 
 def test_a_barrier_nobody_waits_for_is_a_race(

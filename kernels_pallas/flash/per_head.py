@@ -1,0 +1,46 @@
+"""Gradients to a slope and to a sink per head, from sums over each row that the kernels of the gradient to q make.
+
+The row's ``shift = sum(dO * O) - dLSE`` comes from the output as it was rounded. Its error is one per row, which q, k
+and v hardly feel; to slopes and sinks it is weighed by distances and by the share of the sink, and the rows of a head
+add up. So it is mended here, from what the probabilities themselves say: ``sum_j p_j dp_j`` is exactly ``dO . O``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+SUMS = "error", "lean", "pull"
+
+
+def sums(slopes: Any, sinks: Any) -> tuple[str, ...]:
+    """The sums over a row that the gradients to `slopes` and `sinks` (arrays, or None) need.
+
+    With ``ds`` the gradient of a logit before its soft-cap's slope `bend`: ``error = sum_j ds_j``,
+    ``lean = -sum_j ds_j bend_j distance_j``, ``pull = -sum_j p_j bend_j distance_j``.
+    """
+    return SUMS if slopes is not None else SUMS[:1] if sinks is not None else ()
+
+
+def gradients(
+    of_rows: dict[str, jax.Array],
+    sinks_H: jax.Array | None,
+    lse_BHT: jax.Array,
+    shift_BHT: jax.Array,
+    d_lse_BHT: jax.Array,
+) -> dict[str, jax.Array | None]:
+    """Gradients ``[H]`` to ``slopes`` and ``sinks``, or None, of `of_rows`: `sums` by name, ``[B, H, T]``.
+
+    `lse` is large where a row has no part, so that its probabilities are 0; `shift` is what the kernels had.
+    """
+    slopes = sinks = None
+    if of_rows:
+        p_sink = 0.0 if sinks_H is None else jnp.exp(sinks_H[:, None] - lse_BHT)
+        missing = of_rows["error"] - d_lse_BHT - shift_BHT * p_sink  # exact shift - shift; sum_j p_j = 1 - p_sink
+        if "lean" in of_rows:
+            slopes = (of_rows["lean"] - missing * of_rows["pull"]).sum((0, 2))
+        if sinks_H is not None:
+            sinks = -(p_sink * (shift_BHT + missing)).sum((0, 2))
+    return {"slopes": slopes, "sinks": sinks}
