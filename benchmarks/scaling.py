@@ -32,7 +32,7 @@ BASE, SCHEMA = "llama2_7b", 1
 ROWS = 4  # of a chip in one part of a step
 KEPT = (
     *("topology", "chips", "mesh", "train", "fits", "memory", "state", "hbm", "collectives", "seconds", "mfu_ceiling"),
-    *("compiler", "jax", "seconds_to_compile"),
+    *("flops", "compiler", "jax", "seconds_to_compile"),
 )
 
 

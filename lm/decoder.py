@@ -20,7 +20,7 @@ from lm import auxiliary, weights
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig
 from lm.ffn.context import Call
-from lm.parallel import between, constrain, through
+from lm.parallel import between, constrain, lookup, paced, through
 
 Params = dict[str, Any]
 
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
         table = weights.param(self, "embed", _embed_init(cfg), (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
         if embeddings_BTD is None:
             assert tokens_BT is not None
-            embeddings_BTD = weights.rows(table, tokens_BT)
+            embeddings_BTD = lookup(table, tokens_BT, dtype)
         x = constrain(embeddings_BTD.astype(dtype), "batch", "length", None)
         x = x if cfg.embed_scale == 1.0 else x * jnp.asarray(cfg.embed_scale, dtype)
         seq = _tokens(x.shape[:2], index_BT, positions_BT, segments_BT)
@@ -136,7 +136,7 @@ class Decoder(nn.Module):
         keys = None if call.key is None else jax.random.split(call.key, len(layers))
         params, stacked = self._block_params(x.shape, layers)
         rows = (seq, dataclasses.replace(call, key=None))
-        start = 0
+        start, before = 0, x
         for n in _runs(layers, self.cfg.scan_layers and stacked and cache is None):
             cfg = layers[start]
 
@@ -167,6 +167,7 @@ class Decoder(nn.Module):
             else:
                 p = jax.tree.map(lambda p, i=start: p[i], params) if stacked else params[start]
                 key = None if keys is None else keys[start]
+                p, before = p if stacked else paced(p, before), x
                 x, c, made, report = step(x, rows, p, key, None if cache is None else cache[start])
                 streams.append(x[None])
                 caches.append(c)

@@ -6,7 +6,10 @@ stacked matrices cast to the type of the arithmetic, float32 gradients of stacke
 and their gradients not yet scattered, and the layer's own activations, of which five of the feed-forward width and five
 of the model width live at once in the programs that the compiler makes (read off its report for one architecture). In
 the loss: layer inputs, the head gathered, its gradient, a piece of logits. At the end: all gradients, and the rows that
-the embedding's is summed from. How far that is from the compiler, and where it is not understood: ``docs/scaling.md``.
+the embedding's is summed from, by columns, which are filled up to 128 (`lm.parallel.table`). A mixture works on the
+rows that come to its experts, with two of the model width among them; where an expert is alone on its chip, four arrays
+are of the feed-forward width, for gate and up are not multiplied as one. How far all that is from the compiler:
+``docs/scaling.md``.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import numpy as np
 from lm import params
 from lm.config import ModelConfig
 from lm.parallel import chips
+from lm.parallel.table import pieces
 from lm.train.config import TrainConfig
 from lm.train.step import draws, initial
 
 WIDE, NARROW = 5, 5  # arrays [tokens, d_ff] and [tokens, d_model] alive at once
+ROUTED, ALONE = 2, 4  # arrays [rows of experts, d_model]; arrays [rows, d_ff] of an expert alone on its chip
+LANES = 128  # to which a TPU fills up the last axis
 
 
 def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, Any]:
@@ -95,7 +101,7 @@ def _temporaries(
     flight = layout.in_flight(stages) if stages > 1 else 1
     here, ticks = tokens / flight, flight + stages - 1  # tokens of a microbatch
     outside = tokens / (layout.outside(sizes).parts("batch", sizes) / layout.parts("batch", sizes))
-    layers, inner = cfg.layers(), layout.parts("mlp", sizes)
+    layers = cfg.layers()
     stream = here * layout.parts("length", sizes) / layout.parts("stream", sizes)  # rows of D between layers
     adds = train.surgery.adds
     gathered = any(sizes[a] > 1 for a in layout.axes_of("embed"))
@@ -112,13 +118,13 @@ def _temporaries(
     held, stacked = sum(blocks().values()), "blocks" in blocks()
     # One layer's matrices, whole but for what tensor and expert axes cut.
     matrix = max(blocks(("fsdp", "data", "stage")).values()) / (cfg.n_layers if stacked else 1) * size
-    wide = max(_rows(layer, train, sizes, here) * _width(layer) for layer in layers) / inner
+    wide = max(_busy(layer, train, sizes, here) for layer in layers)
     cast = held * size if stacked and cfg.param_dtype != cfg.dtype else 0.0
     grads = min(trained, 4 * held)
 
     kept = stream * D * size if cfg.remat else here * size * max(_inside(layer, train, sizes) for layer in layers)
     inputs = ticks * cfg.n_layers / stages * kept
-    inside = ((1 if gathered else 0) + (0 if adds else 1)) * matrix + size * (WIDE * wide + NARROW * here * D)
+    inside = ((1 if gathered else 0) + (0 if adds else 1)) * matrix + size * (wide + NARROW * here * D)
     # A pipeline adds a tick's gradients to those of earlier ticks, and has microbatches waiting, coming and going.
     belt = 3 * (tokens / flight) * math.ceil(flight / stages) * stream / here * D * size if stages > 1 else 0.0
     layer = {
@@ -137,17 +143,30 @@ def _temporaries(
         "matrices in bfloat16": cast,
         "the loss": head + 4 * piece * V + NARROW * outside * D * size + belt / 3,
     }
-    # The embedding's gradient: float32 rows, sorted, added to a table.
-    table = cut("embed", shapes["embed"])
+    # The embedding's gradient: float32 rows by columns, sorted, added to a table.
+    table, width = cut("embed", shapes["embed"]), layout.parts("embed", sizes)
+    turned = outside * D
+    if width > 1:
+        each = train.data.seq_len // layout.parts("length", sizes)
+        turned = outside * width / pieces(outside * width, each) * math.ceil(D / width / LANES) * LANES
     end = {
         "gradients": trained,
-        "the embedding": 0.0 if adds else 4 * (2 * outside * D + table * (2 if apart else 1)),
+        "the embedding": 0.0 if adds else 4 * (2 * turned + table * (2 if apart else 1)),
     }
     return max((layer, loss, end), key=lambda moment: sum(moment.values()))
 
 
 def _width(layer: ModelConfig) -> int:
     return int(getattr(layer.ffn, "d_expert", None) or layer.d_ff)
+
+
+def _busy(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens: float) -> float:
+    """Numbers of the feed-forward layer alive at once."""
+    rows, inner = _rows(layer, train, sizes, tokens), train.mesh.parts("mlp", sizes)
+    if getattr(layer.ffn, "router", None) is None:
+        return WIDE * rows * _width(layer) / inner
+    alone = layer.ffn.experts == train.mesh.parts("experts", sizes)
+    return rows * ((ALONE if alone else WIDE) * _width(layer) / inner + ROUTED * layer.d_model)
 
 
 def _inside(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> float:

@@ -222,6 +222,23 @@ def between(x: Any, inside: bool = False) -> Any:
     return constrain(x, "batch", "length" if inside else "stream", None)
 
 
+def paced(tree: Any, x: Any) -> Any:
+    """`tree`, parameters of a layer, not before `x` is there, where a layout gathers them for use. Layers that are not
+    stacked are one long program, in which the compiler gathers early while there is room: all layers at once."""
+    if parts("embed") == 1:
+        return tree
+    return _after(tree, x)
+
+
+@jax.custom_vjp
+def _after(tree: Any, x: Any) -> Any:
+    return jax.lax.optimization_barrier((tree, x))[0]
+
+
+# The gradient passes: what waits for the backward pass is recomputed there, when its turn comes.
+_after.defvjp(lambda tree, x: (_after(tree, x), None), lambda _, cotangent: (cotangent, None))
+
+
 def constrain(x: Any, *names: str | None) -> Any:
     """`x` with its axes over the mesh axes of their logical names; x itself outside a layout, and where an axis of x
     does not divide (a single row that only shapes are taken from)."""
