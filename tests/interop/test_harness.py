@@ -74,13 +74,16 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def answers(model: Any, tasks: Path) -> dict[str, Any]:
+TASKS = ("next_word", "whole_text", "goes_on")
+
+
+def answers(model: Any, tasks: Path, names: tuple[str, ...] = TASKS) -> dict[str, Any]:
     """Every task's responses, request by request."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks))
     made = lm_eval.simple_evaluate(
-        model=model, tasks=["next_word", "whole_text", "goes_on"], task_manager=manager, bootstrap_iters=0
+        model=model, tasks=list(names), task_manager=manager, bootstrap_iters=0
     )
     return {task: [s["resps"] for s in samples] for task, samples in made["samples"].items()}
 
@@ -106,12 +109,15 @@ def test_patterns_change_what_is_read(folder: Path, tasks: Path) -> None:
     from lm.interop.harness import DecoderLM
 
     loaded = interop.load(str(folder))
-    full = answers(DecoderLM(loaded), tasks)
+
+    def read(*model: Any, **change: Any) -> Any:
+        return answers(DecoderLM(*model, **change), tasks, ("whole_text",))["whole_text"]
+
+    full = read(loaded)
     narrow = merge(loaded.config, {"pattern": {"name": "sliding_window", "window": 4}}, "model")
-    assert answers(DecoderLM(loaded, narrow), tasks)["whole_text"] != full["whole_text"]
+    assert read(loaded, narrow) != full
     wide = merge(loaded.config, {"pattern": {"name": "lm_infinite", "window": 96, "ceiling": 96.0}}, "model")
-    beyond = answers(DecoderLM(loaded, wide, max_length=512), tasks)["whole_text"]
-    assert beyond != full["whole_text"]  # whole texts in one window, past the trained length
+    assert read(loaded, wide, max_length=512) != full  # whole texts in one window, past the trained length
 
 
 def test_the_command_prints_the_harnesss_table(

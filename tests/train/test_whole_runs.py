@@ -81,16 +81,17 @@ def test_a_run_leaves_what_a_reader_needs(whole: Path) -> None:
     assert "8,560 parameters" in (whole / "parameters.txt").read_text()
 
 
-def test_ten_kills_leave_no_trace(tmp_path: Path, texts: Path) -> None:
-    """SIGKILL at random moments, also while a checkpoint is written (one is, most of the time)."""
-    tiny_run.train(tmp_path / "unbroken", texts, steps=400)
-    program = [sys.executable, str(Path(tiny_run.__file__)), str(tmp_path / "killed"), str(texts), "10", "7"]
+def test_kills_leave_no_trace(tmp_path: Path, texts: Path) -> None:
+    """SIGKILL at random moments, also while a checkpoint is written (one is, most of the time). More of them:
+    `benchmarks.faults`."""
+    tiny_run.train(tmp_path / "unbroken", texts, **tiny_run.LONG)
+    program = [sys.executable, str(Path(tiny_run.__file__)), str(tmp_path / "killed"), str(texts), "4", "7"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "finished after 10 kills" in done.stdout
+    assert "finished after 4 kills" in done.stdout
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
-    assert len(losses(tmp_path / "killed")) == 400 + 20 + 1
+    assert len(losses(tmp_path / "killed")) == 200 + 10 + 1
 
 
 def test_resuming_leaves_the_log_of_an_unbroken_run(

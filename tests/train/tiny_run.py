@@ -1,7 +1,7 @@
 """A tiny training run for tests: as a function, and as a program that is killed again and again.
 
-``python tiny_run.py FOLDER TEXTS KILLS SEED`` imports once and forks a child per attempt, so that ten attempts take
-seconds each; every attempt but the last is killed (SIGKILL) after a random time.
+``python tiny_run.py FOLDER TEXTS KILLS SEED`` imports once and forks a child per attempt, so that an attempt takes
+seconds; every attempt but the last is killed (SIGKILL) after a random time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ TRAIN = {
     "schedule": {"name": "cosine", "warmup": 0.1},
 }
 
+LONG = {"steps": 200, "save_every": 5}  # of the run that is killed: more than fits between the kills
+
 
 def settings(texts: Path, **change: Any) -> TrainConfig:
     """`TRAIN` with changes; ``data`` is merged."""
@@ -59,7 +61,7 @@ def attempts(folder: Path, texts: Path, kills: int, seed: int) -> None:
                 from lm import compat
 
                 compat.keep_compiled(folder.parent / "compiled")
-                train(folder, texts, steps=400)
+                train(folder, texts, **LONG)
                 code = 0
             finally:
                 os._exit(code)
