@@ -49,10 +49,15 @@ def refusal(ctx: Context, branches: tuple[AnyBranch, ...]) -> str | None:
     return None
 
 
-def platform() -> str:
-    """What the program is for: the devices of the layout (`lm.parallel`), else the default ones."""
+def _device() -> Any:
+    """A device that the program is for: of the layout (`lm.parallel`), else the default one."""
     found = current()
-    return str(jax.default_backend() if found is None else found[1].devices.flat[0].platform)
+    return jax.devices()[0] if found is None else found[1].devices.flat[0]
+
+
+def platform() -> str:
+    """What the program is for."""
+    return str(_device().platform)
 
 
 def attend(
@@ -69,7 +74,6 @@ def attend(
     found = [_listed(ctx, v_BSKd, branch, softcap) for branch in branches if isinstance(branch, BlockBranch)]
     plain = [branch for branch in branches if isinstance(branch, Branch)]
     if plain:
-        device, where = _where(ctx.q_BTHd.shape[0], ctx.q_BTHd.shape[2], ctx.k_BSKd.shape[2])
         slopes = jnp.asarray(ctx.positions.head_slopes(ctx.q_BTHd.shape[2]), jnp.float32) if _bias(ctx) else None
         one = union(
             [_part(ctx, branch) for branch in plain],
@@ -80,9 +84,7 @@ def attend(
             softcap=softcap,
             block_q=block_q,
             block_k=block_k,
-            chip=common.chip(device),
-            implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
-            **where,
+            **_how(ctx),
         )
         found.append(one)
     return merge(*zip(*found, strict=True))
@@ -121,25 +123,26 @@ def _bias(ctx: Context) -> bool:
     return ctx.positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), ctx.q_BTHd.shape[2]) is not None
 
 
-def _where(rows: int, n_heads: int, n_kv_heads: int) -> tuple[Any, dict[str, Any]]:
-    """A device that the program is for, and `flash`'s mesh and axes; no mesh where rows do not divide (shapes of
-    parameters are found by tracing one row, which is never run)."""
-    found = current()
+def _how(ctx: Context) -> dict[str, Any]:
+    """A kernel's chip, implementation, mesh and axes; no mesh where rows do not divide (shapes of parameters are found
+    by tracing one row, which is never run)."""
+    device, found = _device(), current()
+    kind = {"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto")
+    how: dict[str, Any] = {"chip": common.chip(device), "implementation": kind}
     if found is None:
-        return jax.devices()[0], {}
+        return how
     layout, mesh = found
     sizes = dict(mesh.shape)
-    device = mesh.devices.flat[0]
-    if mesh.size == 1 or rows % layout.parts("batch", sizes):
-        return device, {}
+    if mesh.size == 1 or ctx.q_BTHd.shape[0] % layout.parts("batch", sizes):
+        return how
     cut = layout.axes_of("heads")
     heads = cut == layout.axes_of("kv_heads") and not any(
-        n % layout.parts("heads", sizes) for n in (n_heads, n_kv_heads)
+        x.shape[2] % layout.parts("heads", sizes) for x in (ctx.q_BTHd, ctx.k_BSKd)
     )
     # Inside a ring over the length, some axes are taken: `shard_map` there wants the mesh that says so.
     within = jax.sharding.get_abstract_mesh()
     here: Any = within if within.axis_names == mesh.axis_names else mesh
-    return device, {"mesh": here, "batch_axis": layout.axes_of("batch"), "head_axis": cut if heads else None}
+    return {**how, "mesh": here, "batch_axis": layout.axes_of("batch"), "head_axis": cut if heads else None}
 
 
 def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float | None) -> tuple[jax.Array, jax.Array]:
@@ -160,7 +163,6 @@ def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float
     first = branch.q_positions[..., 0]  # of the query, for the first block; later blocks are whole blocks nearer
     rank = jnp.clip(jnp.round((first[..., None] - branch.q_positions) / w), 0, n - 1).astype(jnp.int32)
     moves = -w * jnp.arange(n, dtype=jnp.float32)[:, None]
-    device, where = _where(B, H, ctx.k_BSKd.shape[2])
     out, lse = block_table(
         positions.rotate(ctx.q_BTHd, jnp.swapaxes(first, 1, 2), ctx.length),
         ctx.keys_at(branch.k_positions)[0],
@@ -172,8 +174,6 @@ def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float
         angles=moves * positions.frequencies(d, ctx.length),
         scale=ctx.scale,
         softcap=softcap,
-        chip=common.chip(device),
-        implementation={"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto"),
-        **where,
+        **_how(ctx),
     )
     return out, jnp.maximum(lse, NEG)
