@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -93,6 +94,15 @@ def logical_of(name: str) -> tuple[str, ...]:
     """`logical` for a name as `names` gives it; ``KeyError`` for one that no table knows and that is not in a surgery's
     tree."""
     return logical(tuple(jax.tree_util.DictKey(part) for part in name.split("/")))
+
+
+def owner(path: Any, shape: tuple[int, ...], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The parameter of `shapes` whose name is part of a tree path and whose shape is `shape`: the parameter itself, or
+    what an optimizer keeps for it, below a name of its own (``mu/blocks/…/kernel``) or above one (``…/kernel/moment``).
+    """
+    parts = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+    spans = ("/".join(parts[i:j]) for j in range(len(parts), 0, -1) for i in range(j))
+    return next((name for name in spans if shapes.get(name) == tuple(shape)), None)
 
 
 def names_of_axes(params: Any) -> dict[str, str]:

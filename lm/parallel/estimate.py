@@ -53,9 +53,7 @@ def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, A
     def held(tree: Any) -> float:
         total = 0.0
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            parts = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-            names = ("/".join(parts[start:]) for start in range(len(parts)))
-            name = next((x for x in names if shapes.get(x) == np.shape(leaf)), None)
+            name = params.owner(path, np.shape(leaf), shapes)
             count = cut(name, leaf.shape) if name else math.prod(leaf.shape)
             total += count * jnp.dtype(leaf.dtype).itemsize
         return total

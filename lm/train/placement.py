@@ -64,11 +64,10 @@ class Placement:
         an optimizer's state has a parameter's name and shape, everywhere for the rest."""
 
         def one(path: Any, leaf: Any) -> NamedSharding:
-            parts = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
-            for start in range(len(parts)):
-                if self.shapes.get("/".join(parts[start:])) == np.shape(leaf):
-                    return self._sharding(params.logical_of("/".join(parts[start:])))
-            return NamedSharding(self.mesh, PartitionSpec())
+            name = params.owner(path, np.shape(leaf), self.shapes)
+            return (
+                NamedSharding(self.mesh, PartitionSpec()) if name is None else self._sharding(params.logical_of(name))
+            )
 
         return jax.tree_util.tree_map_with_path(one, tree)
 

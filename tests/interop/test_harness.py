@@ -82,9 +82,7 @@ def answers(model: Any, tasks: Path, names: tuple[str, ...] = TASKS) -> dict[str
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(tasks))
-    made = lm_eval.simple_evaluate(
-        model=model, tasks=list(names), task_manager=manager, bootstrap_iters=0
-    )
+    made = lm_eval.simple_evaluate(model=model, tasks=list(names), task_manager=manager, bootstrap_iters=0)
     return {task: [s["resps"] for s in samples] for task, samples in made["samples"].items()}
 
 

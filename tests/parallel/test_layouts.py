@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params
+from lm import optimizers, params
 from lm.config import ModelConfig, build, model_config
 from lm.errors import UserError
 from lm.parallel import AXES, RULES, Layout, constrain
@@ -191,3 +191,19 @@ def test_one_mesh_axis_serves_one_axis_of_an_array() -> None:
     assert spec == jax.sharding.PartitionSpec(("fsdp", "tensor"), None, None, None)
     x = jnp.ones((3, 4))
     assert constrain(x, "batch", None) is x  # nothing outside a layout
+
+
+@pytest.mark.parametrize("name", optimizers.TABLE)
+def test_what_an_optimizer_keeps_of_a_parameter_lies_with_it(name: str) -> None:
+    """Moments below a parameter's name and above it (a state per tensor): none is whole on every device."""
+    cfg = model("dense")
+    settings = {"batch": 8, "data": {"seq_len": 8}, "mesh": {"data": 1, "fsdp": 8}, "optimizer": {"name": name}}
+    train = build(TrainConfig, settings, "train")
+    place = Placement(cfg, train, jax.devices())
+    whole = params.abstract(cfg)
+    state = jax.eval_shape(lambda p: step.initial(p, train), whole)
+    cut = {leaf.shape: x.spec for leaf, x in zip(*map(jax.tree.leaves, (whole, place.shardings(whole))), strict=True)}
+    kept = list(zip(*map(jax.tree.leaves, (state["opt"], place.shardings(state["opt"]))), strict=True))
+    found = [(leaf.shape, x.spec) for leaf, x in kept if leaf.shape in cut]
+    assert all(spec == cut[shape] for shape, spec in found)
+    assert len(found) >= (0 if name == "sgd" else len(cut))
