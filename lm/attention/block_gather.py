@@ -7,6 +7,7 @@ that block: keys are read once per tile instead of once per pair, and the work i
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 
 from lm.attention.blocks import over_queries, take
 from lm.attention.branches import NEG, BlockBranch, Context
+from lm.attention.spread import spread
+from lm.parallel import parts
 
 PAIRS = 2**17  # pairs sorted together, at most: 32 MiB of rotated queries with 64 channels
 
@@ -44,7 +47,49 @@ def direct(branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float 
 def by_block(
     branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float | None, tile: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, H, T, d]`` and log-sum-exp float32 ``[B, H, T]``; `tile`: pairs that share one read of a block."""
+    """Output ``[B, H, T, d]`` and log-sum-exp float32 ``[B, H, T]``; `tile`: pairs that share one read of a block.
+
+    Under a layout every device sorts the pairs of its own rows and heads: the compiler, left alone, cuts the sorted
+    blocks of all heads, and asks all devices for each tile's.
+    """
+    H = ctx.q_BTHd.shape[2]
+    over = spread(ctx.q_BTHd.shape[0], H, ctx.k_BSKd.shape[2])
+    if over is None or parts("length") > 1:
+        return _by_block(branch, ctx, v_BSKd, softcap, tile)
+    P, rows, heads = jax.sharding.PartitionSpec, over.batch_axis, over.head_axis
+    by_token, by_head = P(rows, None, heads), P(rows, heads)
+    places = by_head if branch.q_positions.shape[1] == H else P(rows)
+    arrays: dict[str, tuple[Any, Any]] = {
+        "q_BTHd": (ctx.q_BTHd, by_token),
+        "k_BSKd": (ctx.k_BSKd, by_token),
+        "queries": (ctx.queries, P(rows)),
+        "keys": (ctx.keys, P(rows)),
+        "length": (ctx.length, P()),
+        "starts_BN": (branch.starts_BN, P(rows)),
+        "ids_BHTn": (branch.ids_BHTn, by_head),
+        "q_positions": (branch.q_positions, places),
+        "v": (v_BSKd, by_token),
+    }
+    if isinstance(branch.k_positions, jax.Array):
+        arrays["k_positions"] = branch.k_positions, P(rows)
+
+    def local(x: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        def own(whole: Any, **change: Any) -> Any:
+            mine = {f.name: x[f.name] for f in dataclasses.fields(whole) if f.name in x}
+            return dataclasses.replace(whole, **mine, **change)
+
+        return _by_block(own(branch), own(ctx, v_BSKd=None, blocks=None), x["v"], softcap, tile)
+
+    free = set(over.mesh.axis_names) - set(getattr(over.mesh, "manual_axes", ()))  # none is left to the compiler
+    specs = {name: spec for name, (_, spec) in arrays.items()}
+    outs = by_head, by_head
+    run = jax.shard_map(local, mesh=over.mesh, in_specs=(specs,), out_specs=outs, axis_names=free, check_vma=False)
+    return run({name: array for name, (array, _) in arrays.items()})
+
+
+def _by_block(
+    branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float | None, tile: int | None
+) -> tuple[jax.Array, jax.Array]:
     B, H, T, n = branch.ids_BHTn.shape
     k, _ = ctx.keys_at(branch.k_positions)
     starts, w = branch.starts_BN, branch.size

@@ -24,6 +24,7 @@ from kernels_pallas.branches.part import Part
 from lm.attention.block_gather import by_block
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.masks import Causal
+from lm.attention.spread import spread
 from lm.attention.tiles import Grid, visit
 from lm.errors import UserError
 from lm.parallel import current
@@ -124,25 +125,10 @@ def _bias(ctx: Context) -> bool:
 
 
 def _how(ctx: Context) -> dict[str, Any]:
-    """A kernel's chip, implementation, mesh and axes; no mesh where rows do not divide (shapes of parameters are found
-    by tracing one row, which is never run)."""
-    device, found = _device(), current()
+    """A kernel's chip, implementation, mesh and axes."""
+    device, over = _device(), spread(ctx.q_BTHd.shape[0], ctx.q_BTHd.shape[2], ctx.k_BSKd.shape[2])
     kind = {"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto")
-    how: dict[str, Any] = {"chip": common.chip(device), "implementation": kind}
-    if found is None:
-        return how
-    layout, mesh = found
-    sizes = dict(mesh.shape)
-    if mesh.size == 1 or ctx.q_BTHd.shape[0] % layout.parts("batch", sizes):
-        return how
-    cut = layout.axes_of("heads")
-    heads = cut == layout.axes_of("kv_heads") and not any(
-        x.shape[2] % layout.parts("heads", sizes) for x in (ctx.q_BTHd, ctx.k_BSKd)
-    )
-    # Inside a ring over the length, some axes are taken: `shard_map` there wants the mesh that says so.
-    within = jax.sharding.get_abstract_mesh()
-    here: Any = within if within.axis_names == mesh.axis_names else mesh
-    return {**how, "mesh": here, "batch_axis": layout.axes_of("batch"), "head_axis": cut if heads else None}
+    return {"chip": common.chip(device), "implementation": kind, **({} if over is None else over._asdict())}
 
 
 def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float | None) -> tuple[jax.Array, jax.Array]:
