@@ -97,11 +97,10 @@ def _train(context: int, horizon: int, bins: int, stride: int, steps: int, batch
     }
 
 
-def _arms(frequencies: tuple[int, ...], swept: tuple[int, ...]) -> dict[str, dict[str, Any]]:
-    """`linear` measures everything; the others what concerns them. `frequencies`: of the heads on the series; `swept`:
-    of those on densities."""
+def _arms(frequencies: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """`linear` measures everything; the others what concerns them. `frequencies`: of the heads on the series."""
     fourier = {"model.head.name": "fourier", "model.head.frequencies": 12}
-    sweep = {f"measures.{task}.frequencies": swept for task in TASKS}
+    sweep = {f"measures.{task}.frequencies": FREQUENCIES for task in TASKS}
     out: dict[str, dict[str, Any]] = {
         "linear": dict(sweep),
         "mixture": {"model.head.name": "mixture", "model.head.conditional": False, **sweep, "only": TASKS},
@@ -169,7 +168,7 @@ def get_config(scale: str = "laptop") -> ConfigDict:
         c.measures, heads = densities, ()
     else:
         c.measures = {**densities, **forecast, "smoothness": smooth}
-    c.arms = ConfigDict(_arms(heads, FREQUENCIES if scale != "smoke" else (2, 12, 20)), allow_dotted_keys=True)
+    c.arms = ConfigDict(_arms(heads), allow_dotted_keys=True)
     return c
 
 

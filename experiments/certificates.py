@@ -227,8 +227,8 @@ the program computes again (`model.remat`: up to a third more) or computes what 
 skips what the formula counts. MFU at most is the formula's arithmetic at full rate over the time of the slowest
 resource. Decoding is one token of every text with full caches; a prompt is read in one piece of 4,096 tokens and
 others of 256, each attending to the whole cache. In Pallas kernels: their share of the compiled
-FLOPs. `model.attention.backend=auto` takes kernels in programs for TPUs; rows with none were made before it did and
-attend by XLA operations, which passes more through memory.
+FLOPs, as `model.attention.backend=auto` takes them in programs for TPUs; none where one token is decoded with a cache
+that is read whole.
 """
 
 

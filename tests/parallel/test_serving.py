@@ -16,14 +16,16 @@ from lm.decoding.logits import Sampling
 from lm.decoding.placement import ROOM, Placement
 from lm.decoding.sampler import Settings, one_token, prefill, started
 from lm.errors import UserError
-from lm.parallel import serving
+from lm.parallel import program, serving
 from lm.parallel.certificate import held
+from lm.parallel.hlo import collectives
 from lm.parallel.layout import Layout
 from lm.train import flops
 
 SIZES = {"vocab_size": 64, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 64, "max_positions": 64}
 NEAR = {"name": "lm_infinite", "window": 16, "sinks": 2, "ceiling": 16.0}
-LISTED = {"name": "longheads", "chunk": 8, "attention_length": 32}
+LISTED = {"name": "longheads", "chunk": 4, "attention_length": 16}
+BLOCKED = {"name": "softmax", "backend": "blocked"}
 
 
 def model(pattern: Any = "causal") -> ModelConfig:
@@ -34,7 +36,8 @@ def test_cut_over_devices_the_tokens_are_the_same() -> None:
     """Prompt and three greedy tokens on data 4 x tensor 2, as lowered for certificates, against one device; a layer for
     each kind of cache."""
     layers = ({"layers": "1", "pattern": NEAR}, {"layers": "2", "pattern": LISTED})
-    cfg, B, T = model_config({**SIZES, "n_layers": 3, "layer_overrides": layers}), 4, 24
+    sizes = {**SIZES, "n_layers": 3, "layer_overrides": layers, "attention": BLOCKED}
+    cfg, B, T = model_config(sizes), 4, 24
     weights = params.unstack(params.init(cfg, jax.random.key(0)))
     place = Placement(cfg, Layout(data=4, tensor=2), B, 64)
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, cfg.vocab_size)
@@ -43,6 +46,9 @@ def test_cut_over_devices_the_tokens_are_the_same() -> None:
     settings = Settings(cfg, Sampling(temperature=0.0), ())
 
     read, step = place.read(T, fresh=True).compile(), place.decode(settings.sampling).compile()
+    # Two sums a layer, none per tile of keys that are listed by block.
+    sums = [c for c in collectives(program.read(read.as_text()), 8) if c.kind == "all-reduce"]
+    assert sum(c.times for c in sums) <= 3 * cfg.n_layers
     put = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), weights, place.params)
     hidden, cache = read(put, tokens, index, caches.init(cfg, B, 64))
     state = {**started(settings, hidden, cache, keys, ROOM), "index": jnp.full(B, T, jnp.int32)}
