@@ -230,13 +230,12 @@ def paced(tree: Any, x: Any) -> Any:
     return _after(tree, x)
 
 
-@jax.custom_vjp
-def _after(tree: Any, x: Any) -> Any:
+def _wait(tree: Any, x: Any) -> Any:
     return jax.lax.optimization_barrier((tree, x))[0]
 
 
-# The gradient passes: what waits for the backward pass is recomputed there, when its turn comes.
-_after.defvjp(lambda tree, x: (_after(tree, x), None), lambda _, cotangent: (cotangent, None))
+_after = jax.custom_vjp(_wait)
+_after.defvjp(lambda tree, x: (_wait(tree, x), None), lambda _, cotangent: (cotangent, None))  # the gradient passes
 
 
 def constrain(x: Any, *names: str | None) -> Any:

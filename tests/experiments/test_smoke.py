@@ -9,6 +9,8 @@ import pytest
 
 from experiments import registry, run
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 
 def test_longheads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))

@@ -14,6 +14,7 @@ from experiments import run
 from lm import interop
 from lm import params as params_lib
 
+pytestmark = pytest.mark.usefixtures("compiled")
 CONFIG = '''
 """Hypothesis: none. Cost: seconds."""
 

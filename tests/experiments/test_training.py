@@ -19,6 +19,7 @@ from experiments import run
 from lm.train import loop
 from lm.train.ledger import read
 
+pytestmark = pytest.mark.usefixtures("compiled")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = '''
 """Hypothesis: none. Cost: seconds."""
