@@ -203,3 +203,10 @@ class Case:
     reference: Callable[..., Any] | None = None
     tolerance: float = 1e-5
     draw: Callable[[np.random.Generator, tuple[Any, ...]], tuple[Any, ...]] = field(default=normal)
+
+
+def mapped(fn: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
+    """`fn` for the part of every device of `mesh`: `jax.shard_map` over all axes that are not taken already, for around
+    a kernel none may be left to the compiler."""
+    free = set(mesh.axis_names) - set(getattr(mesh, "manual_axes", ()))
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)

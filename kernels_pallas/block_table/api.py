@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.block_table import gpu, reference, tpu
-from kernels_pallas.common import CHIPS, check_chip, known_dtype, run
+from kernels_pallas.common import CHIPS, check_chip, known_dtype, mapped, run
 from lm.errors import UserError
 
 NAME = "block_table"
@@ -116,10 +116,7 @@ def block_table(
         None if turn is None else P(),
     )
     local = functools.partial(_attend, static)
-    free = set(mesh.axis_names) - set(getattr(mesh, "manual_axes", ()))  # no axis may be left to the compiler
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens), axis_names=free, check_vma=False
-    )(*args)
+    return mapped(local, mesh, specs, (tokens, tokens))(*args)
 
 
 def _check_shapes(q: Any, k: Any, v: Any, blocks: Any, block_size: int, q_block: int) -> None:

@@ -113,9 +113,7 @@ def flash(
     specs = (tokens, tokens, tokens, {key: per_row for key in rows}, per_head, per_head)
     # One array for all rows of the batch is one row per device here.
     rows = {key: jnp.broadcast_to(a, (B, a.shape[-1])) for key, a in rows.items()}
-    free = set(mesh.axis_names) - set(getattr(mesh, "manual_axes", ()))  # no axis may be left to the compiler
-    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(tokens, tokens), axis_names=free, check_vma=False)
-    return run(*args[:3], rows, slopes_H, sinks_H)
+    return common.mapped(local, mesh, specs, (tokens, tokens))(*args[:3], rows, slopes_H, sinks_H)
 
 
 def _up(n: int, step: int) -> int:

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.flash import per_head
 from kernels_pallas.flash.gpu_tile import (
     ROWS,
     Shape,
@@ -94,9 +95,7 @@ def _backward_q(
             (p, bend, distance), dp = o.pair(q, k, d_out, v, probabilities)
             error = p * (dp - along(shift, p.shape, 0))
             ds = error if bend is None else error * bend
-            terms: tuple[Any, ...] = (error,)
-            if spec.sloped:
-                terms = error, -ds * distance, -(p if bend is None else p * bend) * distance
+            terms = per_head.terms(p, error, bend, distance)
             more = [total + term.sum(axis=1) for total, term in zip(sums[1:], terms, strict=False)]
             (acc,) = o.add((sums[0], ds.astype(jnp.bfloat16), k))
             plgpu.barrier_arrive(scratch["empty"].at[at])

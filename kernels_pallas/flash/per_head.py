@@ -18,10 +18,19 @@ SUMS = "error", "lean", "pull"
 def sums(slopes: Any, sinks: Any) -> tuple[str, ...]:
     """The sums over a row that the gradients to `slopes` and `sinks` (arrays, or None) need.
 
-    With ``ds`` the gradient of a logit before its soft-cap's slope `bend`: ``error = sum_j ds_j``,
-    ``lean = -sum_j ds_j bend_j distance_j``, ``pull = -sum_j p_j bend_j distance_j``.
+    Of `terms`, with `error` the gradient of a logit and `bend` its slope by the soft-cap: ``error = sum_j error_j``,
+    ``lean = -sum_j error_j bend_j distance_j``, ``pull = -sum_j p_j bend_j distance_j``.
     """
     return SUMS if slopes is not None else SUMS[:1] if sinks is not None else ()
+
+
+def terms(p: jax.Array, error: jax.Array, bend: Any, distance: Any) -> tuple[jax.Array, ...]:
+    """What the `sums` add up, of one tile in a kernel, in their order. `bend` None: no soft-cap; `distance` None: no
+    slopes."""
+    if distance is None:
+        return (error,)
+    lean, pull = (x if bend is None else x * bend for x in (error, p))
+    return error, -lean * distance, -pull * distance
 
 
 def gradients(

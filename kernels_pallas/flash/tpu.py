@@ -163,7 +163,7 @@ def _backward_q(spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, dq: Any, *
         p, error, bend, distance = _gradient_of_logits(spec, word, head, x, rows, whole, 0)
         k, ds = x["k"][...], error * bend
         acc[...] += _dot(ds.astype(k.dtype), k, (1, 0))
-        terms = (error,) if distance is None else (error, -ds * distance, -p * bend * distance)
+        terms = per_head.terms(p, error, bend, distance)
         for each, term in zip(acc_sums, terms, strict=False):  # none are kept without slopes and sinks
             each[...] += jnp.broadcast_to(term.sum(1, keepdims=True), each.shape)
 

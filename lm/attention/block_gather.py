@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import mapped
 from lm.attention.blocks import over_queries, take
 from lm.attention.branches import NEG, BlockBranch, Context
 from lm.attention.spread import spread
@@ -52,13 +53,12 @@ def by_block(
     Under a layout every device sorts the pairs of its own rows and heads: the compiler, left alone, cuts the sorted
     blocks of all heads, and asks all devices for each tile's.
     """
-    H = ctx.q_BTHd.shape[2]
-    over = spread(ctx.q_BTHd.shape[0], H, ctx.k_BSKd.shape[2])
+    over = spread(ctx)
     if over is None or parts("length") > 1:
         return _by_block(branch, ctx, v_BSKd, softcap, tile)
     P, rows, heads = jax.sharding.PartitionSpec, over.batch_axis, over.head_axis
     by_token, by_head = P(rows, None, heads), P(rows, heads)
-    places = by_head if branch.q_positions.shape[1] == H else P(rows)
+    places = by_head if branch.q_positions.shape[1] == ctx.q_BTHd.shape[2] else P(rows)
     arrays: dict[str, tuple[Any, Any]] = {
         "q_BTHd": (ctx.q_BTHd, by_token),
         "k_BSKd": (ctx.k_BSKd, by_token),
@@ -80,11 +80,8 @@ def by_block(
 
         return _by_block(own(branch), own(ctx, v_BSKd=None, blocks=None), x["v"], softcap, tile)
 
-    free = set(over.mesh.axis_names) - set(getattr(over.mesh, "manual_axes", ()))  # none is left to the compiler
     specs = {name: spec for name, (_, spec) in arrays.items()}
-    outs = by_head, by_head
-    run = jax.shard_map(local, mesh=over.mesh, in_specs=(specs,), out_specs=outs, axis_names=free, check_vma=False)
-    return run({name: array for name, (array, _) in arrays.items()})
+    return mapped(local, over.mesh, (specs,), (by_head, by_head))({name: array for name, (array, _) in arrays.items()})
 
 
 def _by_block(

@@ -126,7 +126,7 @@ def _bias(ctx: Context) -> bool:
 
 def _how(ctx: Context) -> dict[str, Any]:
     """A kernel's chip, implementation, mesh and axes."""
-    device, over = _device(), spread(ctx.q_BTHd.shape[0], ctx.q_BTHd.shape[2], ctx.k_BSKd.shape[2])
+    device, over = _device(), spread(ctx)
     kind = {"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto")
     return {"chip": common.chip(device), "implementation": kind, **({} if over is None else over._asdict())}
 

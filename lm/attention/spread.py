@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from lm.attention.branches import Context
 from lm.parallel import current
 
 
@@ -17,15 +18,15 @@ class Spread(NamedTuple):
     head_axis: tuple[str, ...] | None
 
 
-def spread(rows: int, n_heads: int, n_kv_heads: int) -> Spread | None:
+def spread(ctx: Context) -> Spread | None:
     """None on one device, and where rows do not divide (shapes of parameters are found by tracing one row, which is
     never run)."""
     found = current()
     if found is None:
         return None
-    layout, mesh = found
+    (layout, mesh), n_heads, n_kv_heads = found, ctx.q_BTHd.shape[2], ctx.k_BSKd.shape[2]
     sizes = dict(mesh.shape)
-    if mesh.size == 1 or rows % layout.parts("batch", sizes):
+    if mesh.size == 1 or ctx.q_BTHd.shape[0] % layout.parts("batch", sizes):
         return None
     cut = layout.axes_of("heads")
     parts = layout.parts("heads", sizes)

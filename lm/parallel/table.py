@@ -33,17 +33,15 @@ def pieces(rows: float, length: int) -> int:
 def lookup(table: Any, ids_BT: jax.Array, dtype: Any) -> jax.Array:
     """Rows ``[B, T, D]`` of `table`, an array ``[V, D]`` or a `lm.weights.Weight`, as `dtype`."""
     found = current()
-    plain = weights.special(table) or found is None
-    if not plain:
-        assert found is not None
-        (layout, mesh), (B, T) = found, ids_BT.shape
-        axes = {name: layout.axes_of(name) for name in ("batch", "length", "vocab", "embed")}
-        n = {name: math.prod(mesh.shape[a] for a in over) for name, over in axes.items()}
-        sizes = {"batch": B, "length": T, "vocab": table.shape[0], "embed": table.shape[1]}
-        plain = n["embed"] == 1 or not set(axes["embed"]) <= set(axes["batch"]) or any(sizes[k] % n[k] for k in n)
-        used = [*axes["batch"], *axes["length"], *axes["vocab"]]
-        plain = plain or len(set(used)) < len(used)
-    if plain:
+    if found is None or weights.special(table):
+        return weights.rows(table, ids_BT).astype(dtype)
+    (layout, mesh), (B, T) = found, ids_BT.shape
+    axes = {name: layout.axes_of(name) for name in ("batch", "length", "vocab", "embed")}
+    n = {name: layout.parts(name, dict(mesh.shape)) for name in axes}
+    sizes = {"batch": B, "length": T, "vocab": table.shape[0], "embed": table.shape[1]}
+    used = [*axes["batch"], *axes["length"], *axes["vocab"]]
+    apart = len(set(used)) == len(used) and set(axes["embed"]) <= set(axes["batch"])
+    if n["embed"] == 1 or not apart or any(sizes[k] % n[k] for k in n):
         return weights.rows(table, ids_BT).astype(dtype)
     share = B // n["batch"] * n["embed"], T // n["length"]  # rows that devices of one table need
     cut = pieces(math.prod(share), share[1])
