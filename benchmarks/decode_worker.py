@@ -42,7 +42,7 @@ class Ours:
     def decode(self, length: int, pattern: str, steps: int) -> dict[str, Any]:
         from lm.config import merge
         from lm.measures import Subject
-        from lm.measures.decode_cost import DecodeCost
+        from lm.measures.cost.decode_cost import DecodeCost
 
         settings: dict[str, Any] = {"name": pattern}
         if pattern == "lm_infinite":

@@ -30,12 +30,12 @@ import numpy as np
 
 from experiments import run
 from experiments.environment import describe
-from lm import params
 from lm.config import build, model_config
 from lm.errors import UserError
+from lm.model import params
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
-from lm.train.ledger import read
+from lm.train.log import read
 from lm.train.step import initial
 
 ROOT = Path(__file__).resolve().parents[1]

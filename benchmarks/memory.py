@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from lm.aot import certificate
+from lm.aot.estimate import estimate
 from lm.config import ModelConfig, build, model_config
 from lm.errors import unknown
-from lm.parallel import certificate
-from lm.parallel.estimate import estimate
 from lm.train.config import TrainConfig
 
 OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "memory-aot.json"
@@ -45,7 +45,7 @@ GPT: dict[str, Any] = {
     "d_ff": 16384,
     "max_positions": 2048,
     "norm": {"name": "layernorm", "eps": 1e-5},
-    "attention": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+    "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
     "positions": {"name": "learned", "size": 2048},
     "ffn": {"name": "gelu_tanh", "bias": True},
     "head": {"name": "linear", "tie": True},
@@ -75,7 +75,7 @@ EVERY_FOURTH: dict[str, Any] = {
         "router_z_loss": 1e-3,
     },
 }
-PALLAS: dict[str, Any] = {"attention": {"name": "softmax", "backend": "pallas"}}
+PALLAS: dict[str, Any] = {"mixer": {"name": "softmax", "backend": "pallas"}}
 SPLIT: dict[str, Any] = {"rules": {"stream": ("sequence", "tensor")}}
 
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments import certified_text, cli, step
-from lm import params
+from lm.aot import certificate, chips
+from lm.aot.estimate import estimate
 from lm.config import ModelConfig
 from lm.errors import UserError, unknown
-from lm.parallel import certificate, chips
-from lm.parallel.estimate import estimate
+from lm.model import params
 from lm.train import flops
 from lm.train.config import TrainConfig
 
@@ -64,7 +64,7 @@ def settings(point: Point) -> tuple[ModelConfig, TrainConfig]:
     """The model, with the attention kernel that TPUs have, and the training."""
     raw, _ = step.base(BASE)
     changes: dict[str, Any] = {
-        "model.attention.backend": "pallas",
+        "model.mixer.backend": "pallas",
         "train.batch": point.batch,
         "train.accumulate": point.accumulate,
         **{f"train.mesh.{name}": n for name, n in point.mesh.items()},

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.attention import attend
+from lm.attention.attend import attend
 from lm.attention.branches import Context, Tokens
 from lm.config import ModelConfig
 from lm.objectives.causal import head_loss
@@ -41,7 +41,7 @@ def measure(cfg: ModelConfig, params: Any, update: Callable[[], Any], batch: int
         return attend(ctx, v, cfg.pattern.branches(ctx))[0]
 
     def attention(p: Any, x: Any) -> Any:
-        return cfg.attention.module(cfg).apply({"params": p}, x, tokens, end)[0]
+        return cfg.mixer.module(cfg).apply({"params": p}, x, tokens, end)[0]
 
     def ffn(p: Any, x: Any) -> Any:
         return cfg.ffn.module(cfg).apply({"params": p}, x)

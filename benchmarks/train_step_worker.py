@@ -34,9 +34,9 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
     import jax.numpy as jnp
 
     from lm import interop
-    from lm.optimizers import AdamW
+    from lm.model.params import unstack
+    from lm.optimizers.plain import AdamW
     from lm.optimizers.schedules import Constant
-    from lm.params import unstack
     from lm.train.config import TrainConfig
     from lm.train.placement import Placement
     from lm.train.step import initial

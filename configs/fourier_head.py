@@ -37,7 +37,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from experiments.claims import Claim, Results, claim
-from lm.measures.density import scaling_law
+from lm.measures.tasks.density import scaling_law
 
 SCALES = ("smoke", "synthetic", "laptop", "gpu", "paper", "atari")
 

@@ -11,9 +11,10 @@ from typing import Any
 import jax
 
 from experiments.settings import MEASURES, Experiment, change, change_measure, measure, names_first, parts
-from lm import params
-from lm.config import ModelConfig, merge, table, to_dict
+from lm.config import ModelConfig, merge, to_dict
 from lm.errors import UserError, nearest, unknown
+from lm.model import params
+from lm.plug import table
 from lm.train.config import TrainConfig
 
 RANDOM = "random"

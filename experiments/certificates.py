@@ -22,9 +22,9 @@ from experiments import step as command
 from experiments.cache import write_json
 from experiments.certified_text import GIB, where
 from experiments.plan import Plan, prepare
-from lm import params
+from lm.aot import chips
 from lm.errors import UserError, unknown
-from lm.parallel import chips
+from lm.model import params
 from lm.train.config import TrainConfig
 
 FOLDER = registry.ROOT / "benchmarks" / "certificates"
@@ -227,7 +227,7 @@ the program computes again (`model.remat`: up to a third more) or computes what 
 skips what the formula counts. MFU at most is the formula's arithmetic at full rate over the time of the slowest
 resource. Decoding is one token of every text with full caches; a prompt is read in one piece of 4,096 tokens and
 others of 256, each attending to the whole cache. In Pallas kernels: their share of the compiled
-FLOPs, as `model.attention.backend=auto` takes them in programs for TPUs; none where one token is decoded with a cache
+FLOPs, as `model.mixer.backend=auto` takes them in programs for TPUs; none where one token is decoded with a cache
 that is read whole.
 """
 

@@ -12,8 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from lm.errors import UserError, nearest
-from lm.train.errors import Terminated, TrainingStopped
+from lm.errors import Terminated, TrainingStopped, UserError, nearest
 
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
 

@@ -24,11 +24,12 @@ from typing import Any
 from experiments import cli
 from experiments.settings import Text, change, names_first, parts
 from lm import interop
-from lm.config import ModelConfig, merge, table
+from lm.config import ModelConfig, merge
 from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.errors import UserError, unknown
 from lm.interop.tensors import check
+from lm.plug import table
 
 PROG = "python -m experiments.generate"
 
@@ -70,7 +71,7 @@ def model_of(cfg: ModelConfig, pattern: str | None, overrides: dict[str, Text]) 
     """`cfg` with another pattern and other keys; windows and ceilings that nobody set are the trained length."""
     changes: dict[str, Any] = {}
     if pattern is not None:
-        options = table("lm.attention")
+        options = table("lm.patterns")
         if pattern not in options:
             raise unknown("--pattern", pattern, options)
         changes["pattern"] = {"name": pattern}

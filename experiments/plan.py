@@ -13,8 +13,9 @@ from experiments.arms import RANDOM, Arm, Draft, base_model, check_shapes, choos
 from experiments.cache import write_json
 from experiments.settings import MEASURES, Experiment
 from experiments.subject import Base
-from lm.config import ModelConfig, table, to_dict
+from lm.config import ModelConfig, to_dict
 from lm.errors import UserError
+from lm.plug import table
 
 
 @dataclass(frozen=True)

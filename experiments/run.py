@@ -30,10 +30,9 @@ from experiments.plan import Job, Plan, Workdir, identities, make, prepare
 from experiments.progress import Progress, duration
 from experiments.settings import Text
 from experiments.trained import Trainer
-from lm.errors import UserError
+from lm.errors import Terminated, TrainingStopped, UserError
 from lm.measures import Subject
-from lm.parallel import hosts
-from lm.train.errors import Terminated, TrainingStopped
+from lm.sharding import processes
 
 PROG = "python -m experiments.run"
 
@@ -68,7 +67,7 @@ def arguments(argv: Sequence[str]) -> tuple[Any, list[tuple[str, Text]]]:
     parser.add_argument(
         "--heartbeat",
         type=int,
-        default=hosts.HEARTBEAT,
+        default=processes.HEARTBEAT,
         metavar="SECONDS",
         help="silence after which one counts as dead",
     )
@@ -81,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
     """Everything from the arguments to the report; raises `UserError` for any mistake in the input."""
     args, overrides = arguments(argv)
     if not args.dry_run:
-        hosts.start(args.coordinator, args.processes, args.process, args.heartbeat)
+        processes.start(args.coordinator, args.processes, args.process, args.heartbeat)
     source, settings = registry.find(args.config)
     plan = prepare(settings, overrides, args.arms, absent_is_fine=args.dry_run)
     workdir = Workdir(args.workdir or Path("runs") / f"{plan.exp.name}-{plan.exp.scale}", source.place, plan)
@@ -91,12 +90,12 @@ def run(argv: Sequence[str]) -> int:
         return 0
     try:
         runner = Runner(plan, source, workdir, args.fresh)
-        with hosts.watched():
+        with processes.watched():
             runner.all()
     except (UserError, TrainingStopped, Terminated):
         raise
     except Exception:
-        hosts.unexpected()
+        processes.unexpected()
         raise
     return 0
 
@@ -134,7 +133,7 @@ class Runner:
         (of several processes, the first one does; the others take part in the trainings)."""
         jobs = list(self.what)
         missing = [i for i, j in enumerate(jobs) if j.arm in self.plan.chosen and j not in self.points]
-        todo = [jobs[i] for i in hosts.shared(missing)]
+        todo = [jobs[i] for i in processes.shared(missing)]
         if self.base.random or any(j.trains for j in todo):  # one set of parameters is in memory at a time
             order = {name: i for i, name in enumerate(self.plan.arms)}
             todo.sort(key=lambda j: (j.seed or 0, order[j.arm] if j.trains else 0))
@@ -142,7 +141,7 @@ class Runner:
             for job in todo:
                 if job.trains:
                     self.trainer.params(self.plan.arms[job.arm], job.seed or 0, lambda f, text: None, lambda text: None)
-            hosts.meet()
+            processes.meet()
             return {}
         n = sum(j.arm in self.plan.chosen for j in self.what)
         if any(not j.trains for j in todo):
@@ -174,7 +173,7 @@ class Runner:
         written = report.write(out, self.workdir.path)
         print(summary.end(out, self.workdir.path, written))
         print(f"\n{duration(time.monotonic() - self.start)}")
-        hosts.meet()
+        processes.meet()
         return out
 
     def measure(self, job: Job, progress: Progress) -> Point:
@@ -218,7 +217,7 @@ class Runner:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return hosts.leave(cli.main(run, argv))
+    return processes.leave(cli.main(run, argv))
 
 
 if __name__ == "__main__":

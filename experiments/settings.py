@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.config import ModelConfig, build, coerce, merge, plug, table, to_dict
+from lm.config import ModelConfig, build, coerce, merge, plug, saved_names, to_dict
 from lm.errors import UserError, nearest, unknown
+from lm.plug import Table, table
 from lm.train.config import TrainConfig
 
 MEASURES = "lm.measures"
@@ -243,8 +244,9 @@ def change(changes: dict[str, Any], holder: Any, path: Sequence[str], value: Any
     The result is for `lm.config.merge`. A plug is named with all its defaults spelled out, so that nothing of the plug
     it replaces is left, whichever that turns out to be.
     """
-    head, *rest = path
     cls = holder if isinstance(holder, type) else type(holder)
+    head, *rest = path
+    head = saved_names(cls).get(head, head)
     fields, place = {f.name: f for f in dataclasses.fields(cls)}, f"{key}.{head}"
     if head not in fields:
         raise UserError(f"{place}: unknown key{nearest(head, fields)}; valid: {', '.join(sorted(fields)) or 'none'}")
@@ -277,7 +279,7 @@ def change(changes: dict[str, Any], holder: Any, path: Sequence[str], value: Any
     changes[head] = inner
 
 
-def _defaults(options: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _defaults(options: Table, name: str) -> dict[str, Any]:
     try:
         return to_dict(options[name](), options)
     except TypeError:  # a field without a default: the keys that follow must set it

@@ -11,11 +11,11 @@ from experiments import cli, registry
 from experiments.arms import Arm, Draft
 from experiments.certified_text import estimated, text, verdict
 from experiments.plan import Plan, prepare
+from lm.aot import advice, certificate, chips, serving
+from lm.aot.estimate import estimate
 from lm.config import ModelConfig
 from lm.errors import UserError, unknown
-from lm.parallel import advice, certificate, chips, serving
-from lm.parallel.estimate import estimate
-from lm.parallel.layout import AXES, Layout
+from lm.sharding.layout import AXES, Layout
 from lm.train.config import TrainConfig
 
 PROG = "python -m experiments.compile"

@@ -9,9 +9,10 @@ import jax
 
 from experiments.arms import RANDOM, Arm, Draft, shapes
 from experiments.settings import Experiment
-from lm import interop, params
+from lm import interop
 from lm.config import ModelConfig
 from lm.data.tokenizers import ByteTokenizer, check_vocab
+from lm.model import params
 
 
 class Base:

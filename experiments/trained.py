@@ -18,7 +18,7 @@ from lm import compat
 from lm.config import to_dict
 from lm.data.tokenizers import check_vocab
 from lm.errors import UserError
-from lm.parallel import hosts
+from lm.sharding import processes
 from lm.train import loop
 from lm.train.config import DataConfig
 from lm.train.data import Data, prepare
@@ -47,7 +47,7 @@ class Trainer:
         Placement(arm.trained, arm.train)
         if settings not in self._data:
             own = None if self.base.random else self.base.tokenizer
-            with hosts.first():
+            with processes.first():
                 self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
@@ -87,7 +87,7 @@ class Trainer:
         all train and the first one gets the parameters (the others None)."""
         trained, folder = self._trained(arm, seed, report, tell)
         if self._whole is None or self._whole[0] != folder.name:
-            self._whole = (folder.name, hosts.local(trained))
+            self._whole = (folder.name, processes.local(trained))
         return self._whole[1], folder
 
     def _trained(self, arm: Arm, seed: int, report: Report, tell: Tell) -> tuple[Any, Path]:
@@ -95,7 +95,7 @@ class Trainer:
         folder = self.folder(arm, seed)
         if self._last is None or self._last[0] != folder.name:
             self._last = self._whole = None  # one set of parameters at a time
-            hosts.meet()  # one process has been measuring
+            processes.meet()  # one process has been measuring
             compat.keep_compiled(shared_folder() / "compiled")
             start, identity, place = None, self.base.identity, self.base.place
             if arm.start is not None:

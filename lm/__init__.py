@@ -11,7 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Decoder": "lm.decoder",
+    "Decoder": "lm.model.decoder",
     "ModelConfig": "lm.config",
     "UserError": "lm.errors",
     "model_config": "lm.config",

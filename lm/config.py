@@ -7,25 +7,14 @@ The dataclass is the schema: unknown keys, wrong types and unknown names are ref
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from lm.errors import UserError, nearest, unknown
-
-
-def socket(module: str, default: str) -> Any:
-    """A dataclass field that holds a plug of ``module.TABLE``; `default` is a plug name with its own defaults."""
-    return field(default_factory=lambda: table(module)[default](), metadata={"socket": module, "default": default})
-
-
-def table(module: str) -> dict[str, Any]:
-    """The explicit table ``NAME -> class`` of a socket."""
-    return importlib.import_module(module).TABLE
-
+from lm.plug import Table, socket, table
 
 # What the layers of one decoder have in common: the residual stream, and what is before and after the blocks.
 _SHARED = ("vocab_size", "d_model", "n_layers", "dtype", "head", "embed_scale", "scan_layers")
@@ -56,8 +45,8 @@ class ModelConfig:
     d_ff: int = 256
     max_positions: int = 2048
     norm: Any = socket("lm.norms", "rmsnorm")
-    attention: Any = socket("lm.mixers", "softmax")
-    pattern: Any = socket("lm.attention", "causal")
+    mixer: Any = socket("lm.mixers", "softmax", saved="attention")
+    pattern: Any = socket("lm.patterns", "causal")
     positions: Any = socket("lm.positions", "rope")
     ffn: Any = socket("lm.ffn", "swiglu")
     head: Any = socket("lm.heads", "linear")
@@ -95,7 +84,7 @@ class ModelConfig:
         for key in ("dtype", "param_dtype"):
             if getattr(self, key) not in ("float32", "bfloat16", "float16"):
                 raise unknown(f"model.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
-        for plug in (self.norm, self.attention, self.pattern, self.positions, self.ffn, self.head):
+        for plug in (self.norm, self.mixer, self.pattern, self.positions, self.ffn, self.head):
             check = getattr(plug, "check", None)
             if check is not None:
                 check(self)
@@ -159,10 +148,11 @@ def build(cls: type, cfg: Any, key: str) -> Any:
         return cfg
     if not isinstance(cfg, Mapping) and not hasattr(cfg, "items"):
         raise UserError(f"{key}: expected a mapping, found {cfg!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields, old = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls)
     hints = typing.get_type_hints(cls)
     values = {}
-    for name, value in cfg.items():
+    for given, value in cfg.items():
+        name = old.get(given, given)
         if name not in fields:
             raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
         place = f"{key}.{name}"
@@ -174,7 +164,7 @@ def build(cls: type, cfg: Any, key: str) -> Any:
 def plug(module: str, value: Any, key: str) -> Any:
     """A plug instance from ``"name"`` or ``{"name": …, **fields}``."""
     options = table(module)
-    if type(value) in options.values():
+    if options.name_of(type(value)) is not None:
         return value
     fields = {"name": value} if isinstance(value, str) else dict(value.items()) if hasattr(value, "items") else None
     if fields is None or "name" not in fields:
@@ -229,10 +219,11 @@ def _show(hint: Any) -> str:
 
 def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
     """`base` (a dataclass instance) with a nested mapping of changes; naming another plug replaces the old plug."""
-    fields = {f.name: f for f in dataclasses.fields(base)}
+    fields, old = {f.name: f for f in dataclasses.fields(base)}, saved_names(type(base))
     hints = typing.get_type_hints(type(base))
     out = {}
-    for name, value in changes.items():
+    for given, value in changes.items():
+        name = old.get(given, given)
         if name not in fields:
             raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
         place, module = f"{key}.{name}", fields[name].metadata.get("socket")
@@ -249,15 +240,21 @@ def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
     return dataclasses.replace(base, **out)
 
 
-def to_dict(cfg: Any, options: Mapping[str, Any] | None = None) -> Any:
-    """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content."""
+def saved_names(cls: type) -> dict[str, str]:
+    """Older names of fields, which are still read and by which they are written -> the names they have now."""
+    return {f.metadata["saved"]: f.name for f in dataclasses.fields(cls) if "saved" in f.metadata}
+
+
+def to_dict(cfg: Any, options: Table | None = None) -> Any:
+    """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content. Fields
+    are written under their saved names, so that what is addressed by its content keeps its address."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         out: dict[str, Any] = {}
         if options is not None:
-            out["name"] = next(n for n, c in options.items() if c is type(cfg))
+            out["name"] = options.name_of(type(cfg))
         for f in dataclasses.fields(cfg):
             module = f.metadata.get("socket")
-            out[f.name] = to_dict(getattr(cfg, f.name), table(module) if module else None)
+            out[f.metadata.get("saved", f.name)] = to_dict(getattr(cfg, f.name), table(module) if module else None)
         return out
     if isinstance(cfg, (list, tuple)):
         return [to_dict(c) for c in cfg]

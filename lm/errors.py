@@ -1,4 +1,5 @@
-"""The one exception a user's mistake raises, and the helper that names the nearest valid spelling."""
+"""The one exception a user's mistake raises, the helper that names the nearest valid spelling, and how trainings end
+early."""
 
 from __future__ import annotations
 
@@ -27,3 +28,14 @@ def unknown(key: str, found: object, valid: Iterable[str]) -> UserError:
     """The error for a name that is not in a closed list."""
     options = sorted(str(v) for v in valid)
     return UserError(f"{key}: unknown name {found!r}{nearest(str(found), options)}; valid: {', '.join(options)}")
+
+
+# How a training run ends early; in each case the folder holds what is needed to go on.
+
+
+class TrainingStopped(Exception):
+    """The run cannot go on: too many non-finite steps in a row, or a checkpoint that cannot be written."""
+
+
+class Terminated(Exception):
+    """SIGTERM was received, everything is saved, and the same command goes on from there."""

@@ -9,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lm.plug import Table
+
 AXES = {"scale": ("embed",), "bias": ("embed",)}
 
 
@@ -57,4 +59,4 @@ class _Norm(nn.Module):
         return normalise(x, scale, bias)
 
 
-TABLE = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+TABLE = Table({"rmsnorm": RMSNorm, "layernorm": LayerNorm})

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from lm import caches, compat
-from lm import params as params_lib
 from lm.config import ModelConfig, merge, model_config
-from lm.decoder import Decoder
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 
 T = 44  # not a multiple of the blocks
 BASE = model_config(
@@ -30,7 +30,7 @@ BASE = model_config(
         "n_kv_heads": 2,
         "d_ff": 48,
         "max_positions": 32,
-        "attention": {"name": "softmax", "backend": "dense", "block_q": 16, "block_k": 12},
+        "mixer": {"name": "softmax", "backend": "dense", "block_q": 16, "block_k": 12},
     }
 )
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, T))
@@ -75,7 +75,7 @@ def rms_ratio(got: Any, want: Any) -> float:
 
 
 def backend(cfg: ModelConfig, name: str) -> ModelConfig:
-    return merge(cfg, {"attention": {"backend": name}}, "model")
+    return merge(cfg, {"mixer": {"backend": name}}, "model")
 
 
 class PlugCase:

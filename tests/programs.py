@@ -93,7 +93,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section(f"{n} programs compiled in {len(rows)} files")
     for file, row in rows[:20]:
         terminalreporter.write_line(
-            f"{int(row['programs']):5} programs  {row['compile_s']:6.1f} s compiling  {row['test_s']:6.1f} s in all  {file}"
+            f"{int(row['programs']):5} programs  {row['compile_s']:6.1f} s compiling  {row['test_s']:6.1f} s  {file}"
         )
     FILE.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(FILE.read_text()) if FILE.is_file() else {}

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params as params_lib
-from lm.config import merge, model_config, table
-from lm.decoder import Decoder
+from lm.config import merge, model_config
 from lm.errors import UserError
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
+from lm.plug import table
 
 FOUR = [1.0, 1.5, 2.0, 4.0]
 PATTERNS: list[dict[str, Any]] = [
@@ -93,7 +94,7 @@ ROWS = rows()
 
 
 def test_the_rows_name_every_plug_and_meet_every_pair() -> None:
-    assert {p["name"] for p in PATTERNS} == set(table("lm.attention"))
+    assert {p["name"] for p in PATTERNS} == set(table("lm.patterns"))
     assert {p["name"] for p in FFN} == set(table("lm.ffn"))
     assert {p["name"] for p in HEADS} == set(table("lm.heads"))
     assert {p["name"] for p in POSITIONS} == set(table("lm.positions"))
@@ -113,7 +114,7 @@ def test_a_pair_runs(p: int, s: int) -> None:
         "positions": POSITIONS[s],
         "ffn": FFN[ffn],
         "head": HEADS[head],
-        "attention": {**ATTENTION[attention], "block_q": 8, "block_k": 8},
+        "mixer": {**ATTENTION[attention], "block_q": 8, "block_k": 8},
         **REST[rest],
     }
     if (PATTERNS[p]["name"], kind(POSITIONS[s])) in REFUSED:
@@ -126,7 +127,7 @@ def test_a_pair_runs(p: int, s: int) -> None:
 
     @jax.jit
     def both(params: Any) -> list[Any]:
-        backends = [merge(cfg, {"attention": {"backend": name}}, "model") for name in ("dense", "blocked")]
+        backends = [merge(cfg, {"mixer": {"backend": name}}, "model") for name in ("dense", "blocked")]
         return [Decoder(c).apply({"params": params}, TOKENS).logits_BTV for c in backends]
 
     dense, blocked = (np.asarray(x) for x in both(params))

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from lm.config import ModelConfig, merge, model_config, plug, table, to_dict
+from lm.config import ModelConfig, merge, model_config, plug, to_dict
 from lm.errors import UserError
+from lm.plug import table
 
 SOCKETS = {
     "norm": "lm.norms",
-    "attention": "lm.mixers",
-    "pattern": "lm.attention",
+    "mixer": "lm.mixers",
+    "pattern": "lm.patterns",
     "positions": "lm.positions",
     "ffn": "lm.ffn",
     "head": "lm.heads",
@@ -105,9 +106,9 @@ BAD: list[tuple[Any, str]] = [
     ({"positions": {"name": "learned", "size": 0}}, r"model\.positions\.size: must be at least 1"),
     ({"positions": {"name": "alibi", "style": "mtp"}}, r"model\.positions\.style: unknown name 'mtp' .*'mpt'"),
     ({"dtype": "float64"}, r"model\.dtype: unknown name 'float64' .* valid: bfloat16, float16, float32"),
-    ({"attention": {"name": "softmax", "backend": "bloked"}}, r"model\.attention\.backend: .*'blocked'"),
-    ({"attention": {"name": "softmax", "block_k": 0}}, r"model\.attention\.block_k: must be at least 1"),
-    ({"attention": {"name": "softmax", "softcap": 0.0}}, r"model\.attention\.softcap: must be positive"),
+    ({"mixer": {"name": "softmax", "backend": "bloked"}}, r"model\.mixer\.backend: .*'blocked'"),
+    ({"mixer": {"name": "softmax", "block_k": 0}}, r"model\.mixer\.block_k: must be at least 1"),
+    ({"mixer": {"name": "softmax", "softcap": 0.0}}, r"model\.mixer\.softcap: must be positive"),
     ({"head": {"name": "linear", "softcap": -1.0}}, r"model\.head\.softcap: must be positive"),
     ({"pattern": {"name": "causal", "prefix": -1}}, r"model\.pattern\.prefix: must not be negative"),
     ({"pattern": {"name": "sliding_window", "window": 0}}, r"model\.pattern\.window: must be at least 1"),
@@ -178,7 +179,7 @@ def test_merge_keeps_what_it_is_not_told() -> None:
 def test_merge_with_another_name_starts_from_its_defaults() -> None:
     base = model_config({"pattern": {"name": "lm_infinite", "window": 64}})
     other = merge(base, {"pattern": {"name": "sliding_window"}}, "model")
-    assert other.pattern == table("lm.attention")["sliding_window"]()
+    assert other.pattern == table("lm.patterns")["sliding_window"]()
     assert merge(base, {"pattern": "sliding_window"}, "model") == other
 
 

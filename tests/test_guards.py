@@ -14,9 +14,9 @@ import pytest
 from guards import experiments, models, programs
 
 from experiments import registry
-from lm import params as params_lib
 from lm.config import model_config
 from lm.interop import load
+from lm.model import params as params_lib
 
 HERE = Path(__file__).parent / "guards"
 RECORDED = HERE / f"programs-jax{jax.__version__}.json"

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from lm.config import table
+from lm.plug import table
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("lm", "experiments", "configs", "kernels_pallas")
 MAX_LINES = 400
 PLUG_SOCKETS = (
-    "lm.attention",
+    "lm.patterns",
     "lm.caches",
     "lm.ffn",
-    "lm.ffn.routers",
+    "lm.ffn.moe.routers",
     "lm.heads",
     "lm.measures",
     "lm.mixers",
@@ -168,7 +168,7 @@ def test_sockets_do_not_import_each_others_plugs() -> None:
 def test_decoder_names_no_plug() -> None:
     names = {n.lower() for socket in PLUG_SOCKETS for n in table(socket)} - GENERIC
     assert {"lm_infinite", "streaming", "yarn", "swiglu"} <= names
-    text = (ROOT / "lm/decoder.py").read_text(encoding="utf-8").lower()
+    text = (ROOT / "lm/model/decoder.py").read_text(encoding="utf-8").lower()
     words = set(re.findall(r"[a-z0-9_]+", text)) | set(re.findall(r"[a-z0-9]+", text))
     assert names & words == set()
 
@@ -266,7 +266,7 @@ def test_readme_lists_every_plug(socket: str) -> None:
 def test_importing_the_library_is_light() -> None:
     """`import lm` starts no backend and loads none of the heavy optional packages, nor `flax.nnx`."""
     code = (
-        "import sys, lm, lm.decoder, lm.measures\n"
+        "import sys, lm, lm.model.decoder, lm.measures\n"
         "names = 'torch transformers tensorflow tensorflow_datasets gensim matplotlib flax.nnx'.split()\n"
         "heavy = [m for m in names if m in sys.modules]\n"
         "from jax._src import xla_bridge\n"

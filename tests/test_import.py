@@ -30,7 +30,7 @@ def test_the_library_runs_on_jax_and_flax_linen_alone() -> None:
         ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for p in (ROOT / "lm").rglob("*.py")
     )
-    assert "lm.decoder" in modules and "lm.attention" in modules
+    assert "lm.model.decoder" in modules and "lm.patterns" in modules
     out = python(
         f"""
 import importlib, sys
@@ -39,7 +39,7 @@ for name in ("flax.nnx", "torch", "tensorflow", "transformers"):
 for name in {modules}:
     importlib.import_module(name)
 import jax, jax.numpy as jnp, lm
-from lm import params
+from lm.model import params
 cfg = lm.model_config({{"d_model": 8, "n_heads": 2, "d_ff": 8}})
 out = lm.Decoder(cfg).apply({{"params": params.init(cfg, jax.random.key(0))}}, jnp.zeros((1, 3), jnp.int32))
 print(out.logits_BTV.shape, jax.devices()[0].platform)
@@ -55,7 +55,7 @@ def test_importing_sets_nothing() -> None:
 import os
 import jax, numpy
 before = (dict(os.environ), dict(jax.config.values), numpy.random.get_state()[1].tolist())
-import lm.decoder, lm.params, lm.interop, lm.measures, lm.caches
+import lm.model.decoder, lm.model.params, lm.interop, lm.measures, lm.caches
 after = (dict(os.environ), dict(jax.config.values), numpy.random.get_state()[1].tolist())
 print([a == b for a, b in zip(before, after)])
 """

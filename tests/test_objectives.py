@@ -13,10 +13,10 @@ import pytest
 from plug_case import rms_ratio
 
 from lm import compat
-from lm import params as params_lib
 from lm.config import ModelConfig, merge, model_config, plug
-from lm.decoder import Decoder, readout
 from lm.errors import UserError
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder, readout
 from lm.objectives import TABLE
 from lm.objectives.causal import head_loss
 

@@ -22,7 +22,7 @@ def model() -> dict[str, Any]:
         "d_ff": 81920,
         "max_positions": 2048,
         "norm": {"name": "layernorm", "eps": 1e-5},
-        "attention": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+        "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
         "positions": {"name": "learned", "size": 2048},
         "ffn": {"name": "gelu_tanh", "bias": True},
         "head": {"name": "linear", "tie": True},

@@ -5,7 +5,7 @@ smallest number, are the 2,240 chips of a v5p slice of 4 x 20 x 28. One row is a
 step are 240 a replica; 245 is the next number that 35 stages can share, so that embeddings and loss are computed once
 and not by every stage. Tokens between layers are cut over `tensor` too (Megatron's sequence parallelism, arXiv
 2205.05198, by some of the same authors): a stage holds the inputs of its layers for all microbatches
-(`lm.parallel.pipeline`), and a chip an eighth of them.
+(`lm.sharding.pipeline`), and a chip an eighth of them.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ rotated once, and a pattern that wants a key elsewhere turns it by the differenc
 frequencies depend on the length of the text. Optional: ``places(tokens) -> float32[B, T]``, where keys are rotated to
 before they are stored (default: their own positions); ``summarise(ctx) -> (state, ctx)``, called after `extend` with
 the queries in sight, for caches that keep more than keys and values; ``AXES``, the logical axes of its arrays by field
-(`lm.parallel.layout`), without which every device holds all of them.
+(`lm.sharding.layout`), without which every device holds all of them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,17 @@ from lm.caches.full import Full
 from lm.caches.sink_window import SinkWindow
 from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.plug import Table
 
 __all__ = ["TABLE", "Tokens", "axes", "check", "default", "init", "n_bytes", "needs_raw_keys"]
 
-TABLE = {"full": Full, "sink_window": SinkWindow, "block_memory": Blocks}
+TABLE = Table(
+    {
+        "full": "lm.caches.full:Full",
+        "sink_window": "lm.caches.sink_window:SinkWindow",
+        "block_memory": "lm.caches.blocks:Blocks",
+    }
+)
 
 
 def needs_raw_keys(cfg: ModelConfig) -> bool:

@@ -1,12 +1,12 @@
 """SOCKET decoding: how the next tokens are chosen.
 
-`Sampling` says how one token is drawn from logits (`lm.decoding.logits`), `lm.decoding.sampler.Generator` runs the loop
-on the device.
+`Sampling` says how one token is drawn from logits (`lm.decoding.sampling`), `Generator` runs the loop on the device
+(`lm.decoding.generator`).
 """
 
 from __future__ import annotations
 
-from lm.decoding.logits import Sampling
-from lm.decoding.sampler import Generated, Generator
+from lm.decoding.generator import Generated, Generator
+from lm.decoding.sampling import Sampling
 
 __all__ = ["Generated", "Generator", "Sampling"]

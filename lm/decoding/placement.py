@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from lm import caches, params
+from lm import caches
 from lm.config import ModelConfig
-from lm.decoding.logits import Sampling
-from lm.decoding.sampler import Settings, one_token, prefill, started
+from lm.decoding.generator import Settings, initial_state, one_token, prefill
+from lm.decoding.sampling import Sampling
 from lm.errors import UserError
-from lm.parallel.layout import Layout, using
+from lm.model import params
+from lm.sharding.layout import Layout, using
 
 ROOM = 256  # tokens of an answer, the last ones of a cache
 
@@ -75,12 +76,12 @@ class Placement:
         return jax.ShapeDtypeStruct(shape, kind, sharding=self.sharding(("batch", *(None,) * (len(shape) - 1))))
 
     def decode(self, sampling: Sampling | None = None) -> Any:
-        """``(params, state) -> state``, one more token for every row (`lm.decoding.sampler.one_token`), lowered; the
+        """``(params, state) -> state``, one more token for every row (`lm.decoding.generator.one_token`), lowered; the
         state is donated."""
         settings = Settings(self.cfg, sampling or Sampling(), ())
         hidden = self._rows((self.batch, self.cfg.d_model), jnp.dtype(self.cfg.dtype))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), self.batch))
-        shapes = jax.eval_shape(lambda h, c, k: started(settings, h, c, k, ROOM), hidden, self.cache, keys)
+        shapes = jax.eval_shape(lambda h, c, k: initial_state(settings, h, c, k, ROOM), hidden, self.cache, keys)
         state = {name: self._rows(x.shape, x.dtype) for name, x in shapes.items() if name != "cache"}
         state = {**state, "cache": self._used()}
         where = jax.tree.map(lambda x: x.sharding, state)
@@ -89,7 +90,7 @@ class Placement:
             return run.lower(self.params, state)
 
     def read(self, tokens: int, fresh: bool) -> Any:
-        """``(params, tokens, index, cache) -> (hidden, cache)``, a piece of a prompt (`lm.decoding.sampler.prefill`),
+        """``(params, tokens, index, cache) -> (hidden, cache)``, a piece of a prompt (`lm.decoding.generator.prefill`),
         lowered: the first one where `fresh`, else one after others; the cache is donated."""
         cache = self.cache if fresh else self._used()
         rows = self._rows((self.batch, tokens), jnp.int32)

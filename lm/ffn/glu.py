@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 
 from lm.config import ModelConfig
-from lm.layers import Project
+from lm.weights.project import Project
 
 AXES = {
     "gate/kernel": ("embed", "mlp"),

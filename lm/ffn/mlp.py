@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
-from lm.layers import Project
+from lm.weights.project import Project
 
 Activation = Callable[[jax.Array], jax.Array]
 

@@ -13,8 +13,12 @@ Heads over ordered bins (`lm.heads.bins`) take every id of the vocabulary for a 
 
 from __future__ import annotations
 
-from lm.heads.fourier import Fourier
-from lm.heads.linear import Linear
-from lm.heads.mixture import Mixture
+from lm.plug import Table
 
-TABLE = {"linear": Linear, "fourier": Fourier, "mixture": Mixture}
+TABLE = Table(
+    {
+        "linear": "lm.heads.linear:Linear",
+        "fourier": "lm.heads.fourier:Fourier",
+        "mixture": "lm.heads.mixture:Mixture",
+    }
+)

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.parallel import constrain, parts
+from lm.sharding import constrain, parts
 
 Sums = dict[str, jax.Array]
 

@@ -22,7 +22,7 @@ import numpy as np
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.bins import Bins
-from lm.layers import uniform
+from lm.weights.project import uniform
 
 AXES = {"head/coefficients": ("embed", "freq"), "head/coefficients_bias": ("freq",)}
 _EXACT = jax.lax.Precision.HIGHEST  # accelerators would otherwise multiply float32 in bfloat16 or TF32

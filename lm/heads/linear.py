@@ -13,7 +13,7 @@ from lm import weights
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.cross_entropy import Sums, linear_loss
-from lm.layers import merged
+from lm.weights.project import row_axes
 
 AXES = {"head/kernel": ("embed", "vocab"), "head/bias": ("vocab",)}
 
@@ -64,7 +64,7 @@ class _Linear(nn.Module):
         else:
             init = nn.initializers.normal(cfg.init_std)
             kernel = weights.param(self, "kernel", init, (cfg.d_model, cfg.vocab_size), cfg.param_dtype)
-            flat = weights.product(h.reshape(*merged(h.shape[:-1]), cfg.d_model), kernel, 1, jnp.float32)
+            flat = weights.product(h.reshape(*row_axes(h.shape[:-1]), cfg.d_model), kernel, 1, jnp.float32)
             logits = flat.reshape(*h.shape[:-1], -1)
         if head.bias:
             bias = self.param("bias", nn.initializers.zeros, (cfg.vocab_size,), cfg.param_dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.bins import Bins
-from lm.layers import uniform
+from lm.weights.project import uniform
 
 AXES = {
     "head/mixture": ("embed", "components"),

@@ -112,7 +112,7 @@ def _llama_like(hf: Hf, **attention: Any) -> dict[str, Any]:
         "positions": rope(hf),
         "ffn": {"name": _pick(GATED, hf.get("hidden_act", "silu"), "hidden_act"), "bias": bool(hf.get("mlp_bias"))},
         "head": {"name": "linear", "tie": bool(hf.get("tie_word_embeddings", False))},
-        "attention": {"name": "softmax", **attention},
+        "mixer": {"name": "softmax", **attention},
     }
 
 
@@ -261,7 +261,7 @@ def _gpt2(hf: Hf) -> dict[str, Any]:
         "positions": {"name": "learned", "size": positions},
         "ffn": {"name": _pick(PLAIN, hf.get("activation_function", "gelu_new"), "activation_function"), "bias": True},
         "head": {"name": "linear", "tie": bool(hf.get("tie_word_embeddings", True))},
-        "attention": {
+        "mixer": {
             "name": "softmax",
             "qkv_bias": True,
             "out_bias": True,

@@ -105,7 +105,7 @@ class File:
             "positions": self._rope(),
             "ffn": {"name": "swiglu"},
             "head": {"name": "linear", "tie": "output.weight" not in self.tensors},
-            "attention": {
+            "mixer": {
                 "name": "softmax",
                 "qkv_bias": "blk.0.attn_q.bias" in self.tensors,
                 "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,

@@ -18,12 +18,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm.config import ModelConfig
-from lm.decoder import Decoder, readout
 from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
-from lm.decoding.sampler import padded
+from lm.decoding.generator import padded
 from lm.errors import UserError
-from lm.params import unstack
+from lm.model.decoder import Decoder, readout
+from lm.model.params import unstack
 
 SCORED = 512  # positions whose logits exist at one time
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lm import params as params_lib
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.interop import families
 from lm.interop.files import new_folder
 from lm.interop.tensors import flip
+from lm.model import params as params_lib
 from lm.surgery.lora import LoRA
 
 _FUSED = {"gpt_neox": ("attn/q", "attn/k", "attn/v"), "gpt2": ("attn/q", "attn/k", "attn/v")}

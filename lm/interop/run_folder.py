@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 import lm.interop.tensors as tensors
-import lm.params as params_lib
+import lm.model.params as params_lib
 from lm.config import ModelConfig, plug
 from lm.data import values
 from lm.data.tokenizers import ByteTokenizer, Tokenizer, from_directory

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lm import params as params_lib
 from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.model import params as params_lib
 
 # our name (without "blocks/") -> (name in the file, `{i}` = layer, `{e}` = expert; how to turn it)
 Table = dict[str, tuple[str, Callable[..., np.ndarray]]]

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 import lm.interop.families as families
-import lm.params as params_lib
-from lm.config import ModelConfig, build, table, to_dict
+import lm.model.params as params_lib
+from lm.config import ModelConfig, build, to_dict
 from lm.errors import UserError, unknown
 from lm.interop.files import new_folder
 from lm.interop.tensors import Table, flip
+from lm.plug import table
 
 Hf = dict[str, Any]
 # How a model is computed, not what it computes: not part of a checkpoint.
@@ -126,7 +127,7 @@ def _llama_like(cfg: ModelConfig, kind: str, architecture: str) -> Hf:
         "rms_norm_eps": cfg.norm.eps,
         "hidden_act": _inverse(families.GATED, cfg),
         "mlp_bias": bool(getattr(cfg.ffn, "bias", False)),
-        "attention_bias": bool(cfg.attention.out_bias),
+        "attention_bias": bool(cfg.mixer.out_bias),
         "tie_word_embeddings": bool(getattr(cfg.head, "tie", False)),
         "rope_parameters": _rope(cfg),
     }
@@ -195,7 +196,7 @@ def _qwen_moe(cfg: ModelConfig, out: Hf) -> Hf:
 
 def _qwen2_moe(cfg: ModelConfig) -> Hf:
     out = _without(_llama_like(cfg, "qwen2_moe", "Qwen2MoeForCausalLM"), "attention_bias", "head_dim")
-    return {**_qwen_moe(cfg, out), **_layer_types(cfg), "qkv_bias": cfg.attention.qkv_bias}
+    return {**_qwen_moe(cfg, out), **_layer_types(cfg), "qkv_bias": cfg.mixer.qkv_bias}
 
 
 def _qwen3_moe(cfg: ModelConfig) -> Hf:
@@ -218,7 +219,7 @@ def _neox(cfg: ModelConfig) -> Hf:
         "max_position_embeddings": cfg.max_positions,
         "layer_norm_eps": cfg.norm.eps,
         "hidden_act": _inverse(families.PLAIN, cfg),
-        "attention_bias": bool(cfg.attention.out_bias),
+        "attention_bias": bool(cfg.mixer.out_bias),
         "use_parallel_residual": cfg.parallel_residual,
         "tie_word_embeddings": bool(getattr(cfg.head, "tie", False)),
         "rotary_pct": fraction,
@@ -239,7 +240,7 @@ def _gpt2(cfg: ModelConfig) -> Hf:
         "layer_norm_epsilon": cfg.norm.eps,
         "activation_function": _inverse(families.PLAIN, cfg),
         "tie_word_embeddings": bool(getattr(cfg.head, "tie", False)),
-        "scale_attn_weights": cfg.attention.scale is None,
+        "scale_attn_weights": cfg.mixer.scale is None,
     }
 
 

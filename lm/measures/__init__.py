@@ -11,16 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from lm.measures.base import Measured, Subject
-from lm.measures.chunk_choice import ChunkChoice
-from lm.measures.decode_cost import DecodeCost
-from lm.measures.density import ConditionalDensity
-from lm.measures.forecast import Forecast
-from lm.measures.nll import NllByPosition
-from lm.measures.passkey import Passkey
-from lm.measures.prefill_cost import PrefillCost
-from lm.measures.routing import Routing, RoutingHistory
-from lm.measures.smoothness import Smoothness
-from lm.measures.train_log import TrainLog
+from lm.plug import Table
 
 Progress = Callable[[float, str], None]
 
@@ -35,18 +26,20 @@ class Measure(Protocol):
     def identity(self) -> str: ...
 
 
-TABLE = {
-    "nll_by_position": NllByPosition,
-    "passkey": Passkey,
-    "chunk_choice": ChunkChoice,
-    "decode_cost": DecodeCost,
-    "prefill_cost": PrefillCost,
-    "train_log": TrainLog,
-    "smoothness": Smoothness,
-    "conditional_density": ConditionalDensity,
-    "forecast": Forecast,
-    "routing": Routing,
-    "routing_history": RoutingHistory,
-}
+TABLE = Table(
+    {
+        "nll_by_position": "lm.measures.language.nll:NllByPosition",
+        "passkey": "lm.measures.language.passkey:Passkey",
+        "chunk_choice": "lm.measures.routing.chunk_choice:ChunkChoice",
+        "decode_cost": "lm.measures.cost.decode_cost:DecodeCost",
+        "prefill_cost": "lm.measures.cost.prefill_cost:PrefillCost",
+        "train_log": "lm.measures.cost.train_log:TrainLog",
+        "smoothness": "lm.measures.language.smoothness:Smoothness",
+        "conditional_density": "lm.measures.tasks.density:ConditionalDensity",
+        "forecast": "lm.measures.tasks.forecast:Forecast",
+        "routing": "lm.measures.routing.routing:Routing",
+        "routing_history": "lm.measures.routing.routing:RoutingHistory",
+    }
+)
 
 __all__ = ["TABLE", "Measure", "Measured", "Progress", "Subject"]

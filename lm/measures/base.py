@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ModelConfig
-from lm.decoder import Decoder, readout
 from lm.errors import UserError
+from lm.model.decoder import Decoder, readout
 
 Progress = Callable[[float, str], None]
 
@@ -99,7 +99,7 @@ def _records(cfg: ModelConfig, last: int) -> Any:
 def records(
     subject: Subject, tokens: Any, last: int, on_layer: Callable[[], None] | None = None
 ) -> list[dict[str, np.ndarray]]:
-    """What each layer's mixer records (`lm.decoder.Decoder`) of the `last` tokens: name -> array ``[last, …]``."""
+    """What each layer's mixer records of the `last` tokens: name -> array ``[last, …]``."""
     _TICK.listener = on_layer
     try:
         made = _records(subject.config, last)(subject.params, jnp.asarray(tokens, jnp.int32)[None])

@@ -6,6 +6,10 @@ A plug is a frozen dataclass of settings with ``module(model_config, name) -> nn
 
 from __future__ import annotations
 
-from lm.mixers.attention import SoftmaxAttention
+from lm.plug import Table
 
-TABLE = {"softmax": SoftmaxAttention}
+TABLE = Table(
+    {
+        "softmax": "lm.mixers.softmax:SoftmaxAttention",
+    }
+)

@@ -6,8 +6,8 @@ over batches and devices, ``weight`` (what to divide by for a mean) among them. 
 accumulation and packed rows of any fill give the same gradient as one large batch.
 
 `batch` is a dict of arrays ``[B, T]``: ``inputs`` and ``targets`` int32, ``weights`` float32 (0 = not counted), and,
-where a row holds more than one document or padding, ``segments`` and ``index`` int32 as `lm.decoder.Decoder` takes
-them; in training also ``key``, a random key for the decoder. What layers report is added by `lm.auxiliary.add`.
+where a row holds more than one document or padding, ``segments`` and ``index`` int32 as the decoder takes
+them; in training also ``key``, a random key for the decoder. What layers report is added by `lm.model.reports.add`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from typing import Any, Protocol
 import jax
 
 from lm.config import ModelConfig
-from lm.objectives.causal import Causal
+from lm.plug import Table
 
-TABLE = {"causal": Causal}
+TABLE = Table(
+    {
+        "causal": "lm.objectives.causal:Causal",
+    }
+)
 
 
 class Objective(Protocol):

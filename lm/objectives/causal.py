@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from lm import auxiliary
 from lm.config import ModelConfig
-from lm.decoder import Decoder
 from lm.errors import UserError
 from lm.heads.cross_entropy import Sums
+from lm.model import reports
+from lm.model.decoder import Decoder
 from lm.objectives.likelihood import head_loss
 
 __all__ = ["Causal", "head_loss"]
@@ -37,9 +37,9 @@ class Causal:
 
     def loss(self, cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
         """The loss and the sums ``nll``, ``weight``, ``z`` (of log^2 Z) and ``correct`` (the target had the largest
-        logit, ties included), each weighted; float32 scalars; with what layers add (`lm.auxiliary.add`). See
+        logit, ties included), each weighted; float32 scalars; with what layers add (`lm.model.reports.add`). See
         `lm.objectives` for `batch`."""
         where = {f"{name}_BT": batch[name] for name in ("segments", "index", "positions") if name in batch}
         out = Decoder(cfg).apply({"params": params}, batch["inputs"], logits=False, key=batch.get("key"), **where)
         found = head_loss(cfg, params, out.hidden_BTD, batch["targets"], batch["weights"], self.z_loss, self.chunk)
-        return auxiliary.add(out.reports, *found)
+        return reports.add(out.reports, *found)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
-from lm.decoder import readout
 from lm.heads.cross_entropy import Sums, pieces
+from lm.model.decoder import readout
 
 
 def head_loss(

@@ -13,18 +13,19 @@ import jax
 import optax
 
 from lm.errors import UserError
-from lm.optimizers.plain import SGD, Adafactor, AdamW, Lion, Muon
-from lm.optimizers.sgd_sai import SGDSaI
-from lm.params import stacks
+from lm.model.params import stacks
+from lm.plug import Table
 
-TABLE = {
-    "adamw": AdamW,
-    "adafactor": Adafactor,
-    "lion": Lion,
-    "muon": Muon,
-    "sgd": SGD,
-    "sgd_sai": SGDSaI,
-}
+TABLE = Table(
+    {
+        "adamw": "lm.optimizers.plain:AdamW",
+        "adafactor": "lm.optimizers.plain:Adafactor",
+        "lion": "lm.optimizers.plain:Lion",
+        "muon": "lm.optimizers.plain:Muon",
+        "sgd": "lm.optimizers.plain:SGD",
+        "sgd_sai": "lm.optimizers.sgd_sai:SGDSaI",
+    }
+)
 
 
 class Optimizer(Protocol):

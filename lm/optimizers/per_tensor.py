@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from lm.params import stacks
+from lm.model.params import stacks
 
 
 def _structure(tree: Any) -> Any:

@@ -10,9 +10,9 @@ import optax
 from optax import contrib
 
 from lm.errors import UserError
+from lm.model.params import logical
 from lm.optimizers.per_tensor import per_tensor
 from lm.optimizers.sgd_sai import scale_by_sai
-from lm.params import logical
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 from lm.errors import UserError
+from lm.plug import Table
 
 
 def _steps(amount: float, total: int) -> int:
@@ -89,4 +90,4 @@ def _warm(steps: int, rest: optax.Schedule) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(1.0 / (steps + 1), 1.0, steps), rest], [steps])
 
 
-TABLE = {"constant": Constant, "cosine": Cosine, "wsd": WSD}
+TABLE = Table({"constant": Constant, "cosine": Cosine, "wsd": WSD})

@@ -19,10 +19,7 @@ from typing import Any, Protocol
 
 import jax
 
-from lm.positions.alibi import Alibi
-from lm.positions.learned import Learned
-from lm.positions.nope import NoPE
-from lm.positions.rope import Rope
+from lm.plug import Table
 
 
 class Positions(Protocol):
@@ -38,4 +35,11 @@ class Positions(Protocol):
     def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None: ...
 
 
-TABLE = {"rope": Rope, "alibi": Alibi, "nope": NoPE, "learned": Learned}
+TABLE = Table(
+    {
+        "rope": "lm.positions.rope:Rope",
+        "alibi": "lm.positions.alibi:Alibi",
+        "nope": "lm.positions.nope:NoPE",
+        "learned": "lm.positions.learned:Learned",
+    }
+)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
+from lm.plug import Table
 
 KEY = "train.augmentation"
 
@@ -103,4 +104,4 @@ class E2LLM:
         return moved.astype(jnp.float32) / g.astype(jnp.float32)
 
 
-TABLE = {"own": Own, "e2_llm": E2LLM}
+TABLE = Table({"own": Own, "e2_llm": E2LLM})

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.config import socket
 from lm.errors import UserError
+from lm.plug import socket
 
 
 @dataclass(frozen=True)

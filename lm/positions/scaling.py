@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.errors import UserError
+from lm.plug import Table
 
 Frequencies = tuple[jax.Array, float]
 
@@ -224,12 +225,14 @@ class Llama3:
         return _f32((1.0 - u) * f / self.factor + u * f), 1.0
 
 
-TABLE = {
-    "default": Default,
-    "linear": Linear,
-    "ntk": Ntk,
-    "dynamic": Dynamic,
-    "yarn": Yarn,
-    "longrope": LongRope,
-    "llama3": Llama3,
-}
+TABLE = Table(
+    {
+        "default": Default,
+        "linear": Linear,
+        "ntk": Ntk,
+        "dynamic": Dynamic,
+        "yarn": Yarn,
+        "longrope": LongRope,
+        "llama3": Llama3,
+    }
+)

@@ -11,11 +11,15 @@ from typing import Any, Protocol
 import jax
 
 from lm.config import ModelConfig
-from lm.surgery.int8 import Int8
-from lm.surgery.lora import LoRA
-from lm.surgery.nothing import Nothing
+from lm.plug import Table
 
-TABLE = {"none": Nothing, "lora": LoRA, "int8": Int8}
+TABLE = Table(
+    {
+        "none": "lm.surgery.full_training:FullTraining",
+        "lora": "lm.surgery.lora:LoRA",
+        "int8": "lm.surgery.int8:Int8",
+    }
+)
 
 
 class Trainable(Protocol):

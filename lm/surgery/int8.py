@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from lm import params as params_lib
 from lm import weights
 from lm.config import ModelConfig
+from lm.model import params as params_lib
 
 
 @dataclass(frozen=True)

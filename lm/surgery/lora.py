@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import params as params_lib
 from lm import weights
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
+from lm.model import params as params_lib
 
 _TABLES = ("embed", "pos_embed")  # read by rows
 

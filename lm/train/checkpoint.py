@@ -20,9 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from lm.errors import UserError
-from lm.parallel import hosts
-from lm.train.errors import TrainingStopped
+from lm.errors import TrainingStopped, UserError
+from lm.sharding import processes
 
 
 class SaveFailed(TrainingStopped):
@@ -95,13 +94,13 @@ class Checkpoints:
 
         `check(about)` may raise `UserError` for a checkpoint of something else. Damaged ones are told and put aside.
         """
-        while (step := hosts.shared(max(self.steps, default=None))) is not None:
-            about, why = hosts.shared(self._about(step) if jax.process_index() == 0 else None)
+        while (step := processes.shared(max(self.steps, default=None))) is not None:
+            about, why = processes.shared(self._about(step) if jax.process_index() == 0 else None)
             if not why:
                 check(about)
                 state, why = self._state(step, like)
                 # What one process cannot read is damaged for all, and nobody waits for it in a collective.
-                why = next(filter(None, hosts.everyones(why)), "")
+                why = next(filter(None, processes.everyones(why)), "")
             if not why:
                 found = _marks(state)
                 wrong = [k for k, v in about["fingerprints"].items() if found.get(k) != v]
@@ -136,10 +135,10 @@ class Checkpoints:
         while aside.exists():
             n, aside = n + 1, self.folder.parent / f"damaged-{step}-{n}"
         self.manager.close()
-        hosts.meet()
+        processes.meet()
         if jax.process_index() == 0:
             (self.folder / str(step)).rename(aside)
-        hosts.meet()
+        processes.meet()
         self._open()
         tell(f"{self.folder / str(step)}: damaged ({why}); moved to {aside.name}, {then}")
 

@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from lm.config import ModelConfig, socket, table, to_dict
+from lm.config import ModelConfig, to_dict
 from lm.errors import UserError, unknown
-from lm.parallel.layout import Layout
+from lm.plug import socket, table
+from lm.sharding.layout import Layout
 
 PACKINGS = ("concat", "best_fit")
 

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import params
 from lm.config import ModelConfig
+from lm.model import params
 
 # Peak dense bfloat16 FLOP/s of one chip, from the vendors' data sheets. Devices not listed: a measured product.
 PEAK = {

@@ -19,18 +19,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import auxiliary, optimizers, params
+from lm import optimizers
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
-from lm.errors import UserError
+from lm.errors import Terminated, TrainingStopped, UserError
 from lm.interop import reader, run_folder, to_huggingface
-from lm.parallel import hosts
+from lm.model import params, reports
+from lm.sharding import processes
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
 from lm.train.data import Data
-from lm.train.errors import Terminated, TrainingStopped
-from lm.train.ledger import KINDS, Ledger, Log, NoLog, read
+from lm.train.log import KINDS, Ledger, Log, NoLog, read
 from lm.train.placement import Placement
 from lm.train.step import draws, initial, transformation
 
@@ -81,7 +81,7 @@ def run(
     with _alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         this = _Run(cfg, train, data, folder, about, seed, start_source, report, tell)
         try:
-            with hosts.watched():
+            with processes.watched():
                 return this.all(start)
         finally:
             if jax.process_count() == 1 or isinstance(sys.exception(), (type(None), Terminated)):
@@ -124,7 +124,7 @@ class _Run:
         train, ledger = self.train, self.ledger
         with ledger.during("init"):
             state, done = self._state(start)
-            if done == train.steps and (self.data.held_out is None or hosts.shared(self._evaluated())):
+            if done == train.steps and (self.data.held_out is None or processes.shared(self._evaluated())):
                 return self._trained(state)
             self.peak, source = flops.peak(self.cfg.dtype)
             writes = jax.process_index() == 0
@@ -256,7 +256,7 @@ class _Run:
     def _read(self, i: int, metrics: Any) -> None:
         """Waits for the metrics of step `i`, logs them, and stops a run that does not recover."""
         found = jax.device_get(metrics)
-        own = auxiliary.report(self.cfg, found.pop("aux", ((),) * self.cfg.n_layers))
+        own = reports.report(self.cfg, found.pop("aux", ((),) * self.cfg.n_layers))
         m = {k: float(v) for k, v in found.items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
@@ -310,7 +310,7 @@ class _Run:
         for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
             found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch, self.base)))
             sums = jax.tree.map(np.add, sums, found) if sums else found
-        own = auxiliary.report(self.cfg, sums.pop("aux", ((),) * self.cfg.n_layers), whole=True)
+        own = reports.report(self.cfg, sums.pop("aux", ((),) * self.cfg.n_layers), whole=True)
         nll = sums["nll"] / max(sums["weight"], 1.0)
         bpb = nll / math.log(2) / self.data.bytes_per_token
         values = {"nll": float(nll), "bits_per_byte": float(bpb), "tokens": float(sums["weight"]), **own}
@@ -383,7 +383,7 @@ def _terminations() -> Iterator[Callable[[], bool]]:
     others get no signals). Several processes agree on the step."""
     asked = threading.Event()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield hosts.asked_to_stop if jax.process_count() > 1 else lambda: False
+        yield processes.asked_to_stop if jax.process_count() > 1 else lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
     try:

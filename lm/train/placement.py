@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from lm import params
 from lm.config import ModelConfig
-from lm.decoder import Decoder
 from lm.errors import UserError
-from lm.parallel import pipeline
-from lm.parallel.layout import using
+from lm.model import params
+from lm.model.decoder import Decoder
+from lm.sharding import pipeline
+from lm.sharding.layout import using
 from lm.train.config import TrainConfig
 from lm.train.step import Batch, State, evaluator, step
 
@@ -49,7 +49,7 @@ class Placement:
         self.shapes = {name: leaf.shape for name, leaf in params.names(whole).items()}
         axes = {name: params.logical_of(name) for name in self.shapes}
         self.layout.check({name: (shape, axes[name]) for name, shape in self.shapes.items()}, sizes)
-        self.outside = self.layout.outside(sizes)
+        self.outside = self.layout.layout_around_stages(sizes)
         self.rows = NamedSharding(self.mesh, self.outside.spec(("batch", "length")))
         if stages > 1 or self.layout.parts("length", sizes) > 1:  # what layers cannot do in parts is said now
             tokens = jax.ShapeDtypeStruct((train.batch // train.accumulate, train.data.seq_len), "int32")

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lm import auxiliary, optimizers
+from lm import optimizers
 from lm.config import ModelConfig
+from lm.model import reports
 from lm.train.config import TrainConfig
 
 State = dict[str, Any]
@@ -23,7 +24,7 @@ def transformation(train: TrainConfig) -> optax.GradientTransformation:
 
 def draws(cfg: ModelConfig, train: TrainConfig) -> bool:
     """Whether steps draw numbers: for the training itself, or for layers that know training from use."""
-    return train.stochastic or auxiliary.asks(cfg)
+    return train.stochastic or reports.has_reports(cfg)
 
 
 def initial(params: Any, train: TrainConfig, seed: int | None = None) -> State:
@@ -51,7 +52,7 @@ def gradients(
 
     def loss(params: Any, part: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         whole = train.surgery.attach(cfg, base, params, rng)
-        if auxiliary.asks(cfg) and rng is not None:
+        if reports.has_reports(cfg) and rng is not None:
             part = {**part, "key": jax.random.fold_in(rng, 0)}
         summed, aux = train.objective.loss(cfg, whole, part)
         return summed / total, {**aux, "loss": summed / total}
@@ -96,7 +97,7 @@ def step(
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = optax.apply_updates(state["params"], updates)
         whole = "aux" in metrics and not train.surgery.adds  # what stays is not moved either
-        return auxiliary.moved(cfg, state["params"], new, metrics["aux"]) if whole else new, opt
+        return reports.apply_rule_updates(cfg, state["params"], new, metrics["aux"]) if whole else new, opt
 
     params, opt = jax.lax.cond(ok, move, lambda _: (state["params"], state["opt"]), None)
     bad = 1 - ok.astype(jnp.int32)

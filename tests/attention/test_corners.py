@@ -11,10 +11,11 @@ import numpy as np
 import oracles
 import pytest
 
-from lm.attention import TABLE, attend
+from lm.attention.attend import attend
 from lm.attention.branches import NEG, Branch, Context, Tokens, merge
 from lm.attention.masks import And, Causal, Chunked, Full, Mask, Not, Or, Prefix, Sinks, Window
 from lm.attention.tiles import Grid, visit
+from lm.patterns import TABLE
 from lm.positions.alibi import Alibi, slopes
 from lm.positions.nope import NoPE
 from lm.positions.rope import Rope

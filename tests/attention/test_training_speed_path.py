@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from plug_case import rms_ratio
 
-from lm import params as params_lib
-from lm.attention import TABLE, attend
+from lm.attention.attend import attend
 from lm.attention.branches import Context, Tokens
 from lm.attention.tiles import block
 from lm.config import merge, model_config
+from lm.model import params as params_lib
 from lm.objectives.causal import Causal
+from lm.patterns import TABLE
 from lm.positions.alibi import Alibi
 from lm.positions.nope import NoPE
 from lm.positions.rope import Rope
@@ -128,7 +129,7 @@ def test_a_training_gradient_does_not_depend_on_the_backend(change: dict[str, An
     def run(cfg: Any, params: Any) -> Any:
         return jax.jit(jax.value_and_grad(lambda p: Causal(chunk=256).loss(cfg, p, batch)[0]))(params)
 
-    want, g_want = run(merge(cfg, {"attention": {"backend": "dense"}}, "model"), params)
+    want, g_want = run(merge(cfg, {"mixer": {"backend": "dense"}}, "model"), params)
     got, g_got = run(cfg, params)
     flat, g_flat = run(cfg, params_lib.unstack(params))
     np.testing.assert_allclose([got, flat], want, rtol=1e-6)

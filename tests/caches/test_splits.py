@@ -12,9 +12,9 @@ import pytest
 from test_composition import PATTERNS, POSITIONS, REFUSED, kind, name
 
 from lm import caches
-from lm import params as params_lib
 from lm.config import merge, model_config
-from lm.decoder import Decoder
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 
 T, PIECE = 12, 3
 BASE = model_config(

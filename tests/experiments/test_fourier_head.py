@@ -12,8 +12,8 @@ from experiments import registry
 from experiments.claims import Results
 from experiments.plan import make, prepare
 from lm.errors import UserError
-from lm.measures import density_tasks
-from lm.measures.smoothness import smoothness
+from lm.measures.language.smoothness import smoothness
+from lm.measures.tasks import density_tasks
 
 PATH = registry.CONFIGS / "fourier_head.py"
 

@@ -11,10 +11,10 @@ import jax
 import pytest
 
 from experiments import generate
-from lm import params as params_lib
 from lm.config import model_config
 from lm.data.tokenizers import ByteTokenizer
 from lm.interop import to_huggingface
+from lm.model import params as params_lib
 
 MODEL = {"vocab_size": 258, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 16, "max_positions": 32}
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"

@@ -12,10 +12,10 @@ from toy_experiment import Lab
 
 from experiments import arms, registry, settings
 from experiments.settings import Text, override
-from lm.attention.lm_infinite import LMInfinite
-from lm.attention.sliding_window import SlidingWindow
 from lm.config import ModelConfig, merge
 from lm.errors import UserError
+from lm.patterns.lm_infinite import LMInfinite
+from lm.patterns.sliding_window import SlidingWindow
 from lm.positions.scaling import Default, Linear, Yarn
 
 RAW: dict[str, Any] = {

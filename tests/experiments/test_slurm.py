@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from slurm_cluster import NoCluster, cluster
 
-from lm.train.ledger import read
+from lm.train.log import read
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WAITS = 12, 6
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from configs.pretrain import SCALES, claims, get_config
 from experiments.sweeps import grid
-from lm.train.ledger import Log
+from lm.train.log import Log
 
 
 def sweep_seeds():

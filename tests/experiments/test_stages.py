@@ -12,7 +12,7 @@ import pytest
 
 from experiments import run
 from lm import interop
-from lm import params as params_lib
+from lm.model import params as params_lib
 
 pytestmark = pytest.mark.usefixtures("compiled")
 CONFIG = '''

@@ -17,7 +17,7 @@ import pytest
 
 from experiments import run
 from lm.train import loop
-from lm.train.ledger import read
+from lm.train.log import read
 
 pytestmark = pytest.mark.usefixtures("compiled")
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from plug_case import PlugCase
 
-from lm.config import model_config, plug, table
+from lm.config import model_config, plug
+from lm.plug import table
 
 D, F = 6, 10
 CFG = model_config({"d_model": D, "n_heads": 1, "d_ff": F})

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from guards import models
 
 from experiments import registry
 from experiments.cache import key
 from experiments.plan import Plan, make, prepare
-from lm import params as params_lib
-from lm.config import table, to_dict
+from guards import models
+from lm.config import to_dict
+from lm.model import params as params_lib
+from lm.plug import table
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import caches
-from lm import params as params_lib
 from lm.config import ModelConfig, build, merge, model_config
-from lm.decoder import Decoder
-from lm.decoding.logits import Sampling
 from lm.decoding.placement import Placement as Serving
-from lm.parallel import Layout
+from lm.decoding.sampling import Sampling
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
+from lm.sharding import Layout
 from lm.train import step
 from lm.train.config import TrainConfig
 from lm.train.placement import Placement

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plug_case import BASE, TOKENS, PlugCase, gradient, logits, parameters, rms_ratio
 
-from lm import params as params_lib
 from lm.config import merge, model_config
-from lm.decoder import readout
 from lm.errors import UserError
 from lm.heads.fourier import autocorrelation, probabilities, roughness
+from lm.model import params as params_lib
+from lm.model.decoder import readout
 from lm.objectives.causal import head_loss
 from lm.optimizers import TABLE as OPTIMIZERS
 from lm.train.config import TrainConfig

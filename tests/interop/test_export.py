@@ -13,13 +13,13 @@ import pytest
 
 from experiments import convert
 from lm import interop
-from lm import params as params_lib
 from lm.config import ModelConfig, merge, model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.decoder import Decoder
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
 from lm.interop import run_folder, to_huggingface
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 
 LLAMA = {
     "vocab_size": 258,
@@ -38,7 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **LLAMA,
             "head": {"name": "linear", "tie": False},
-            "attention": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
         },
     ),
     "llama yarn": (
@@ -50,18 +50,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {
             **LLAMA,
-            "attention": {"name": "softmax", "qkv_bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True},
             "layer_overrides": ({"layers": "1", "pattern": {"name": "sliding_window", "window": 8}},),
         },
     ),
-    "qwen3": ("qwen3", {**LLAMA, "head_dim": 16, "attention": {"name": "softmax", "qk_norm": True}}),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 16, "mixer": {"name": "softmax", "qk_norm": True}}),
     "mixtral": ("mixtral", {**LLAMA, "ffn": {"name": "moe", "experts": 3, "load_balance_loss": 0.02}}),
     "qwen2_moe": (
         "qwen2_moe",
         {
             **LLAMA,
             "n_layers": 4,
-            "attention": {"name": "softmax", "qkv_bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True},
             "ffn": {
                 "name": "moe",
                 "experts": 4,
@@ -78,7 +78,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **LLAMA,
             "head_dim": 16,
-            "attention": {"name": "softmax", "qk_norm": True},
+            "mixer": {"name": "softmax", "qk_norm": True},
             "ffn": {"name": "moe", "experts": 4, "d_expert": 24, "capacity": 1.5},
         },
     ),
@@ -89,7 +89,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_kv_heads": 4,
             "norm": LAYER,
             "ffn": {"name": "gelu", "bias": True},
-            "attention": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
             "positions": {"name": "rope", "fraction": 0.5},
             "head": {"name": "linear", "tie": False},
             "parallel_residual": True,
@@ -102,7 +102,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "n_kv_heads": 4,
             "norm": LAYER,
             "ffn": {"name": "gelu_tanh", "bias": True},
-            "attention": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
             "positions": {"name": "learned", "size": 64},
         },
     ),
@@ -158,7 +158,7 @@ def test_transformers_loads_it_to_the_same_logits_and_text(name: str, tmp_path: 
         ({"positions": {"name": "alibi"}}, "model.positions"),
         ({"positions": {"name": "rope", "scaling": {"name": "ntk", "factor": 2.0}}}, "model.positions.scaling"),
         ({"pattern": {"name": "lm_infinite"}}, "pattern.name = 'lm_infinite'"),
-        ({"attention": {"name": "softmax", "softcap": 30.0}}, "model.attention.softcap = 30.0"),
+        ({"mixer": {"name": "softmax", "softcap": 30.0}}, "model.mixer.softcap = 30.0"),
         ({"embed_scale": 4.0}, "model.embed_scale = 4.0"),
         ({"parallel_residual": True}, "model.parallel_residual = True"),
     ],

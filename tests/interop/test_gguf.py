@@ -16,10 +16,10 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from lm import interop
-from lm import params as params_lib
 from lm.config import ModelConfig, model_config, plug
-from lm.decoder import Decoder
 from lm.errors import UserError
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 
 DIMS = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_positions": 128}
 
@@ -114,7 +114,7 @@ def test_window_and_divisors_of_the_metadata(model: Any, tmp_path: Path) -> None
     tensors = {**_tensors(cfg, params), "rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}
     _write(tmp_path / "m.gguf", cfg, tensors, more=lambda w: w.add_sliding_window(16))
     got = interop.load(str(tmp_path / "m.gguf")).config
-    assert got.pattern == plug("lm.attention", {"name": "sliding_window", "window": 16}, "pattern")
+    assert got.pattern == plug("lm.patterns", {"name": "sliding_window", "window": 16}, "pattern")
     f, m = got.positions.bind(got).scaling.frequencies(5000.0, 16, jnp.ones(()), 128)
     np.testing.assert_allclose(f, 5000.0 ** (-np.arange(8) / 8) / np.linspace(1, 8, 8), rtol=1e-6)
     assert m == 1.0

@@ -13,8 +13,8 @@ import pytest
 
 from lm import interop
 from lm.config import model_config
-from lm.decoder import Decoder
 from lm.interop import families
+from lm.model.decoder import Decoder
 
 torch = pytest.importorskip("torch", reason="the PyTorch oracles need torch (CPU build, Python 3.11)")
 transformers = pytest.importorskip("transformers")

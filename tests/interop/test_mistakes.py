@@ -71,7 +71,7 @@ def test_overrides_keep_the_parameters(tmp_path: Path) -> None:
         ({"d_ff": 5}, "blocks/ffn/"),
         ({"n_layers": 2}, "blocks/attn"),
         ({"head": {"tie": False}}, "head/kernel"),
-        ({"attention": {"qk_norm": True}}, "blocks/attn/k_norm/scale"),
+        ({"mixer": {"qk_norm": True}}, "blocks/attn/k_norm/scale"),
         ({"positions": {"name": "learned", "size": 8}}, "pos_embed"),
     ],
 )

@@ -18,11 +18,12 @@ from kernels_pallas.block_table.api import block_table
 from kernels_pallas.block_table.bench import Size
 from kernels_pallas.flash.api import flash
 from lm import caches, compat
-from lm.attention import TABLE, attend
+from lm.attention.attend import attend
 from lm.attention.branches import BlockBranch, Context, Tokens, merge
 from lm.attention.masks import Causal
 from lm.config import merge as change
 from lm.errors import UserError
+from lm.patterns import TABLE
 from lm.positions.rope import Rope
 
 F32, BF16 = jnp.float32, jnp.bfloat16
@@ -180,7 +181,7 @@ def test_longheads_decodes_by_the_kernel() -> None:
     index = np.stack([np.arange(27), np.r_[[-1] * pad, np.arange(27 - pad)]]).astype(np.int32)
     found = {}
     for backend in ("dense", "pallas"):
-        cfg = change(BASE, {**plug, "attention": {"backend": backend}}, "model")
+        cfg = change(BASE, {**plug, "mixer": {"backend": backend}}, "model")
         step = functools.partial(forward(cfg), params)
         cache, logits = caches.init(cfg, 2, 32), []
         for at, n in ((0, prompt), *((t, 1) for t in range(prompt, 27))):

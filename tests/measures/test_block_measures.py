@@ -10,14 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from lm import params as params_lib
-from lm.config import build, merge, model_config, table
+from lm.config import build, merge, model_config
 from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
 from lm.measures import Subject
 from lm.measures.base import exponent
-from lm.measures.chunk_choice import chance, hit, spread
-from lm.measures.passkey import Passkey
+from lm.measures.language.passkey import Passkey
+from lm.measures.routing.chunk_choice import chance, hit, spread
+from lm.model import params as params_lib
+from lm.plug import table
 
 CFG = model_config(
     {

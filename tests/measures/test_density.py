@@ -10,9 +10,9 @@ import pytest
 from lm.config import model_config
 from lm.errors import UserError
 from lm.measures import TABLE, Subject
-from lm.measures import density_tasks as tasks
-from lm.measures.density import scaling_law
-from lm.measures.smoothness import smoothness
+from lm.measures.language.smoothness import smoothness
+from lm.measures.tasks import density_tasks as tasks
+from lm.measures.tasks.density import scaling_law
 
 LINEAR = {"name": "linear", "tie": False, "bias": True}
 
@@ -89,7 +89,7 @@ def test_regulariser_counts_in_training() -> None:
 
 def test_shuffled_bins_are_read_in_their_order() -> None:
     """In the order of the bins that the head was told, what it learns is smooth; in the order of the ids it is not."""
-    from lm.measures.density import ConditionalDensity
+    from lm.measures.tasks.density import ConditionalDensity
 
     plug = ConditionalDensity(samples=400, epochs=40, bins=20, hidden=(16, 12))
     head = model_config({"head": {"name": "fourier", "frequencies": 3, "shuffle": 1}}).head

@@ -9,13 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from lm import params as params_lib
 from lm.config import model_config
 from lm.data.tokenizers import ByteTokenizer
 from lm.data.values import ValueTokenizer
 from lm.errors import UserError
 from lm.measures import TABLE, Subject
-from lm.measures.forecast import score
+from lm.measures.tasks.forecast import score
+from lm.model import params as params_lib
 
 FIELDS: dict[str, Any] = {"season": 6, "context": 12, "horizon": 5, "history": 30, "windows": 3, "paths": 4}
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params as params_lib
-from lm.config import build, model_config, table
+from lm.config import build, model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.decoder import Decoder
 from lm.errors import UserError
 from lm.measures import Subject
-from lm.measures.routing import information
+from lm.measures.routing.routing import information
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
+from lm.plug import table
 
 TEXTS = ("python-docs:pass", "python-docs:in")
 
@@ -108,7 +109,7 @@ class Kept:
 def test_history_finds_when_choices_were_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cfg = model(router={"name": "switch"})
     who = subject(cfg, tmp_path)
-    monkeypatch.setattr("lm.measures.routing.reader", lambda path: Kept(who.params))
+    monkeypatch.setattr("lm.measures.routing.routing.reader", lambda path: Kept(who.params))
     made = measure("routing_history", early=0.3).run(who, quiet)
     s = {k: v[0] for k, v in made.samples.items()}
     # the first layer's experts are renumbered in a circle: none is kept; the second layer sees another input
@@ -132,7 +133,7 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             measure(name, **fields).run(who, quiet)
     few = Kept(subject(model()).params)
     few.by_step = {5: None, 10: None}
-    monkeypatch.setattr("lm.measures.routing.reader", lambda path: few)
+    monkeypatch.setattr("lm.measures.routing.routing.reader", lambda path: few)
     with pytest.raises(UserError, match=r"keeps checkpoints \[5, 10\]; valid: set train\.keep_every"):
         measure("routing_history").run(subject(model(), tmp_path), quiet)
     with pytest.raises(UserError, match=r"measures\.routing_history: early must lie in \(0, 1\)"):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter1d
 
-from lm import params as params_lib
 from lm.config import model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.decoder import Decoder
 from lm.errors import UserError
 from lm.measures import TABLE, Subject
-from lm.measures.smoothness import in_order, smoothness
+from lm.measures.language.smoothness import in_order, smoothness
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 
 ALPHA = np.array([6 / (np.pi**2 * s**2) for s in range(1, 101)])
 

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 import pytest
 
-from lm import optimizers, params
+from lm import optimizers
 from lm.config import build, model_config, plug
 from lm.errors import UserError
+from lm.model import params
 from lm.optimizers import schedules
 from lm.optimizers.plain import SGD, AdamW
 from lm.optimizers.sgd_sai import SGDSaI, g_snr

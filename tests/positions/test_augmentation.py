@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params as params_lib
 from lm.config import build, model_config
-from lm.decoder import Decoder
 from lm.errors import UserError
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 from lm.positions.augmentation import E2LLM
 from lm.train import loop
 from lm.train.config import TrainConfig

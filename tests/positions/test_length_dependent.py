@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lm import caches
-from lm import params as params_lib
 from lm.config import ModelConfig, merge, model_config
-from lm.decoder import Decoder
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 
 N = 20
 LONG = [1.0, 2.0, 3.0, 4.0]

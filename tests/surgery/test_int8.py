@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from experiments.generate import surgery_of
-from lm import params as params_lib
 from lm import weights
 from lm.config import build, model_config
-from lm.decoder import Decoder
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 from lm.surgery.int8 import Int8
 from lm.train.config import TrainConfig
 

@@ -15,12 +15,12 @@ import pytest
 
 from experiments import convert
 from lm import interop, objectives, weights
-from lm import params as params_lib
 from lm.config import ModelConfig, build, model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.decoder import Decoder
 from lm.errors import UserError
 from lm.interop import to_huggingface
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
 from lm.surgery import LoRA
 from lm.train import loop, step
 from lm.train.config import TrainConfig

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params
 from lm.config import build, model_config
+from lm.model import params
 from lm.train import flops, step
 from lm.train.config import TrainConfig
 

@@ -17,10 +17,9 @@ import numpy as np
 import pytest
 import tiny_run
 
-from lm.errors import UserError
+from lm.errors import Terminated, TrainingStopped, UserError
 from lm.train import checkpoint, loop, step
-from lm.train.errors import Terminated, TrainingStopped
-from lm.train.ledger import read
+from lm.train.log import read
 from lm.train.placement import Placement
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -229,7 +228,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(tiny_run.__file__).parent)!r})
 import tiny_run
 from lm.train import checkpoint
-from lm.train.errors import TrainingStopped
+from lm.errors import TrainingStopped
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 original = checkpoint.Checkpoints.save
 def save(self, step, state, about):

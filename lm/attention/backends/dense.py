@@ -1,0 +1,103 @@
+"""The reference backend: all logits of all branches, one softmax. Memory O(T S) per head; the truth for the others."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from lm.attention.backends.listed import direct
+from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context
+
+
+def reach(branch: Branch, ctx: Context) -> int:
+    """How many leading key slots hold all that the branch can see."""
+    bound, S = branch.mask.key_bound, ctx.k_BSKd.shape[1]
+    known = S if ctx.keys.contiguous else ctx.keys.leading
+    return min(bound, S) if bound is not None and bound <= known else S
+
+
+def visible(branch: Branch, ctx: Context, n_keys: int | None = None) -> jax.Array:
+    """bool ``[B, T, n_keys]``: the branch's mask with padding and segments applied."""
+    q, k = ctx.queries, ctx.keys
+    qi, ki = q.index_BT[:, :, None], k.index_BT[:, None, :n_keys]
+    seen = branch.mask(qi, ki) & (ki >= 0) & (qi >= 0)
+    if q.segments_BT is not None and k.segments_BT is not None:
+        seen &= q.segments_BT[:, :, None] == k.segments_BT[:, None, :n_keys]
+    if branch.rows is not None:
+        seen &= (jnp.arange(qi.shape[1]) >= qi.shape[1] - branch.rows)[None, :, None]
+    return seen
+
+
+def logits(branch: Branch, ctx: Context, softcap: float | None, n_keys: int | None = None) -> jax.Array:
+    """float32 ``[B, K, G, T, n_keys]`` logits of every pair at the branch's positions, mask not applied."""
+    B, T, H, d = ctx.q_BTHd.shape
+    K = ctx.k_BSKd.shape[2]
+    (q, qp), (k, kp) = ctx.queries_at(branch.q_positions), ctx.keys_at(branch.k_positions, n_keys)
+    q = q.reshape(B, T, K, H // K, d)
+    s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * ctx.scale
+    bias = ctx.positions.bias(qp, kp, H)
+    if bias is not None:
+        s = s + bias.reshape(B, K, H // K, T, -1)
+    return s if softcap is None else softcap * jnp.tanh(s / softcap)
+
+
+def gathered(branch: Branch, ctx: Context, v_BSKd: jax.Array, softcap: float | None) -> tuple[jax.Array, ...]:
+    """Logits float32 ``[B, H, T, n]`` (masked to `NEG`) and values ``[B, H, T, n, d]`` of a gathering branch."""
+    assert branch.gather_BHTn is not None
+    ids = branch.gather_BHTn
+    B, H, T, n = ids.shape
+    K = ctx.k_BSKd.shape[2]
+    slot = jnp.maximum(ids, 0)
+    rows, kv = jnp.arange(B)[:, None, None, None], (jnp.arange(H) // (H // K))[None, :, None, None]
+    (q, own_q), (k, own_k) = ctx.queries_at(branch.q_positions, T), ctx.keys_at(branch.k_positions)
+    k, v, own_k = k[rows, slot, kv], v_BSKd[rows, slot, kv], own_k[rows, slot]
+    s = jnp.einsum("bthd,bhtnd->bhtn", q, k, preferred_element_type=jnp.float32) * ctx.scale
+    bias = ctx.positions.bias(own_q[:, None, :, None], own_k, H)
+    if bias is not None:  # [B, H, T, H', 1, n], of which a head wants its own
+        s = s + jnp.moveaxis(jnp.diagonal(bias[..., 0, :], axis1=1, axis2=3), -1, 1)
+    s = s if softcap is None else softcap * jnp.tanh(s / softcap)
+    k_index = ctx.keys.index_BT[rows, slot]
+    seen = (ids >= 0) & branch.mask(ctx.queries.index_BT[:, None, -T:, None], k_index)
+    return jnp.where(seen, s, NEG), v
+
+
+def attend(
+    ctx: Context, v_BSKd: jax.Array, branches: tuple[AnyBranch, ...], softcap: float | None
+) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``; rows without any key give 0 and `NEG`."""
+    B, T, H, d = ctx.q_BTHd.shape
+    K = ctx.k_BSKd.shape[2]
+    S = ctx.k_BSKd.shape[1]
+    shared = jnp.full((B, K, H // K, T, S), NEG, jnp.float32)
+    extra = []
+    if all(isinstance(branch, BlockBranch) for branch in branches):
+        S, shared = 0, shared[..., :0]  # keys are reached through their blocks alone
+    for branch in branches:
+        if isinstance(branch, BlockBranch):
+            s, v = direct(branch, ctx, v_BSKd, softcap)
+            extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
+        elif branch.gather_BHTn is None:
+            # Branches are disjoint, so each pair takes its logit from the one branch that sees it.
+            n = reach(branch, ctx)
+            seen = visible(branch, ctx, n)[:, None, None]
+            part = jnp.where(seen, logits(branch, ctx, softcap, n), shared[..., :n])
+            shared = part if n == S else shared.at[..., :n].set(part)
+        else:
+            s, v = gathered(branch, ctx, v_BSKd, softcap)
+            rest = T - s.shape[2]
+            s = jnp.pad(s, ((0, 0), (0, 0), (rest, 0), (0, 0)), constant_values=NEG)
+            v = jnp.pad(v, ((0, 0), (0, 0), (rest, 0), (0, 0), (0, 0)))
+            extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
+    s = jnp.concatenate([shared] + [e[0] for e in extra], axis=-1)
+    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
+    p = jnp.where(s <= NEG / 2, 0.0, jnp.exp(s - top))
+    total = p.sum(-1, keepdims=True)
+    empty = total == 0
+    p = (p / jnp.where(empty, 1.0, total)).astype(v_BSKd.dtype)
+    out = jnp.einsum("bkgts,bskd->btkgd", p[..., :S], v_BSKd[:, :S])
+    at = S
+    for _, v in extra:
+        out += jnp.einsum("bkgtn,bkgtnd->btkgd", p[..., at : at + v.shape[-2]], v)
+        at += v.shape[-2]
+    lse = jnp.where(empty, NEG, top + jnp.log(jnp.where(empty, 1.0, total)))[..., 0]
+    return out.reshape(B, T, H, d), jnp.moveaxis(lse.reshape(B, H, T), 1, 2)

@@ -1,0 +1,1 @@
+"""What reading, decoding and training take: time, memory, and the log of a training."""

@@ -1,0 +1,1 @@
+"""How well a text is predicted: by position, far back, smoothly."""

@@ -1,0 +1,1 @@
+"""What a model chose: experts of tokens, chunks of heads."""
