@@ -24,11 +24,12 @@ from typing import Any
 from experiments import cli
 from experiments.settings import Text, change, names_first, parts
 from lm import interop
-from lm.config import ModelConfig, merge
+from lm.config import ModelConfig, merge, to_dict
 from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.errors import UserError, unknown
 from lm.interop.tensors import check
+from lm.model.language_model import DecoderModel
 from lm.plug import table
 
 PROG = "python -m experiments.generate"
@@ -74,10 +75,7 @@ def model_of(cfg: ModelConfig, pattern: str | None, overrides: dict[str, Text]) 
         options = table("lm.patterns")
         if pattern not in options:
             raise unknown("--pattern", pattern, options)
-        changes["pattern"] = {"name": pattern}
-        for field in ("window", "ceiling"):
-            if field in getattr(options[pattern], "__dataclass_fields__", {}):
-                changes["pattern"][field] = cfg.max_positions
+        changes["pattern"] = to_dict(options[pattern].trained_at(cfg.max_positions), options)
     for dotted, value in names_first(overrides):
         change(changes, cfg, parts(dotted)[1:], value, "model")
     return merge(cfg, changes, "model") if changes else cfg
@@ -85,7 +83,7 @@ def model_of(cfg: ModelConfig, pattern: str | None, overrides: dict[str, Text]) 
 
 def surgery_of(name: str) -> Any:
     """The plug of `lm.surgery` with its defaults; `UserError` for one that there is not, or that needs training."""
-    options = {k: plug for k, plug in table("lm.surgery").items() if hasattr(plug, "apply")}
+    options = {k: plug for k, plug in table("lm.surgery").items() if not plug().adds}
     if name not in options:
         raise unknown("--surgery", name, options)
     return options[name]()
@@ -157,7 +155,8 @@ def run(argv: Sequence[str]) -> int:
     params = interop.load(args.checkpoint).params
     check(cfg, params, args.checkpoint)
     cfg, params = surgery.apply(cfg, params)
-    generator = Generator(cfg, params, quantize="int8" if args.cache == "int8" else None)
+    cfg = merge(cfg, {"cache": {"quantize": "int8"}}, "model") if args.cache == "int8" else cfg
+    generator = Generator(DecoderModel(cfg), params)
     stop = [] if args.ignore_eos or header.eos_id is None else [header.eos_id]
     total, start = 0, time.perf_counter()
     for i, prompt in enumerate(ids):

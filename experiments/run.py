@@ -32,6 +32,7 @@ from experiments.settings import Text
 from experiments.trained import Trainer
 from lm.errors import Terminated, TrainingStopped, UserError
 from lm.measures import Subject
+from lm.model.language_model import DecoderModel
 from lm.sharding import processes
 
 PROG = "python -m experiments.run"
@@ -192,13 +193,15 @@ class Runner:
     def _subject(self, job: Job, arm: Arm, seed: int, progress: Progress) -> Subject:
         """The model to measure, trained first where it has to be."""
         if not job.trains:
-            return Subject(arm.model, self.base.params(arm, self.plan.model, seed), self.base.tokenizer, seed)
+            return Subject(
+                DecoderModel(arm.model), self.base.params(arm, self.plan.model, seed), self.base.tokenizer, seed
+            )
         wait = self.waits.get(job, 0.0)
         params, folder = self.trainer.params(
             arm, seed, lambda fraction, text: progress.at(fraction, wait, text), lambda text: progress.say(text)
         )
         progress.end(wait)
-        return Subject(arm.model, params, self.trainer.data(arm).tokenizer, seed, folder)
+        return Subject(DecoderModel(arm.model), params, self.trainer.data(arm).tokenizer, seed, folder)
 
     def write(self) -> dict[str, Any]:
         """results.json as of now: arms, measures and seeds in the config's order, whatever finished first."""

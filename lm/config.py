@@ -7,17 +7,28 @@ The dataclass is the schema: unknown keys, wrong types and unknown names are ref
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
+from ml_collections import ConfigDict
+
+from lm.caches.base import Cache
 from lm.errors import UserError, nearest, unknown
-from lm.plug import Table, socket, table
+from lm.ffn.base import FFN
+from lm.heads.base import Head
+from lm.mixers.base import Mixer
+from lm.norms import Norm
+from lm.patterns.base import Pattern
+from lm.plug import Model, Table, check_bounds, socket, table
+from lm.positions.base import Positions
 
 # What the layers of one decoder have in common: the residual stream, and what is before and after the blocks.
 _SHARED = ("vocab_size", "d_model", "n_layers", "dtype", "head", "embed_scale", "scan_layers")
+_TYPES = ("float32", "bfloat16", "float16")
 
 
 class LayerOverride(dict[str, Any]):
@@ -28,7 +39,7 @@ class LayerOverride(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Model):
     """Everything the decoder needs to know. Widths are numbers of channels, lengths are tokens.
 
     `max_positions` is the length the parameters were (or will be) trained at. `n_kv_heads=None` means `n_heads`;
@@ -36,63 +47,43 @@ class ModelConfig:
     ``{"layers": "start:stop:step", <field>: value}``; later entries win.
     """
 
-    vocab_size: int = 256
-    d_model: int = 64
-    n_layers: int = 2
-    n_heads: int = 4
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    d_ff: int = 256
-    max_positions: int = 2048
-    norm: Any = socket("lm.norms", "rmsnorm")
-    mixer: Any = socket("lm.mixers", "softmax", saved="attention")
-    pattern: Any = socket("lm.patterns", "causal")
-    positions: Any = socket("lm.positions", "rope")
-    ffn: Any = socket("lm.ffn", "swiglu")
-    head: Any = socket("lm.heads", "linear")
-    parallel_residual: bool = False
-    embed_scale: float = 1.0
-    init_std: float = 0.02
-    scan_layers: bool = True
-    remat: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    layer_overrides: tuple[Any, ...] = ()
+    norm: Norm = socket("lm.norms", "rmsnorm")
+    mixer: Mixer = socket("lm.mixers", "softmax", saved="attention")
+    pattern: Pattern = socket("lm.patterns", "causal")
+    cache: Cache = socket("lm.caches", "auto", later=True)
+    positions: Positions = socket("lm.positions", "rope")
+    ffn: FFN = socket("lm.ffn", "swiglu")
+    head: Head = socket("lm.heads", "linear")
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_positions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: must be at least 1, found {getattr(self, name)}")
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        n_kv_heads = self.n_kv_heads or 0
-        if n_kv_heads < 1 or self.n_heads % n_kv_heads:
+        check_bounds(self, "model")
+        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise UserError(
-                f"model.n_kv_heads: {n_kv_heads} does not divide model.n_heads = {self.n_heads}; "
+                f"model.n_kv_heads: {self.kv_heads} does not divide model.n_heads = {self.n_heads}; "
                 f"valid: {', '.join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)}"
             )
-        if self.head_dim is None:
-            if self.d_model % self.n_heads:
-                raise UserError(
-                    f"model.d_model: {self.d_model} is not divisible by model.n_heads = {self.n_heads}; "
-                    "set model.head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        object.__setattr__(self, "layer_overrides", _frozen(self.layer_overrides))
-        if self.head_dim is not None and self.head_dim < 1:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise UserError(
+                f"model.d_model: {self.d_model} is not divisible by model.n_heads = {self.n_heads}; set model.head_dim"
+            )
+        if self.head_width < 1:
             raise UserError(f"model.head_dim: must be at least 1, found {self.head_dim}")
-        for key in ("dtype", "param_dtype"):
-            if getattr(self, key) not in ("float32", "bfloat16", "float16"):
-                raise unknown(f"model.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
-        for plug in (self.norm, self.mixer, self.pattern, self.positions, self.ffn, self.head):
-            check = getattr(plug, "check", None)
-            if check is not None:
-                check(self)
+        object.__setattr__(self, "n_kv_heads", self.kv_heads)
+        object.__setattr__(self, "head_dim", self.head_width)
+        object.__setattr__(self, "layer_overrides", _frozen(self.layer_overrides))
+        for key, value in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
+            if value not in _TYPES:
+                raise unknown(f"model.{key}", value, _TYPES)
+        for plug in (self.norm, self.mixer, self.pattern, self.cache, self.positions, self.ffn, self.head):
+            plug.check(self)
         if self.layer_overrides:
             self.layers()  # refuses impossible overrides now, not while tracing
 
     def layers(self) -> tuple[ModelConfig, ...]:
         """The configuration of every layer, overrides applied and per-layer plugs resolved."""
+        return _layers(self)
+
+    def _resolved(self) -> tuple[ModelConfig, ...]:
         out = []
         for i in range(self.n_layers):
             cfg = dataclasses.replace(self, layer_overrides=())
@@ -101,25 +92,36 @@ class ModelConfig:
                     changes = {k: v for k, v in dict(entry).items() if k != "layers"}
                     cfg = merge(cfg, changes, f"model.layer_overrides[{n}]")
                     for name in _SHARED:
-                        if getattr(cfg, name) != getattr(self, name):
+                        if vars(cfg)[name] != vars(self)[name]:
                             raise UserError(f"model.layer_overrides[{n}].{name}: cannot differ between layers")
-            own = {k: getattr(cfg, k).for_layer(i) for k in ("pattern", "ffn") if hasattr(getattr(cfg, k), "for_layer")}
-            out.append(dataclasses.replace(cfg, **own) if own else cfg)
+            pattern, ffn = cfg.pattern.for_layer(i), cfg.ffn.for_layer(i)
+            same = pattern is cfg.pattern and ffn is cfg.ffn
+            out.append(cfg if same else dataclasses.replace(cfg, pattern=pattern, ffn=ffn))
         return tuple(out)
+
+
+@functools.lru_cache(maxsize=256)
+def _layers(cfg: ModelConfig) -> tuple[ModelConfig, ...]:
+    return cfg._resolved()
 
 
 def _frozen(entries: tuple[Any, ...]) -> tuple[LayerOverride, ...]:
     for n, entry in enumerate(entries):
-        if not hasattr(entry, "items") or "layers" not in entry:
+        if not is_mapping(entry) or "layers" not in entry:
             raise UserError(
                 f"model.layer_overrides[{n}]: found {entry!r}; valid: a mapping with 'layers' and fields of the model"
             )
     return tuple(LayerOverride(_plain(entry)) for entry in entries)
 
 
-def _plain(value: Any) -> Any:
+def is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether `value` is a mapping, or behaves as one (a ConfigDict)."""
+    return isinstance(value, (Mapping, ConfigDict))
+
+
+def _plain(value: object) -> Any:
     """A copy in plain dicts of what may be a ConfigDict of ConfigDicts."""
-    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
+    return {k: _plain(v) for k, v in value.items()} if is_mapping(value) else value
 
 
 def _layer_range(entry: Mapping[str, Any], n: int, key: str) -> range:
@@ -142,11 +144,11 @@ def model_config(cfg: Mapping[str, Any]) -> ModelConfig:
     return build(ModelConfig, cfg, "model")
 
 
-def build(cls: type, cfg: Any, key: str) -> Any:
+def build(cls: type, cfg: object, key: str) -> Any:
     """An instance of dataclass `cls` from mapping `cfg`; `key` is the dotted place for error messages."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return cfg
-    if not isinstance(cfg, Mapping) and not hasattr(cfg, "items"):
+    if not is_mapping(cfg):
         raise UserError(f"{key}: expected a mapping, found {cfg!r}")
     fields, old = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls)
     hints = typing.get_type_hints(cls)
@@ -161,12 +163,12 @@ def build(cls: type, cfg: Any, key: str) -> Any:
     return cls(**values)
 
 
-def plug(module: str, value: Any, key: str) -> Any:
+def plug(module: str, value: object, key: str) -> Any:
     """A plug instance from ``"name"`` or ``{"name": …, **fields}``."""
     options = table(module)
     if options.name_of(type(value)) is not None:
         return value
-    fields = {"name": value} if isinstance(value, str) else dict(value.items()) if hasattr(value, "items") else None
+    fields = {"name": value} if isinstance(value, str) else dict(value.items()) if is_mapping(value) else None
     if fields is None or "name" not in fields:
         raise UserError(f"{key}.name: missing in {value!r}; valid: {', '.join(sorted(options))}")
     name = fields.pop("name")
@@ -175,7 +177,7 @@ def plug(module: str, value: Any, key: str) -> Any:
     return build(options[name], fields, key)
 
 
-def coerce(value: Any, hint: Any, key: str) -> Any:
+def coerce(value: object, hint: Any, key: str) -> Any:
     """`value` as type `hint` or a `UserError`; an int is accepted where a float is asked, a list where a tuple is."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -202,19 +204,19 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
         return float(value)
     elif hint in (bool, int, str) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
-    elif origin in (dict, Mapping) and hasattr(value, "items"):
+    elif origin in (dict, Mapping) and is_mapping(value):
         return dict(value.items())
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, key)
     raise UserError(f"{key}: expected {_show(hint)}, found {value!r} ({type(value).__name__})")
 
 
-def _show(hint: Any) -> str:
+def _show(hint: object) -> str:
     if hint is type(None):
         return "None"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_show(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
 def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
@@ -227,14 +229,14 @@ def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
         if name not in fields:
             raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
         place, module = f"{key}.{name}", fields[name].metadata.get("socket")
-        if module and hasattr(value, "items"):
+        current = vars(base)[name]
+        if module and is_mapping(value):
             rest = dict(value.items())
             named = rest.pop("name", None)
-            current = getattr(base, name)
             same = named is None or table(module).get(named) is type(current)
             out[name] = merge(current, rest, place) if same else plug(module, value, place)
-        elif dataclasses.is_dataclass(getattr(base, name)) and not module and hasattr(value, "items"):
-            out[name] = merge(getattr(base, name), value, place)
+        elif dataclasses.is_dataclass(current) and not module and is_mapping(value):
+            out[name] = merge(current, value, place)
         else:
             out[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
     return dataclasses.replace(base, **out)
@@ -245,7 +247,7 @@ def saved_names(cls: type) -> dict[str, str]:
     return {f.metadata["saved"]: f.name for f in dataclasses.fields(cls) if "saved" in f.metadata}
 
 
-def to_dict(cfg: Any, options: Table | None = None) -> Any:
+def to_dict(cfg: object, options: Table | None = None) -> Any:
     """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content. Fields
     are written under their saved names, so that what is addressed by its content keeps its address."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
@@ -253,9 +255,11 @@ def to_dict(cfg: Any, options: Table | None = None) -> Any:
         if options is not None:
             out["name"] = options.name_of(type(cfg))
         for f in dataclasses.fields(cfg):
-            module = f.metadata.get("socket")
-            out[f.metadata.get("saved", f.name)] = to_dict(getattr(cfg, f.name), table(module) if module else None)
+            value, module = vars(cfg)[f.name], f.metadata.get("socket")
+            if f.metadata.get("later") and value == (table(module)[f.metadata["default"]]() if module else {}):
+                continue
+            out[f.metadata.get("saved", f.name)] = to_dict(value, table(module) if module else None)
         return out
     if isinstance(cfg, (list, tuple)):
         return [to_dict(c) for c in cfg]
-    return {k: to_dict(v) for k, v in cfg.items()} if hasattr(cfg, "items") else cfg
+    return {k: to_dict(v) for k, v in cfg.items()} if is_mapping(cfg) else cfg

@@ -56,7 +56,9 @@ def test_axes_are_those_of_the_tables() -> None:
             found[f"{path.stem}:smoke {name}"] = arm.trained or arm.model
     assert set(found) == set(kept["models"])
     for name, cfg in found.items():
-        assert params_lib.names_of_axes(params_lib.abstract(cfg)) == kept["tables"][kept["models"][name]], name
+        assert (
+            params_lib.described(params_lib.axes(cfg), params_lib.abstract(cfg)) == kept["tables"][kept["models"][name]]
+        ), name
 
 
 @pytest.mark.parametrize("name", ["moe", "lora"])

@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm import optimizers
 from lm.config import ModelConfig, to_dict
 from lm.data.loader import held_out_batches
 from lm.errors import Terminated, TrainingStopped, UserError
 from lm.interop import reader, run_folder, to_huggingface
 from lm.model import params, reports
+from lm.optimizers.base import n_bytes
 from lm.sharding import processes
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
@@ -32,7 +32,7 @@ from lm.train.config import TrainConfig
 from lm.train.data import Data
 from lm.train.log import KINDS, Ledger, Log, NoLog, read
 from lm.train.placement import Placement
-from lm.train.step import draws, initial, transformation
+from lm.train.step import Beside, draws, initial, transformation
 
 __all__ = ["KINDS", "Trained", "run", "steps_done"]
 
@@ -134,13 +134,17 @@ class _Run:
         if done < train.steps:
             with ledger.during("compile"):
                 first = self.placement.batch(self.loader.at(done))
-                step = self.placement.compile(state, first, self.base)
+                step = self.placement.compile(state, first, self.beside)
             state = self._steps(step, state, done)
         if self.data.held_out is not None:
             with ledger.during("eval"):
                 self._evaluate(state["params"], train.steps, train.final_rows, "final")
         self._finish()
         return self._trained(state)
+
+    @property
+    def beside(self) -> Beside:
+        return Beside(self.base)
 
     def _trained(self, state: Any) -> Trained:
         whole = jax.jit(lambda base, trained: self.train.surgery.merge(self.cfg, base, trained))
@@ -163,7 +167,7 @@ class _Run:
         def fresh(start: Any) -> Any:
             whole = params.init(self.cfg, rng) if start is None else start
             seed = self.seed if draws(self.cfg, self.train) else None
-            return initial(surgery.init(self.cfg, whole, rng), self.train, seed)
+            return initial(self.cfg, self.train, surgery.init(self.cfg, whole, rng), seed)
 
         where = self.placement.shardings(jax.eval_shape(fresh, start))
         like = jax.tree.map(
@@ -189,12 +193,12 @@ class _Run:
     def _describe(self, state: Any, source: str) -> None:
         """``parameters.txt`` and ``run.json``, once."""
         tree = state["params"]
-        named, axes = params.names(tree), params.names_of_axes(tree)
+        named, axes = params.names(tree), params.described(params.axes(self.cfg), tree)
         width = max(len(n) for n in named)
         rows = [f"{n:{width}}  {leaf.shape!s:22} {leaf.dtype!s:9} {axes[n]}" for n, leaf in named.items()]
         n = params.count(tree)
         beside = f" trained, beside {params.count(self.base):,} that stay" if self.base is not None else ""
-        size = optimizers.n_bytes(transformation(self.train), tree)
+        size = n_bytes(transformation(self.cfg, self.train), tree)
         rows.append(
             f"{n:,} parameters{beside}; optimizer state {size / 2**20:,.2f} MiB, {size / n:.3f} bytes per parameter"
         )
@@ -225,7 +229,7 @@ class _Run:
                 with ledger.during("data"):
                     batch = self.placement.batch(next(batches))
                 with ledger.during("step"):
-                    state, metrics = step(state, batch, self.base)
+                    state, metrics = step(state, batch, self.beside)
                     self.newest = (i + 1, state)  # the one before has been donated
                     if waiting is not None:
                         self._read(*waiting)  # of the step before, while this one runs
@@ -308,7 +312,7 @@ class _Run:
         assert self.data.held_out is not None
         sums: dict[str, Any] = {}
         for batch in held_out_batches(self.data.held_out, self.train.batch, rows):
-            found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch, self.base)))
+            found = jax.tree.map(np.float64, jax.device_get(self.evaluate_fn(weights, batch, self.beside)))
             sums = jax.tree.map(np.add, sums, found) if sums else found
         own = reports.report(self.cfg, sums.pop("aux", ((),) * self.cfg.n_layers), whole=True)
         nll = sums["nll"] / max(sums["weight"], 1.0)

@@ -13,7 +13,9 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.measures.base import Measured, Progress, Subject, exponent
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
+from lm.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,11 @@ class PrefillCost:
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         cfg, params = _first_layers(subject, self.layers)
+        model = DecoderModel(cfg)
 
         @jax.jit
         def read(params: Any, tokens_BT: jax.Array) -> jax.Array:
-            return Decoder(cfg).apply({"params": params}, tokens_BT, logits=False).hidden_BTD
+            return model.apply(params, Inputs(tokens_BT), watch=Watch(logits=False)).hidden_BTD
 
         samples: dict[str, list[float]] = {}
         medians: list[float] = []

@@ -66,7 +66,7 @@ class NllByPosition:
         return out
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        trained = self.trained or subject.config.max_positions
+        trained = self.trained or subject.model.trained_length
         docs = [(d, encode(subject.tokenizer, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
         for doc, ids in docs:
             if len(ids) < self.tokens:
@@ -75,7 +75,7 @@ class NllByPosition:
                     "choose a longer document or fewer tokens"
                 )
         windows = self._windows()
-        steps = len(docs) * len(windows) * subject.config.n_layers
+        steps = len(docs) * len(windows) * subject.n_layers
         done = 0
         curves = []
         for doc, ids in docs:

@@ -86,10 +86,10 @@ class Passkey:
                     yield j, i, *self.prompt(subject.tokenizer, filler, length, depth, rng)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        trained = subject.config.max_positions
+        trained = subject.model.trained_length
         samples: dict[str, list[float]] = {"accuracy": [], "answer_nll": []}
         grid = np.zeros((len(self.depths), len(self.lengths)))
-        steps = len(self.lengths) * len(self.depths) * self.trials * subject.config.n_layers
+        steps = len(self.lengths) * len(self.depths) * self.trials * subject.n_layers
         done, length, depth = 0, self.lengths[0], self.depths[0]
 
         def tick() -> None:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, records
+from lm.measures.base import Measured, Progress, Subject, watched
 from lm.measures.language.passkey import Passkey
 
 
@@ -52,11 +52,12 @@ class ChunkChoice:
         return self._prompts().cost(cfg)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        pattern, L, H = subject.config.pattern, subject.config.n_layers, subject.config.n_heads
-        if not hasattr(pattern, "records") or not hasattr(pattern, "summary"):
+        cfg = subject.config
+        pattern, L, H = cfg.pattern.picks, cfg.n_layers, cfg.n_heads
+        if pattern is None:
             raise UserError(
-                f"measures.chunk_choice: pattern {type(pattern).__name__} picks no chunks; valid: an arm of longheads, "
-                "or this measure left out of the arm's 'only'"
+                f"measures.chunk_choice: pattern {type(cfg.pattern).__name__} picks no chunks; valid: an arm of "
+                "longheads, or this measure left out of the arm's 'only'"
             )
         begin = pattern.begin
         if min(self.lengths) <= begin:
@@ -76,8 +77,7 @@ class ChunkChoice:
         n_prompts = 0
         for _, _, prompt, answer, needle in self._prompts().prompts(subject):
             text = prompt + answer[:-1]
-            seen = records(subject, text, len(answer), tick)
-            ids_LTHn = np.stack([layer["blocks"] for layer in seen])
+            ids_LTHn = np.stack(watched(subject, text, "attn/blocks", len(answer), tick))
             queries = np.arange(len(prompt) - 1, len(text))
             wanted = {i // pattern.chunk for i in needle}
             hit_LH = hit(ids_LTHn, wanted).mean(1)

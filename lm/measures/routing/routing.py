@@ -15,7 +15,8 @@ from lm.data import texts
 from lm.errors import UserError
 from lm.interop import reader
 from lm.measures.base import Measured, Progress, Subject, encode
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.watch import Watch
 
 
 def _rows(subject: Subject, specs: tuple[str, ...], length: int, rows: int, key: str) -> np.ndarray:
@@ -33,13 +34,12 @@ def _rows(subject: Subject, specs: tuple[str, ...], length: int, rows: int, key:
 
 def _reader(subject: Subject) -> Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """``(params, ids[R, T]) -> experts, kept``, both ``[M, R, T, k]`` over the M layers whose tokens choose experts."""
-    cfg = subject.config
+    model = subject.model
 
     @jax.jit
     def run(params: Any, ids_BT: jax.Array) -> Any:
-        reports = Decoder(cfg).apply({"params": params}, ids_BT, logits=False, taps=True).reports
-        taps = [r["taps"] for r in reports if "experts" in r.get("taps", {})]
-        return [t["experts"] for t in taps], [t["kept"] for t in taps]
+        out = model.apply(params, Inputs(ids_BT), watch=Watch(taps=("ffn/experts", "ffn/kept"), logits=False))
+        return out.tap("ffn/experts"), out.tap("ffn/kept")
 
     def read(params: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         size = next(n for n in range(min(16, len(ids)), 0, -1) if len(ids) % n == 0)
@@ -104,7 +104,7 @@ class Routing:
         n, R, T = ids.shape
         experts, kept = _reader(subject)(subject.params, ids.reshape(n * R, T))
         progress(0.8, "read")
-        E = next(layer.ffn.experts for layer in subject.config.layers() if hasattr(layer.ffn, "experts"))
+        E = max(layer.ffn.n_experts for layer in subject.model.layers())
         flat = ids.reshape(n * R, T)
         of = {
             "id": flat,
