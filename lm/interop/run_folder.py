@@ -12,8 +12,7 @@ import jax
 import lm.interop.tensors as tensors
 import lm.model.params as params_lib
 from lm.config import ModelConfig, plug
-from lm.data import values
-from lm.data.tokenizers import ByteTokenizer, Tokenizer, from_directory
+from lm.data.tokenizers import ByteTokenizer, Tokenizer, from_directory, values
 from lm.errors import UserError
 from lm.interop.files import new_folder
 

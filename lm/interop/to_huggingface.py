@@ -341,7 +341,7 @@ def write(
 def save_tokenizer(folder: Path, tokenizer: Any, chat_template: str | None = None) -> None:
     """``tokenizer.json`` (or the SentencePiece ``tokenizer.model``) and ``tokenizer_config.json``."""
     from lm.data.tokenizers import ByteTokenizer, SentencePieceTokenizer
-    from lm.data.values import ValueTokenizer
+    from lm.data.tokenizers.values import ValueTokenizer
 
     if isinstance(tokenizer, ValueTokenizer):
         return  # no format of theirs: run.json describes it

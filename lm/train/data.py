@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.data import bpe, corpus, texts
+from lm.data import corpus, texts
 from lm.data.loader import Loader
 from lm.data.packing import Packed
+from lm.data.tokenizers import bpe
 from lm.errors import UserError
 from lm.train.config import DataConfig, TrainConfig
 

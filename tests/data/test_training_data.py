@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.config import build
-from lm.data import bpe, corpus, packing
+from lm.data import corpus, packing
 from lm.data.corpus import Corpus
-from lm.data.document import Document
 from lm.data.loader import Loader, held_out_batches
-from lm.data.tokenizers import ByteTokenizer
+from lm.data.texts.document import Document
+from lm.data.tokenizers import ByteTokenizer, bpe
 from lm.errors import UserError
 from lm.train.config import TrainConfig
 from lm.train.data import prepare

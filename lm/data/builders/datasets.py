@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lm.data.sources import SOURCES
+from lm.data.texts.sources import SOURCES
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from pathlib import Path
 import datasets
 import pytest
 
-from lm.data import hf_datasets, texts
+from lm.data import texts
+from lm.data.texts import __main__ as command
+from lm.data.texts import hf_datasets
 from lm.errors import UserError
 
 ROWS = {
@@ -130,6 +132,6 @@ def test_specs_that_name_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert texts.main([]) == 0
+    assert command.main([]) == 0
     (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("hf "))
     assert row.split()[1] == "yes" and hf_datasets.HOW_TO_GET in row

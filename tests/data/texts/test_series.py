@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lm.data import bpe, series, texts
-from lm.data.document import Document
-from lm.data.values import ValueTokenizer, from_description, numbers
+from lm.data import texts
+from lm.data.texts import series
+from lm.data.texts.document import Document
+from lm.data.tokenizers import bpe
+from lm.data.tokenizers.values import ValueTokenizer, from_description, numbers
 from lm.errors import UserError
 from lm.interop.run_folder import describe_tokenizer
 

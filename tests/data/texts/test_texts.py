@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import sources, texts, tfds, wikitext
-from lm.data.document import Document
+from lm.data import texts
+from lm.data.texts import __main__ as command
+from lm.data.texts import sources, tfds, wikitext
+from lm.data.texts.document import Document
 from lm.errors import UserError
 
 
@@ -200,12 +202,12 @@ def test_identity_tells_texts_apart() -> None:
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert texts.main([]) == 0
+    assert command.main([]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in texts.SOURCES) and "4,138,575" in table
-    assert texts.main(["kjv:Jude"]) == 0
+    assert command.main(["kjv:Jude"]) == 0
     assert "1 documents, identity" in capsys.readouterr().out
-    assert texts.main(["kvj"]) == 2
+    assert command.main(["kvj"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lm.data.document import Document
+from lm.data.texts.document import Document
 from lm.errors import UserError, nearest
 
 # Files of these suffixes are read from a directory; a file or glob that is named outright may have any suffix.

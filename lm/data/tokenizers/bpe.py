@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.data import values
-from lm.data.document import Document, identity
+import lm.data.tokenizers.values as values
+from lm.data.texts.document import Document, identity
 from lm.data.tokenizers import (
     ByteTokenizer,
     HFTokenizer,

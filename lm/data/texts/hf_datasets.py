@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lm.data.document import Document
-from lm.data.files import field_of
+from lm.data.texts.document import Document
+from lm.data.texts.files import field_of
 from lm.errors import UserError, nearest
 
 HOW_TO_GET = "pip install datasets (extra data)"

@@ -8,8 +8,8 @@ import os
 import re
 from typing import Any
 
-from lm.data.document import Document
-from lm.data.files import field_of
+from lm.data.texts.document import Document
+from lm.data.texts.files import field_of
 from lm.errors import UserError, nearest
 
 HOW_TO_GET = "pip install tensorflow-datasets array_record (extra data)"

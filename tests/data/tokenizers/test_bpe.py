@@ -14,14 +14,15 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm.data import bpe
-from lm.data.document import Document
+from lm.data.texts.document import Document
+from lm.data.tokenizers import bpe
 from lm.errors import UserError
 
 PROGRAM = """
 import sys
 from pathlib import Path
-from lm.data import bpe, texts
+from lm.data import texts
+from lm.data.tokenizers import bpe
 print(bpe.trained(texts.documents("kjv:Jude,kjv:Ruth"), 400, Path(sys.argv[1])).identity)
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.document import Document
+from lm.data.texts.document import Document
 from lm.errors import UserError
 
 

