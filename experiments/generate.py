@@ -28,7 +28,7 @@ from lm.config import ModelConfig, merge
 from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.errors import UserError, unknown
-from lm.interop.tensors import check
+from lm.interop.readers.tensors import check
 from lm.plug import table
 
 PROG = "python -m experiments.generate"

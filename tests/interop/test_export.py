@@ -17,7 +17,8 @@ from lm.config import ModelConfig, merge, model_config
 from lm.data.tokenizers import ByteTokenizer
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
-from lm.interop import run_folder, to_huggingface
+from lm.interop.readers import run_folder
+from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 from lm.model.decoder import Decoder
 
@@ -177,7 +178,7 @@ def test_an_export_that_dies_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     def die(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(to_huggingface, "save_tokenizer", die)
+    monkeypatch.setattr(ByteTokenizer, "save", die)
     with pytest.raises(KeyboardInterrupt):
         to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer())
     assert list(tmp_path.iterdir()) == []

@@ -188,7 +188,7 @@ def test_an_absent_key_stands_for_what_it_does_in_transformers(family: str, give
         sizes |= {key: 8, "moe_intermediate_size": 16}
     bare = {"model_type": family, **sizes, **given}
     full = transformers.AutoConfig.for_model(**bare).to_dict()
-    read = families.FAMILIES[family].model
+    read = families.FAMILIES[family].read
     assert set(full) > set(bare)
     assert model_config(read(bare)) == model_config(read(full))
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from lm import interop
 from lm.errors import UserError
-from lm.interop import schema
+from lm.interop.readers import schema
 
 CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import json
 from pathlib import Path
-from typing import Any
 
 from lm.data.texts.document import Document
 from lm.errors import UserError, nearest
@@ -39,7 +38,7 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: cannot be read ({e.strerror}); valid: a readable file of UTF-8 text") from None
 
 
-def field_of(record: Any, field: str, where: str) -> str:
+def field_of(record: object, field: str, where: str) -> str:
     """The string at the dotted path `field` of nested dicts; a key that holds a dot itself is tried first."""
     value, rest = record, field
     while rest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def _load(path: str, config: str | None, split: str, where: str) -> Any:
         ) from None
 
 
-def _default_field(features: Any, where: str) -> str:
+def _default_field(features: Mapping[str, object], where: str) -> str:
     """`text` if there is one, else the only one of strings."""
     if "text" in features:
         return "text"

@@ -145,8 +145,10 @@ def _csv(path: str) -> dict[str, np.ndarray]:
     try:
         with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as f:
             rows = list(csv.DictReader(f, strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"texts: {path}: cannot be read as CSV ({getattr(e, 'strerror', None) or e})") from None
+    except OSError as e:
+        raise UserError(f"texts: {path}: cannot be read as CSV ({e.strerror or e})") from None
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"texts: {path}: cannot be read as CSV ({e})") from None
     if not rows:
         raise UserError(f"texts: {path}: holds no rows below a line of column names")
     return {name: np.array([row[name] for row in rows], object) for name in rows[0] if name}

@@ -6,11 +6,14 @@ import importlib.util
 import logging
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lm.data.texts.document import Document
 from lm.data.texts.files import field_of
 from lm.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 HOW_TO_GET = "pip install tensorflow-datasets array_record (extra data)"
 
@@ -70,10 +73,12 @@ def read(member: str | None) -> list[Document]:
     return out
 
 
-def _default_field(features: Any, where: str) -> str:
+def _default_field(features: tfds.features.FeatureConnector, where: str) -> str:
     """`text` if there is one, else the only feature of type Text."""
-    names = list(features) if hasattr(features, "keys") else []
-    texts = [n for n in names if type(features[n]).__name__ == "Text"]
+    import tensorflow_datasets as tfds
+
+    names = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    texts = [n for n in names if isinstance(features[n], tfds.features.Text)]
     if "text" in names or len(texts) != 1:
         if "text" not in names:
             raise UserError(

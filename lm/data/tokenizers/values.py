@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lm.data.texts.document import Document
+from lm.data.tokenizers.base import Tokenizer
 from lm.errors import UserError
 
 
 @dataclass(frozen=True)
-class ValueTokenizer:
+class ValueTokenizer(Tokenizer):
     """Ids are bins: id j stands for `low` + (j + 1/2) (`high` - `low`) / `bins`, times the document's scale.
 
     The scale is the mean absolute value of the first `context` values (Chronos, arXiv 2403.07815, section 3.1), so a
@@ -45,7 +47,7 @@ class ValueTokenizer:
         place = np.floor((np.asarray(scaled) - self.low) / (self.high - self.low) * self.bins)
         return np.clip(place, 0, self.bins - 1).astype(np.int64)
 
-    def centres(self, ids: Any) -> np.ndarray:
+    def centres(self, ids: npt.ArrayLike) -> np.ndarray:
         """Scaled values float64."""
         return self.low + (np.asarray(ids) + 0.5) * (self.high - self.low) / self.bins
 
@@ -57,12 +59,12 @@ class ValueTokenizer:
         """The scaled values: the scale itself is not among the ids."""
         return "".join(f"{v:.6g}\n" for v in self.centres(list(ids)))
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-ready; `from_description` is the inverse."""
+    def describe(self) -> dict[str, object]:
         return {"kind": "values", "bins": self.bins, "context": self.context, "low": self.low, "high": self.high}
 
 
-def from_description(about: dict[str, Any]) -> ValueTokenizer:
+def from_description(about: Mapping[str, Any]) -> ValueTokenizer:
+    """The inverse of `ValueTokenizer.describe`."""
     return ValueTokenizer(int(about["bins"]), int(about["context"]), float(about["low"]), float(about["high"]))
 
 

@@ -10,10 +10,9 @@ import pytest
 from lm.data import texts
 from lm.data.texts import series
 from lm.data.texts.document import Document
-from lm.data.tokenizers import bpe
+from lm.data.tokenizers import by_name
 from lm.data.tokenizers.values import ValueTokenizer, from_description, numbers
 from lm.errors import UserError
-from lm.interop.run_folder import describe_tokenizer
 
 
 @pytest.fixture
@@ -93,20 +92,20 @@ def test_values_round_trip() -> None:
 
 def test_range_is_that_of_the_texts(tmp_path: Path) -> None:
     docs = [Document("a", "1 1 3", "", ""), Document("b", "10 10 5", "", "")]
-    tokenizer = bpe.by_name("values:8:2", lambda: docs, tmp_path)
+    tokenizer = by_name("values:8:2", lambda: docs, tmp_path)
     assert isinstance(tokenizer, ValueTokenizer)
     np.testing.assert_allclose([tokenizer.low, tokenizer.high], [0.5 - 0.125, 3.0 + 0.125])
-    assert from_description(describe_tokenizer(tokenizer)) == tokenizer
+    assert from_description(tokenizer.describe()) == tokenizer
 
 
 @pytest.mark.parametrize("spec", ["values:8", "values:a:b", "values:1:4", "values:8:0", "values:8:4:2"])
 def test_misspelt_tokenizers(spec: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.data\.tokenizer: 'values:"):
-        bpe.by_name(spec, lambda: [Document("a", "1 2", "", "")], tmp_path)
+        by_name(spec, lambda: [Document("a", "1 2", "", "")], tmp_path)
 
 
 def test_words_are_no_values(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"could not convert.*numbers alone"):
-        bpe.by_name("values:8:2", lambda: [Document("a", "1 two", "", "")], tmp_path)
+        by_name("values:8:2", lambda: [Document("a", "1 two", "", "")], tmp_path)
     with pytest.raises(UserError, match="not finite"):
         numbers("1 inf", "a")

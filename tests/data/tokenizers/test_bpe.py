@@ -15,14 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.data.texts.document import Document
-from lm.data.tokenizers import bpe
+from lm.data.tokenizers import HFTokenizer, bpe, by_name
 from lm.errors import UserError
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from lm.data import texts
-from lm.data.tokenizers import bpe
+from lm.data.tokenizers import HFTokenizer, bpe, by_name
 print(bpe.trained(texts.documents("kjv:Jude,kjv:Ruth"), 400, Path(sys.argv[1])).identity)
 """
 
@@ -32,9 +32,9 @@ def documents(*texts: str) -> list[Document]:
 
 
 @functools.lru_cache(maxsize=1)
-def trained() -> bpe.HFTokenizer:
+def trained() -> HFTokenizer:
     docs = documents("the cat sat on the mat <|endoftext|> " * 30)
-    return bpe.HFTokenizer(bpe._train(docs, 280))
+    return HFTokenizer(bpe._train(docs, 280))
 
 
 def test_training_depends_on_the_text_alone(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_any_text_comes_back(text: str) -> None:
 def test_text_that_spells_the_end_is_no_end(tmp_path: Path) -> None:
     docs = documents("to end a text write <|endoftext|> at its end " * 20)
     for _ in range(2):  # trained, then read
-        tokenizer = bpe.by_name("bpe:300", lambda: docs, tmp_path)
+        tokenizer = by_name("bpe:300", lambda: docs, tmp_path)
         ids = tokenizer.encode("so <|endoftext|> it is")
         assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "so <|endoftext|> it is"
 
@@ -71,7 +71,7 @@ def test_size_is_the_size_asked_for(tmp_path: Path) -> None:
 def test_paths(tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     inner.save(str(tmp_path / "mine.json"))
-    found = bpe.by_name(str(tmp_path / "mine.json"), list, tmp_path)
+    found = by_name(str(tmp_path / "mine.json"), list, tmp_path)
     assert found.encode("b") == [1] and found.eos_id is None  # it names none
 
 
@@ -85,13 +85,13 @@ def test_sentencepiece_models_by_path(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     for spec in (folder, folder / "tokenizer.model"):
-        pieces = bpe.by_name(str(spec), list, tmp_path)
+        pieces = by_name(str(spec), list, tmp_path)
         assert pieces.vocab_size == 15 and pieces.eos_id == 2
     (tmp_path / "text.model").write_text("no model")
     with pytest.raises(UserError, match=r"text\.model: not a SentencePiece model"):
-        bpe.by_name(str(tmp_path / "text.model"), list, tmp_path)
+        by_name(str(tmp_path / "text.model"), list, tmp_path)
     with pytest.raises(UserError, match=r"no tokenizer '.*tokenizer\.json' \(did you mean 'tokenizer\.model'\?\)"):
-        bpe.by_name(str(folder / "tokenizer.json"), list, tmp_path)
+        by_name(str(folder / "tokenizer.json"), list, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +111,11 @@ def test_sentencepiece_models_by_path(tmp_path: Path) -> None:
 def test_names_of_no_tokenizer(spec: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("no tokenizer")
     with pytest.raises(UserError) as e:
-        bpe.by_name(spec.format(here=tmp_path), lambda: documents("x"), tmp_path)
+        by_name(spec.format(here=tmp_path), lambda: documents("x"), tmp_path)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizers").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"tokenizers.*cannot be written"):
-        bpe.by_name("bpe:260", lambda: documents("abab"), tmp_path)
+        by_name("bpe:260", lambda: documents("abab"), tmp_path)

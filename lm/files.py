@@ -1,8 +1,9 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
@@ -10,6 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lm.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 `text` to a file beside `path`, then renames it to `path`. Raises ``OSError`` as the disk does."""
+    swap = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        swap.write_text(text, encoding="utf-8")
+        os.replace(swap, path)
+    finally:
+        swap.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: object, *, indent: int = 1, ascii_only: bool = True) -> None:
+    """`data` as JSON with a newline at its end, as `write_text` writes it."""
+    write_text(path, json.dumps(data, indent=indent, ensure_ascii=ascii_only) + "\n")
 
 
 @contextlib.contextmanager

@@ -2,56 +2,55 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.interop import families
-from lm.interop.files import new_folder
-from lm.interop.tensors import flip
+from lm.files import new_folder, write_json
+from lm.interop.families import FAMILIES
 from lm.model import params as params_lib
 from lm.surgery.lora import LoRA
 
-_FUSED = {"gpt_neox": ("attn/q", "attn/k", "attn/v"), "gpt2": ("attn/q", "attn/k", "attn/v")}
+FUSED = ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel")  # what some families keep in one tensor
 
 
-def tensors(cfg: ModelConfig, lora: LoRA, trained: Any, family: str) -> tuple[dict[str, np.ndarray], list[str]]:
+def tensors(trained: Mapping[str, object], family: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """PEFT's tensors by name, and the modules they adapt. Raises `UserError` for adapters that PEFT keeps otherwise."""
-    table = families.FAMILIES[family].table
+    kind = FAMILIES[family]
     out: dict[str, np.ndarray] = {}
     modules: dict[str, None] = {}
     for ours, leaf in params_lib.names(trained).items():
         weight, _, part = ours.rpartition("/")
         short = weight.removeprefix("blocks/")
-        if part not in ("lora_a", "lora_b") or not weight.endswith("/kernel") or short not in table:
+        if part not in ("lora_a", "lora_b") or not weight.endswith("/kernel") or short not in kind.table:
             raise UserError(
                 f"--as=peft: {ours} has no place in a PEFT adapter of linear layers; valid: --as=huggingface, which "
                 "merges"
             )
-        if short.removesuffix("/kernel") in _FUSED.get(family, ()):
+        if kind.fuse is not None and short in FUSED:
             raise UserError(f"--as=peft: {family} fuses {weight} with others; valid: --as=huggingface, which merges")
-        name, turn = table[short]
+        name, _ = kind.table[short]
         letter = "A" if part == "lora_a" else "B"
         for i, value in enumerate(np.asarray(leaf)) if weight.startswith("blocks/") else [(None, np.asarray(leaf))]:
             module = name.format(i=i).removesuffix(".weight")
             # PEFT keeps both factors as linear layers do, outputs first, also where the layer itself does not.
             out[f"base_model.model.{module}.lora_{letter}.weight"] = np.ascontiguousarray(value.T)
             modules[module] = None
-        assert turn is flip or family == "gpt2"
     return out, list(modules)
 
 
-def write(folder: Path, cfg: ModelConfig, lora: LoRA, trained: Any, family: str, base: str) -> None:
-    """Writes the adapter; the folder appears whole or not at all, and must not exist. `base`: where PEFT finds the
-    model it belongs to. Raises `UserError` as `tensors` does, and for a place that cannot be written."""
+def write(folder: Path, lora: LoRA, trained: Mapping[str, object], family: str, base: str) -> None:
+    """Writes the adapter; the folder appears whole or not at all, and must not exist.
+
+    `base`: where PEFT finds the model that the adapter belongs to. Raises `UserError` as `tensors` does, and for a place
+    that cannot be written.
+    """
     from safetensors.numpy import save_file
 
-    named, modules = tensors(cfg, lora, trained, family)
+    arrays, modules = tensors(trained, family)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,13 +60,13 @@ def write(folder: Path, cfg: ModelConfig, lora: LoRA, trained: Any, family: str,
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rank_stabilized,
         "target_modules": sorted({_suffix(m) for m in modules}),
-        "fan_in_fan_out": family == "gpt2",
+        "fan_in_fan_out": FAMILIES[family].inputs_first,
         "bias": "none",
         "inference_mode": True,
     }
     with new_folder(folder) as swap:
-        save_file(named, swap / "adapter_model.safetensors", metadata={"format": "pt"})
-        (swap / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        save_file(arrays, swap / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(swap / "adapter_config.json", settings)
 
 
 def _suffix(module: str) -> str:

@@ -9,11 +9,12 @@ import numpy as np
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
-import lm.interop.tensors as tensors
+import lm.interop.readers.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.tokenizers import Tokenizer, from_gguf
 from lm.errors import UserError, unknown
-from lm.interop.tensors import Table, flip, same
+from lm.interop.families.table import Table, flip, same
+from lm.interop.readers.base import Reader
 
 
 def _pairs_to_halves(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
@@ -52,7 +53,7 @@ def _table(permuted: bool) -> Table:
 ARCHITECTURES = {"llama": _table(True), "qwen2": _table(False), "qwen3": _table(False)}
 
 
-class File:
+class File(Reader):
     """One GGUF file."""
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +67,7 @@ class File:
         if self.arch not in ARCHITECTURES:
             raise unknown(f"{path} general.architecture", self.arch, ARCHITECTURES)
 
-    def _field(self, key: str, default: Any = None) -> Any:
+    def _field(self, key: str, default: float | str | None = None) -> Any:
         field = self.reader.fields.get(key)
         return default if field is None else field.contents()
 
@@ -112,10 +113,6 @@ class File:
             },
         }
 
-    def chat_template(self) -> str | None:
-        """Jinja source, if the file has one."""
-        return self._field("tokenizer.chat_template")
-
     def _rope(self) -> dict[str, Any]:
         theta = float(self._field(f"{self.arch}.rope.freq_base", 10000.0))
         kind = self._field(f"{self.arch}.rope.scaling.type", "none")
@@ -140,7 +137,7 @@ class File:
         except (ValueError, NotImplementedError, IndexError) as e:
             raise UserError(f"{self.path}: tensor {name!r} cannot be read ({e})") from None
 
-    def params(self, cfg: ModelConfig) -> Any:
+    def params(self, cfg: ModelConfig) -> dict[str, Any]:
         names = [n for n in self.tensors if n != "rope_freqs.weight"]
         return tensors.fill(cfg, ARCHITECTURES[self.arch], self._read, names, self.path)
 
@@ -148,8 +145,11 @@ class File:
         return from_gguf(self._field, str(self.path))
 
     def special(self) -> tuple[int | None, int | None]:
-        """(eos, bos) ids of the metadata."""
         return self._field("tokenizer.ggml.eos_token_id"), self._field("tokenizer.ggml.bos_token_id")
+
+    def chat_template(self) -> str | None:
+        template: str | None = self._field("tokenizer.chat_template")
+        return template
 
     def identity(self) -> str:
         return tensors.content_hash([self.path])

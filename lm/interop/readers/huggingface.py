@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import safetensors
 
-import lm.interop.schema as schema
-import lm.interop.tensors as tensors
+import lm.interop.readers.schema as schema
+import lm.interop.readers.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.tokenizers import Tokenizer, from_directory
 from lm.errors import UserError, unknown
 from lm.interop.families import FAMILIES
+from lm.interop.readers.base import Reader
 
 
 def read_json(path: Path) -> Any:
@@ -27,8 +28,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not valid JSON ({e})") from None
 
 
-class Directory:
-    """A checkpoint directory. Nothing is read before it is asked for."""
+class Directory(Reader):
+    """A checkpoint directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,7 +43,7 @@ class Directory:
         self.family = FAMILIES[kind]
 
     def model(self) -> dict[str, Any]:
-        return self.family.model(self.hf)
+        return self.family.read(self.hf)
 
     def _files(self) -> list[Path]:
         index = self.path / "model.safetensors.index.json"
@@ -67,20 +68,16 @@ class Directory:
                 raise UserError(f"{file}: no such file, though the index of {self.path} names it")
         return files
 
-    def params(self, cfg: ModelConfig) -> Any:
-        """The parameter tree as `cfg.param_dtype` arrays."""
-        where: dict[str, tuple[Path, str]] = {}
+    def params(self, cfg: ModelConfig) -> dict[str, Any]:
+        head, prefix = self.family.head, self.family.prefix
+        where: dict[str, tuple[Path, str]] = {}  # full name -> file, and the name there
         handles = {file: _open(file) for file in self._files()}
         for file, handle in handles.items():
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                if cfg.head.tie and name == self.family.head:
-                    continue
-                full = (
-                    name
-                    if name == self.family.head or name.startswith(self.family.prefix)
-                    else self.family.prefix + name
-                )
-                where[full] = (file, name)
+                if name != head:
+                    where[name if name.startswith(prefix) else prefix + name] = (file, name)
+                elif not cfg.head.tie:
+                    where[name] = (file, name)
 
         def get(name: str) -> np.ndarray:
             file, stored = where[name]
@@ -95,12 +92,10 @@ class Directory:
         return from_directory(self.path, *reversed(self.special()))
 
     def special(self) -> tuple[int | None, int | None]:
-        """(eos, bos) ids of config.json."""
         eos = self.hf.get("eos_token_id")
         return (eos[0] if isinstance(eos, list) and eos else eos), self.hf.get("bos_token_id")
 
     def chat_template(self) -> str | None:
-        """Jinja source of chat_template.jinja, or in tokenizer_config.json."""
         return chat_template(self.path)
 
     def identity(self) -> str:
@@ -114,10 +109,11 @@ def chat_template(folder: Path) -> str | None:
     if not (folder / "tokenizer_config.json").is_file():
         return None
     about = read_json(folder / "tokenizer_config.json")
-    found = about.get("chat_template") if isinstance(about, dict) else None
-    if isinstance(found, list):
-        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
+    template = about.get("chat_template") if isinstance(about, dict) else None
+    if isinstance(template, list):
+        default = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
+        template = next(default, {}).get("template")
+    return template if isinstance(template, str) else None
 
 
 def _open(file: Path) -> Any:

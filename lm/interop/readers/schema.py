@@ -1,31 +1,33 @@
-"""The types of what is read from a config.json, checked before a family looks at it."""
+"""The type of every key of a config.json that a family reads, checked before the family reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
 
+Kind = Callable[[object], bool]
 
-def _integer(x: Any) -> bool:
+
+def _integer(x: object) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
-def _number(x: Any) -> bool:
+def _number(x: object) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
-def _list(of: Any) -> Any:
+def _list(of: Kind) -> Kind:
     return lambda x: isinstance(x, list) and all(of(item) for item in x)
 
 
-def _text(x: Any) -> bool:
+def _text(x: object) -> bool:
     return isinstance(x, str)
 
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     "an integer": _integer,
     "a number": _number,
     "true or false": lambda x: isinstance(x, bool),
@@ -75,9 +77,9 @@ def check(hf: Mapping[str, Any], file: Path) -> None:
         _check(hf.get(name) or {}, ROPE, f"{file} {name}")
 
 
-def _check(found: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> None:
+def _check(given: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> None:
     for kind, keys in wanted.items():
         for key in keys.split():
-            value = found.get(key)
+            value = given.get(key)
             if value is not None and not KINDS[kind](value):
                 raise UserError(f"{place} {key}: expected {kind}, found {value!r}")
