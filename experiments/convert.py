@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
 def _adapters(args: Any) -> int:
     source = interop.reader(args.checkpoint)
     lora = source.surgery() if isinstance(source, Run) else None
-    if not isinstance(lora, LoRA):
+    if not isinstance(source, Run) or not isinstance(lora, LoRA):
         raise UserError(
             f"--as=peft: {args.checkpoint} has no adapters; valid: the folder of a training with train.surgery=lora"
         )

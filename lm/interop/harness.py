@@ -7,7 +7,7 @@ that the two agree on equal weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -166,7 +166,7 @@ class DecoderLM(TemplateLM):
 @functools.lru_cache(maxsize=4)
 def _scores(cfg: ModelConfig, piece: int) -> Any:
     def run(
-        params: Mapping[str, object], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
+        params: dict[str, Any], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         out = Decoder(cfg).apply({"params": params}, tokens_BT, index_BT=index_BT, logits=False)
         B, T, D = out.hidden_BTD.shape

@@ -40,6 +40,7 @@ class Tokenizer(abc.ABC):
         """What `from_description` needs beside the files of `save`; JSON-ready."""
         return {"kind": "file", "bos_id": self.bos_id, "eos_id": self.eos_id}
 
+    @abc.abstractmethod
     def save(self, folder: Path, chat_template: str | None = None) -> None:
         """Writes the tokenizer's file and ``tokenizer_config.json`` into `folder`, as `transformers` reads them.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,9 @@ class ValueTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         """The scaled values: the scale itself is not among the ids."""
         return "".join(f"{v:.6g}\n" for v in self.centres(list(ids)))
+
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
+        """Writes nothing: no file format knows this tokenizer, and `describe` says all of it."""
 
     def describe(self) -> dict[str, object]:
         return {"kind": "values", "bins": self.bins, "context": self.context, "low": self.low, "high": self.high}

@@ -28,12 +28,11 @@ Value = TypeVar("Value")
 class Family:
     """One ``model_type`` of `transformers`.
 
-    `read` maps a config.json to fields of ``ModelConfig``. `write` maps a ``ModelConfig`` to a config.json, which need
-    not hold all of it: whoever writes reads back and compares. `table` lists the tensors; `prefix` of their names may be
-    absent in files; `head` is the tensor of an untied head.
-
-    `fuse` makes one tensor of q, k and v (matrices ``[in, out]`` or biases ``[out]``), None where each has its own.
-    `inputs_first`: linear layers are stored as ``[in, out]``.
+    * `read`: a config.json to fields of ``ModelConfig``.
+    * `write`: a ``ModelConfig`` to a config.json. It may lose settings: whoever writes reads back and compares.
+    * `table`: the tensors. Files may leave `prefix` out of their names. `head` is the tensor of an untied head.
+    * `fuse`: one tensor of q, k and v (matrices ``[in, out]`` or biases ``[out]``); None where each has its own.
+    * `inputs_first`: linear layers are stored as ``[in, out]``.
     """
 
     read: Callable[[Hf], dict[str, Any]]

@@ -45,8 +45,8 @@ def tensors(trained: Mapping[str, object], family: str) -> tuple[dict[str, np.nd
 def write(folder: Path, lora: LoRA, trained: Mapping[str, object], family: str, base: str) -> None:
     """Writes the adapter; the folder appears whole or not at all, and must not exist.
 
-    `base`: where PEFT finds the model that the adapter belongs to. Raises `UserError` as `tensors` does, and for a place
-    that cannot be written.
+    `base`: where PEFT finds the adapter's model. Raises `UserError` as `tensors` does, and for a place that cannot be
+    written.
     """
     from safetensors.numpy import save_file
 
