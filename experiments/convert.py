@@ -18,7 +18,9 @@ from typing import Any
 from experiments import cli
 from lm import interop
 from lm.errors import UserError, unknown
-from lm.interop import peft_folder, run_folder, to_huggingface
+from lm.interop.families import FAMILIES
+from lm.interop.readers.run_folder import Run
+from lm.interop.writers import peft_folder, run_folder, to_huggingface
 from lm.surgery.lora import LoRA
 
 PROG = "python -m experiments.convert"
@@ -31,9 +33,7 @@ def run(argv: Sequence[str]) -> int:
         "--checkpoint", required=True, help="a run's folder, a Hugging Face folder, a GGUF file or a name"
     )
     parser.add_argument("--to", required=True, type=Path, help="the folder to write; must not exist")
-    parser.add_argument(
-        "--family", help=f"what to write it as (default: what fits): {', '.join(to_huggingface._WRITE)}"
-    )
+    parser.add_argument("--family", help=f"what to write it as (default: what fits): {', '.join(FAMILIES)}")
     parser.add_argument("--as", dest="form", default="huggingface", help="huggingface, run or peft (adapters alone)")
     args, rest = parser.parse_known_args(list(argv))
     parser.refuse(rest)
@@ -70,15 +70,15 @@ def run(argv: Sequence[str]) -> int:
 
 def _adapters(args: Any) -> int:
     source = interop.reader(args.checkpoint)
-    lora = source.surgery() if isinstance(source, run_folder.Run) else None
-    if not isinstance(lora, LoRA):
+    lora = source.surgery() if isinstance(source, Run) else None
+    if not isinstance(source, Run) or not isinstance(lora, LoRA):
         raise UserError(
             f"--as=peft: {args.checkpoint} has no adapters; valid: the folder of a training with train.surgery=lora"
         )
     cfg = interop.config(args.checkpoint)
     kind, _ = to_huggingface.family_of(cfg, args.family)
     base = str(source.about.get("start_source", ""))
-    peft_folder.write(args.to, cfg, lora, source.trained(cfg), kind, base)
+    peft_folder.write(args.to, lora, source.trained(cfg), kind, base)
     print(f"{args.checkpoint}: adapters written to {args.to} for {base or 'its start'} as {kind}; peft loads them")
     return 0
 

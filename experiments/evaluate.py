@@ -23,7 +23,7 @@ from experiments.results import clean
 from experiments.settings import Text
 from lm import interop
 from lm.errors import UserError, nearest
-from lm.interop.tensors import check
+from lm.interop.readers.tensors import check
 
 PROG = "python -m experiments.evaluate"
 

@@ -28,7 +28,7 @@ from lm.config import ModelConfig, merge, to_dict
 from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.errors import UserError, unknown
-from lm.interop.tensors import check
+from lm.interop.readers.tensors import check
 from lm.model.language_model import DecoderModel
 from lm.plug import table
 

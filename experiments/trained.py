@@ -18,6 +18,7 @@ from lm import compat
 from lm.config import to_dict
 from lm.data.tokenizers import check_vocab
 from lm.errors import UserError
+from lm.interop import reader
 from lm.sharding import processes
 from lm.train import loop
 from lm.train.config import DataConfig
@@ -104,15 +105,14 @@ class Trainer:
             elif not self.base.random:
                 self.base.load()
                 start = self.base.params(dataclasses.replace(arm, model=arm.trained), arm.trained, seed)
+            content = reader(place).identity() if place and arm.train.surgery.adds else ""
             done = loop.run(
                 arm.trained,
                 arm.train,
                 self.data(arm),
                 folder,
                 seed=seed,
-                start=start,
-                start_identity=identity,
-                start_source=place,
+                start=loop.Start(start, identity, place, content),
                 report=report,
                 tell=tell,
             )

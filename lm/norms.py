@@ -14,10 +14,13 @@ from lm.plug import Model, Plug, Table
 from lm.weights.weight import param
 
 
+@dataclass(frozen=True)
 class Norm(Plug):
-    """A normalisation layer: a frozen dataclass of settings."""
+    """A normalisation layer; `eps` is added to what is divided by."""
 
     KEY: ClassVar[str] = "model.norm"
+
+    eps: float = 1e-5
 
     def check(self, cfg: Model) -> None:
         """Raises `UserError` for a model that the norm does not fit."""

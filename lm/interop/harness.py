@@ -22,6 +22,7 @@ from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.decoding.generator import padded
 from lm.errors import UserError
+from lm.interop import Checkpoint
 from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel, LanguageModel
 from lm.watch import Watch
@@ -39,7 +40,7 @@ class DecoderLM(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: Any,
+        checkpoint: Checkpoint,
         config: ModelConfig | LanguageModel | None = None,
         *,
         max_length: int | None = None,
@@ -62,10 +63,8 @@ class DecoderLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end of a text; for a tokenizer without one, its beginning, else id 0."""
-        for found in (self.checkpoint.eos_id, self.tokenizer.eos_id, self.checkpoint.bos_id, self.tokenizer.bos_id):
-            if found is not None:
-                return int(found)
-        return 0
+        ids = (self.checkpoint.eos_id, self.tokenizer.eos_id, self.checkpoint.bos_id, self.tokenizer.bos_id)
+        return next((int(i) for i in ids if i is not None), 0)
 
     @property
     def prefix_token_id(self) -> int:
@@ -172,7 +171,7 @@ class DecoderLM(TemplateLM):
 @functools.lru_cache(maxsize=4)
 def _scores(model: LanguageModel, piece: int) -> Any:
     def run(
-        params: Any, tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
+        params: dict[str, Any], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), watch=Watch(logits=False))
         B, T, D = out.hidden_BTD.shape

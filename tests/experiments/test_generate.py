@@ -13,7 +13,7 @@ import pytest
 from experiments import generate
 from lm.config import model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.interop import to_huggingface
+from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 
 MODEL = {"vocab_size": 258, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 16, "max_positions": 32}

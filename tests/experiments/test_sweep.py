@@ -23,7 +23,7 @@ from experiments.plan import prepare
 from experiments.points import literal
 from experiments.sweeps import chain, grid, prefix, product, subsample, zip_
 from lm.errors import UserError
-from lm.train import loop
+from lm.train import session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -178,7 +178,7 @@ def test_done_points_are_skipped(s: Sweeps) -> None:
 
 
 def test_failed_points_are_tried_again(s: Sweeps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with loop._alone(tmp_path), pytest.raises(UserError, match=sweep_local.BUSY), loop._alone(tmp_path):
+    with session.alone(tmp_path), pytest.raises(UserError, match=sweep_local.BUSY), session.alone(tmp_path):
         pass  # what a run says whose training another process has
     s.behave("if value == 2.0:\n    code, said = 3, 'first\\nerror: too bad'")
     assert s() == 1 and s.calls == [1.0, 2.0, 3.0] and s.states() == "done failed done"

@@ -14,6 +14,7 @@ import numpy as np
 from lm.data import texts
 from lm.errors import UserError
 from lm.interop import reader
+from lm.interop.readers.run_folder import Run
 from lm.measures.base import Measured, Progress, Subject, encode
 from lm.model.inputs import Inputs
 from lm.watch import Watch
@@ -193,8 +194,8 @@ class RoutingHistory:
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:
             raise UserError("measures.routing_history: the parameters were not trained here; valid: set train")
-        kept = reader(str(subject.run))
-        steps = kept.steps()
+        run = Run(subject.run, reader)
+        steps = run.steps()
         if len(steps) < 3:
             raise UserError(
                 f"measures.routing_history: {subject.run} keeps checkpoints {steps}; valid: set train.keep_every to a "
@@ -203,11 +204,11 @@ class RoutingHistory:
         ids = _rows(subject, self.texts, self.length, self.rows, "measures.routing_history")
         flat = ids.reshape(-1, self.length)
         read = _reader(subject)
-        last = read(kept.params(subject.config, steps[-1]), flat)[0]
+        last = read(run.params(subject.config, steps[-1]), flat)[0]
         E = int(last.max()) + 1
         overlaps, chances = [], []
         for n, step in enumerate(steps[:-1]):
-            then = read(kept.params(subject.config, step), flat)[0]
+            then = read(run.params(subject.config, step), flat)[0]
             same = (then[..., :, None] == last[..., None, :]).any(-1)
             overlaps.append(float(same.mean()))
             loads = [

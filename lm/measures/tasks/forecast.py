@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from lm.data import series
-from lm.data.values import ValueTokenizer
+from lm.data.texts import series
+from lm.data.tokenizers.values import ValueTokenizer
 from lm.decoding.generator import Generator
 from lm.errors import UserError
 from lm.measures.base import Measured, Progress, Subject
@@ -20,7 +20,7 @@ LEVELS = np.arange(1, 10) / 10  # the quantiles of the weighted quantile loss
 
 @dataclass(frozen=True)
 class Forecast:
-    """`windows` forecasts of `horizon` values of `series` (a spec of `lm.data.series`, without windows), their origins
+    """`windows` forecasts of `horizon` values of `series` (a spec of `lm.data.texts.series`, without windows), origins
     evenly spaced over what follows the share `start`, which no training should have seen.
 
     `method`: ``model`` draws `paths` continuations of the last `context` values (temperature 1) from the subject, whose
