@@ -18,7 +18,10 @@ Forms = Mapping[str, Callable[[], Any]]
 
 
 def main(
-    kernel: str, base: str, forms: Callable[[bool, str | None], Iterable[tuple[str, Forms]]], argv: Any = None
+    kernel: str,
+    base: str,
+    forms: Callable[[bool, str | None], Iterable[tuple[str, Forms]]],
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Times the cases of ``forms(small, chip)``: names, and forms with `base` among them. Prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog=f"python -m kernels_pallas.{kernel}.bench")

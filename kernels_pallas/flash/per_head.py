@@ -7,15 +7,14 @@ add up. So it is mended here, from what the probabilities themselves say: ``sum_
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+Bend = jax.Array | float | None  # d logit / d score; 1.0 or None without a soft-cap
 SUMS = "error", "lean", "pull"
 
 
-def sums(slopes: Any, sinks: Any) -> tuple[str, ...]:
+def sums(slopes: jax.Array | None, sinks: jax.Array | None) -> tuple[str, ...]:
     """The sums over a row that the gradients to `slopes` and `sinks` (arrays, or None) need.
 
     Of `terms`, with `error` the gradient of a logit and `bend` its slope by the soft-cap: ``error = sum_j error_j``,
@@ -24,9 +23,8 @@ def sums(slopes: Any, sinks: Any) -> tuple[str, ...]:
     return SUMS if slopes is not None else SUMS[:1] if sinks is not None else ()
 
 
-def terms(p: jax.Array, error: jax.Array, bend: Any, distance: Any) -> tuple[jax.Array, ...]:
-    """What the `sums` add up, of one tile in a kernel, in their order. `bend` None: no soft-cap; `distance` None: no
-    slopes."""
+def terms(p: jax.Array, error: jax.Array, bend: Bend, distance: jax.Array | None) -> tuple[jax.Array, ...]:
+    """What the `sums` add up, of one tile in a kernel, in their order. `distance` is None without slopes."""
     if distance is None:
         return (error,)
     lean, pull = (x if bend is None else x * bend for x in (error, p))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import numpy as np
 
 RUN, WHOLE, FIRST, LAST = 1, 2, 4, 8
@@ -50,11 +49,11 @@ def runs(tiles: np.ndarray, n_major: int, major: int) -> tuple[np.ndarray, np.nd
     return starts[heavy].astype(np.int32), found.astype(np.int32), (bool(whole.any()), bool((1 - whole).any()))
 
 
-def q_block(word: Any) -> Any:
+def q_block(word: jax.Array) -> jax.Array:
     return word >> 17
 
 
-def k_block(word: Any) -> Any:
+def k_block(word: jax.Array) -> jax.Array:
     return (word >> 4) & (2**13 - 1)
 
 
