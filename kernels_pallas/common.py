@@ -340,6 +340,5 @@ def mapped(
     Around a kernel no axis may be left to the compiler. The specs are one tree of `PartitionSpec` per argument and
     result of `fn`.
     """
-    taken = mesh.manual_axes if isinstance(mesh, jax.sharding.AbstractMesh) else ()
-    free = set(mesh.axis_names) - set(taken)
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)

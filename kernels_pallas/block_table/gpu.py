@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,14 +31,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.block_table.problem import Filled
 from kernels_pallas.block_table.reference import from_units, in_units, turning
-from kernels_pallas.common import GPUS, NEG, blocks
+from kernels_pallas.common import AUTO, GPUS, NEG, How, Ref, Shaped
 
 ROWS = 64  # the matrix unit multiplies for a warpgroup
 ID_BITS, TURN_BITS, WHOLE = 17, 12, 1 << 29
 COUNT, END, FIRST = 0, 1, 2  # of a list in memory: entries, slots of the row, the first word
 LOG2E = math.log2(math.e)
 WIDEST = 256
+State = tuple[jax.Array, jax.Array, jax.Array]  # output, top and total of a softmax
 
 
 @dataclass(frozen=True)
@@ -67,37 +69,46 @@ class Plan:
         return queries + partial + 4 * self.stages * self.tile * self.d + 4 * self.length + 6 * 1024
 
 
-def plan(
-    U: int, R: int, n: int, w: int, d: int, m: int, *, tile: int, stages: int, fill: int, limit: int
-) -> Plan | None:
-    """The largest tiles of at most `tile` keys that divide a block and fit `limit` bytes, or None if none does.
+@dataclass(frozen=True)
+class Lists:
+    """Units, queries R of one, entries n of a list, slots w of a block, width d, pairs m that turn."""
+
+    U: int
+    R: int
+    n: int
+    w: int
+    d: int
+    m: int
+
+
+def plan(lists: Lists, sizes: dict[str, int], limit: int) -> Plan | None:
+    """The largest tiles of at most ``sizes["tile"]`` keys that divide a block and fit `limit` bytes, or None.
 
     One warpgroup takes half of that where it can, so that two blocks share a multiprocessor.
     """
+    R, n, w, d = lists.R, lists.n, lists.w, lists.d
     groups = 2 if R > ROWS and d <= 128 else 1
     rows = groups * ROWS if R > ROWS else R + -R % 8
-    parts = max(1, min(n, fill // (U * -(-R // rows))))
+    parts = max(1, min(n, sizes["fill"] // (lists.U * -(-R // rows))))
     length = -(-(FIRST + n) // 32) * 32
-    sizes = [x for x in range(min(tile, w) // 16 * 16, 0, -16) if w % x == 0]
-    plans = [Plan(groups, rows, size, stages, parts, d, m, length) for size in sizes]
+    tiles = [x for x in range(min(sizes["tile"], w) // 16 * 16, 0, -16) if w % x == 0]
+    plans = [Plan(groups, rows, tile, sizes["stages"], parts, d, lists.m, length) for tile in tiles]
     half = [x for x in plans if x.memory <= limit // 2 and x.groups == 1 and x.tile >= 64]
     return next((x for x in (*half, *plans) if x.memory <= limit), None)
 
 
-def choose(q: Any, n: int, h: int, w: int, q_block: int, m: int, chip: str | None, **given: Any) -> Plan | None:
-    """The plan of a call on `chip`; `given` sizes that are not None win over its row."""
+def choose(q: Shaped, lists: tuple[int, ...], w: int, q_block: int, m: int, how: How) -> Plan | None:
+    """The plan of a call. `lists`: the shape of the lists; `w`: slots of a block; `m`: pairs that turn."""
     B, T, H, d = q.shape
-    name = chip if chip in GPUS else "h100"
-    sizes = blocks("block_table", name, **given)
-    sizes = {key: sizes[key] for key in ("tile", "stages", "fill")}
-    return plan(B * h * -(-T // q_block), q_block * (H // h), n, w, d, m, **sizes, limit=GPUS[name].smem)
+    h, n = lists[1], lists[3]
+    of_call = Lists(B * h * -(-T // q_block), q_block * (H // h), n, w, d, m)
+    return plan(of_call, how.blocks("block_table", how.hopper), GPUS[how.hopper].smem)
 
 
-def refusal(
-    q: Any, k: Any, lists: tuple[int, ...], w: int, q_block: int, angles: Any, chip: str | None, **given: Any
-) -> str | None:
-    """Why the kernel cannot serve a well-formed call, or None. `lists`: the shape of `blocks`."""
-    d, N = q.shape[-1], -(-k.shape[2] // w)
+def refusal(q: Shaped, k: Shaped, lists: Shaped, problem: Filled, how: How) -> str | None:
+    """Why the kernel cannot serve a well-formed call, or None."""
+    d, w, m = q.shape[-1], problem.block_size, problem.pairs
+    N = -(-k.shape[2] // w)
     if q.dtype != jnp.bfloat16:
         return f"{q.dtype}, the matrix unit multiplies bfloat16"
     if d > WIDEST or d % 16:
@@ -106,13 +117,12 @@ def refusal(
         return f"blocks of {w} keys, the kernel needs multiples of 16"
     if N > 1 << ID_BITS:
         return f"{N} key blocks, the kernel counts up to {1 << ID_BITS}"
-    if angles is not None and angles.shape[0] > 1 << TURN_BITS:
-        return f"{angles.shape[0]} turns, the kernel counts up to {1 << TURN_BITS}"
-    m = 0 if angles is None else angles.shape[1]
+    if problem.turns > 1 << TURN_BITS:
+        return f"{problem.turns} turns, the kernel counts up to {1 << TURN_BITS}"
     if m % 16:
         return f"turns of {m} pairs of channels, the kernel needs multiples of 16"
-    if choose(q, lists[3], lists[1], w, q_block, m, chip, **given) is None:
-        return f"{q_block} queries of width {d} and their tiles of keys exceed the shared memory of a block"
+    if choose(q, lists.shape, w, problem.q_block, m, how) is None:
+        return f"{problem.q_block} queries of width {d} and their tiles of keys exceed the shared memory of a block"
     return None
 
 
@@ -133,152 +143,251 @@ def words(ids: jax.Array, turn: jax.Array | None, at_BQR: jax.Array, end_B: jax.
     return jnp.concatenate([count, jnp.broadcast_to(end, count.shape).astype(jnp.int32), lax.sort(word)], -1)
 
 
-def _kernel(*refs: Any, ops: hopper.Ops, p: Plan, sizes: tuple[int, ...], scale: float, softcap: float | None) -> None:
+@dataclass(frozen=True)
+class Launch:
+    """What is static in the kernel. `sizes`: key heads, lists of a row, query blocks, slots of a block, pieces of a
+    unit."""
+
+    ops: hopper.Ops
+    plan: Plan
+    sizes: tuple[int, int, int, int, int]
+    scale: float
+    softcap: float | None
+
+
+class Memory(NamedTuple):
+    """References of the kernel: global memory, then shared memory and barriers of a block of threads.
+
+    `cos`, `sin` and `turned_q` are there where queries turn. Elsewhere they are other references that nobody reads.
+    """
+
+    words: Ref
+    at: Ref
+    keys: Ref
+    values: Ref
+    short_keys: Ref
+    short_values: Ref
+    queries: Ref
+    cos: Ref
+    sin: Ref
+    out: Ref
+    lse: Ref
+    listed: Ref
+    own_at: Ref
+    k: Ref
+    v: Ref
+    q: Ref
+    own_lse: Ref
+    have: Ref
+    full_k: Ref
+    full_v: Ref
+    free: Ref
+    ready: Ref
+    turned_q: Ref
+    own_out: Ref
+
+
+def _named(refs: tuple[Ref, ...], p: Plan) -> Memory:
+    """The references by name, from the order in which `attention` gives them."""
     turned = 2 if p.m else 0
-    words_ref, at_ref, k_ref, v_ref, k_short, v_short, q_ref = refs[:7]
-    cos_ref, sin_ref = refs[7:9] if turned else (None, None)
-    o_ref, lse_ref, listed, at, k, v, q, lse, have, full_k, full_v, free, ready = refs[7 + turned : 20 + turned]
-    turned_q: Any = refs[20 + turned] if turned else None
-    out = refs[-1] if p.parts > 1 else q
-    K, h, Q, w, tiles = sizes
-    group = lax.axis_index("group") if p.groups > 1 else jnp.int32(0)
-    at_once, piece = jnp.int32(p.parts), lax.axis_index("block")
-    part, piece = lax.rem(piece, at_once), lax.div(piece, at_once)
-    tile, unit = lax.rem(piece, jnp.int32(tiles)), lax.div(piece, jnp.int32(tiles))
-    b = lax.div(unit, jnp.int32(h * Q))
-    cache = b * K + lax.div(lax.rem(lax.div(unit, jnp.int32(Q)), jnp.int32(h)) * K, jnp.int32(h))
-    per_entry = w // p.tile
+    cos, sin = refs[7:9] if turned else refs[:2]
+    rest = refs[7 + turned : 20 + turned]
+    q = rest[6]
+    every = (*refs[:7], cos, sin, *rest, refs[20 + turned] if turned else q, refs[-1] if p.parts > 1 else q)
+    return Memory._make(every)
 
-    def entries() -> Any:
+
+class _Block:
+    """A block of threads: one part of the list of one piece of a unit."""
+
+    def __init__(self, launch: Launch, memory: Memory) -> None:
+        self.ops, self.p, self.m = launch.ops, launch.plan, memory
+        self.scale, self.softcap = launch.scale, launch.softcap
+        K, h, Q, w, pieces = launch.sizes
+        self.w, self.per_entry = w, w // self.p.tile
+        self.group = lax.axis_index("group") if self.p.groups > 1 else jnp.int32(0)
+        self.at_once, piece = jnp.int32(self.p.parts), lax.axis_index("block")
+        self.part, piece = lax.rem(piece, self.at_once), lax.div(piece, self.at_once)
+        self.piece, self.unit = lax.rem(piece, jnp.int32(pieces)), lax.div(piece, jnp.int32(pieces))
+        b = lax.div(self.unit, jnp.int32(h * Q))
+        self.cache = b * K + lax.div(lax.rem(lax.div(self.unit, jnp.int32(Q)), jnp.int32(h)) * K, jnp.int32(h))
+        self.row, self.Q = b, Q
+
+    def entries(self) -> jax.Array:
         """Of this part, known once the list is here: every so many-th, so that parts are alike."""
-        plgpu.barrier_wait(have)
-        return lax.div(jnp.maximum(listed[COUNT] - part + (p.parts - 1), 0), at_once)
+        hopper.wait(self.m.have)
+        return lax.div(jnp.maximum(self.m.listed[COUNT] - self.part + (self.p.parts - 1), 0), self.at_once)
 
-    def word(entry: Any) -> Any:
-        return listed[FIRST + part + entry * at_once]
+    def word(self, entry: jax.Array) -> jax.Array:
+        return self.m.listed[FIRST + self.part + entry * self.at_once]
 
-    def start(number: Any, step: Any) -> tuple[Any, Any]:
+    def start(self, number: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
         """First slot wanted, and first slot read."""
-        wanted = (number & ((1 << ID_BITS) - 1)) * w + lax.rem(step, jnp.int32(per_entry)) * p.tile
-        return wanted, jnp.maximum(jnp.minimum(wanted, listed[END] - p.tile), 0)
+        wanted = (number & ((1 << ID_BITS) - 1)) * self.w + lax.rem(step, jnp.int32(self.per_entry)) * self.p.tile
+        return wanted, jnp.maximum(jnp.minimum(wanted, self.m.listed[END] - self.p.tile), 0)
 
-    def fetch(step: Any) -> None:
-        slot = lax.rem(step, jnp.int32(p.stages))
-        _, first = start(word(lax.div(step, jnp.int32(per_entry))), step)
-        short = listed[END] < p.tile
-        for ref, copy, buffer, full in ((k_ref, k_short, k, full_k), (v_ref, v_short, v, full_v)):
+    def slot(self, step: jax.Array) -> jax.Array:
+        return lax.rem(step, jnp.int32(self.p.stages))
+
+    def fetch(self, step: jax.Array) -> None:
+        """A tile of keys and one of values begin to arrive."""
+        m, slot = self.m, self.slot(step)
+        _, first = self.start(self.word(lax.div(step, jnp.int32(self.per_entry))), step)
+        short = m.listed[END] < self.p.tile
+        for ref, copy, buffer, full in (
+            (m.keys, m.short_keys, m.k, m.full_k),
+            (m.values, m.short_values, m.v, m.full_v),
+        ):
             to = buffer.at[slot], full.at[slot]
-            pl.when(short)(functools.partial(plgpu.copy_gmem_to_smem, copy.at[cache], *to))
-            listed_keys = ref.at[cache, pl.ds(first, p.tile)]
-            pl.when(jnp.logical_not(short))(functools.partial(plgpu.copy_gmem_to_smem, listed_keys, *to))
+            pl.when(short)(functools.partial(hopper.copy_in, copy.at[self.cache], *to))
+            listed_keys = ref.at[self.cache, pl.ds(first, self.p.tile)]
+            pl.when(jnp.logical_not(short))(functools.partial(hopper.copy_in, listed_keys, *to))
 
-    def memory() -> None:
+    def provide(self) -> None:
         """The warpgroup that fetches for the two others."""
         plgpu.set_max_registers(40, action="decrease")
-        plgpu.copy_gmem_to_smem(words_ref.at[unit], listed, have)
-        steps = entries() * per_entry
+        hopper.copy_in(self.m.words.at[self.unit], self.m.listed, self.m.have)
+        steps = self.entries() * self.per_entry
 
-        def once_free(step: Any, carry: None) -> None:
-            slot = free.at[lax.rem(step, jnp.int32(p.stages))]
-            pl.when(step >= p.stages)(functools.partial(plgpu.barrier_wait, slot))
-            pl.when(step < steps)(functools.partial(fetch, step))
+        def once_free(step: jax.Array, carry: None) -> None:
+            slot = self.m.free.at[self.slot(step)]
+            pl.when(step >= self.p.stages)(functools.partial(hopper.wait, slot))
+            pl.when(step < steps)(functools.partial(self.fetch, step))
 
-        lax.fori_loop(0, steps + jnp.minimum(steps, p.stages), once_free, None)
+        lax.fori_loop(0, steps + jnp.minimum(steps, self.p.stages), once_free, None)
 
-    def compute() -> None:
+    def compute(self) -> None:
+        """A warpgroup that multiplies; alone, it fetches too."""
+        p, m, group = self.p, self.m, self.group
         if p.groups > 1:
             plgpu.set_max_registers(232, action="increase")
         else:
-            plgpu.copy_gmem_to_smem(words_ref.at[unit], listed, have)
+            hopper.copy_in(m.words.at[self.unit], m.listed, m.have)
         few = min(ROWS, p.rows)
-        mine, arrived = pl.ds(tile * p.rows + group * ROWS, few), ready.at[group]
-        numbers, to = pl.ds(ROWS * (tile * p.groups + group), ROWS), (group, pl.ds(0, few))
-        plgpu.copy_gmem_to_smem(at_ref.at[b * Q + lax.rem(unit, jnp.int32(Q)), numbers], at.at[group], arrived)
-        plgpu.copy_gmem_to_smem(q_ref.at[unit, mine], q.at[to], arrived)
-        count = entries()
-        steps = count * per_entry
+        mine, arrived = pl.ds(self.piece * p.rows + group * ROWS, few), m.ready.at[group]
+        numbers, to = pl.ds(ROWS * (self.piece * p.groups + group), ROWS), (group, pl.ds(0, few))
+        at = m.at.at[self.row * self.Q + lax.rem(self.unit, jnp.int32(self.Q)), numbers]
+        hopper.copy_in(at, m.own_at.at[group], arrived)
+        hopper.copy_in(m.queries.at[self.unit, mine], m.q.at[to], arrived)
+        count = self.entries()
+        steps = count * self.per_entry
         if p.groups == 1:
             for ahead in range(p.stages):
-                pl.when(ahead < steps)(functools.partial(fetch, jnp.int32(ahead)))
-        plgpu.barrier_wait(arrived)
-        last = jnp.minimum(ops.load(at, (group,), plgpu.Layout.WGMMA.reduce(1)), listed[END] - 1)
-        queries = (turned_q if p.m else q).at[group]
-
-        by_column = plgpu.Layout.WGMMA.reduce(0)
-
-        def turn(number: Any) -> None:
-            """Turned queries of this entry, a few columns at a time for the sake of registers."""
-            row, wide = (number >> ID_BITS) & ((1 << TURN_BITS) - 1), p.columns
-            for column in range(0, p.d, wide):
-                columns = pl.ds(column, wide)
-                x = ops.load(q, (group, slice(None), columns), plgpu.Layout.WGMMA)
-                if column < 2 * p.m:
-                    partner = pl.ds(column + (p.m if column < p.m else -p.m), wide)
-                    y = ops.load(q, (group, slice(None), partner), plgpu.Layout.WGMMA)
-                    cos, sin = (
-                        lax.broadcast_in_dim(ops.load(turns, (row, columns), by_column, optimized=False), x.shape, [1])
-                        for turns in (cos_ref, sin_ref)
-                    )
-                    x = (x.astype(jnp.float32) * cos + y.astype(jnp.float32) * sin).astype(jnp.bfloat16)
-                queries[:, columns] = x
-            plgpu.commit_smem()
-
-        def add(step: Any, carry: Any, number: Any) -> Any:
-            acc, top, total = carry
-            slot = lax.rem(step, jnp.int32(p.stages))
-            plgpu.barrier_wait(full_k.at[slot])
-            scores = ops.dot(queries, k.at[slot], transpose_b=True)
-            if softcap is None:
-                scores = scores * (scale * LOG2E)
-            else:  # c tanh(x / c), by a power of 2 that is exact to the last bits
-                powers = jnp.exp2(scores * (2 * scale * LOG2E / softcap))
-                scores = softcap * LOG2E * (1.0 - 2.0 / (powers + 1.0))
-
-            def masked(scores: Any) -> Any:
-                wanted, first = start(number, step)
-                slots = ops.iota(scores.shape, 1) + first
-                seen = (slots <= lax.broadcast_in_dim(last, scores.shape, [0])) & (slots >= wanted)
-                return jnp.where(seen, scores, -jnp.inf)
-
-            scores = lax.cond((number & WHOLE) != 0, lambda x: x, masked, scores)
-            higher = jnp.maximum(top, scores.max(axis=1))
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, scores.shape, [0]))
-            shrink = jnp.exp2(top - higher)
-            total = total * shrink + weights.sum(axis=1)
-            acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-            plgpu.barrier_wait(full_v.at[slot])
-            acc = ops.dot(weights.astype(jnp.bfloat16), v.at[slot], acc=acc)
-            if p.groups > 1:
-                plgpu.barrier_arrive(free.at[slot])
-            else:
-                plgpu.commit_smem()  # every warp is done with the slot
-                pl.when(step + p.stages < steps)(functools.partial(fetch, step + p.stages))
-            return acc, higher, total
-
-        def entry(i: Any, carry: Any) -> Any:
-            number = word(i)
-            if p.m:
-                turn(number)
-            return lax.fori_loop(i * per_entry, (i + 1) * per_entry, functools.partial(add, number=number), carry)
-
-        zeros = ops.tile(jnp.zeros((ROWS, p.d), jnp.float32))
-        top, total = (ops.per_row(jnp.full((ROWS,), x, jnp.float32)) for x in (NEG, 0.0))
-        acc, top, total = lax.fori_loop(0, count, lambda i, c: entry(i, c), (zeros, top, total))
+                pl.when(ahead < steps)(functools.partial(self.fetch, jnp.int32(ahead)))
+        hopper.wait(arrived)
+        last = jnp.minimum(self.ops.load(m.own_at, (group,), plgpu.Layout.WGMMA.reduce(1)), m.listed[END] - 1)
+        acc, top, total = self.walk(count, last, steps)
         none = total == 0.0
         share = 1.0 / jnp.where(none, 1.0, total)
-        out[group] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(out.dtype)
-        lse[group] = jnp.where(none, -jnp.inf, (top + jnp.log2(jnp.where(none, 1.0, total))) / LOG2E)
+        m.own_out[group] = (acc * lax.broadcast_in_dim(share, acc.shape, [0])).astype(m.own_out.dtype)
+        m.own_lse[group] = jnp.where(none, -jnp.inf, (top + jnp.log2(jnp.where(none, 1.0, total))) / LOG2E)
         plgpu.commit_smem()
-        place = unit * at_once + part
-        plgpu.copy_smem_to_gmem(out.at[to], o_ref.at[place, mine])
-        plgpu.copy_smem_to_gmem(lse.at[group], lse_ref.at[place, numbers])
+        place = self.unit * self.at_once + self.part
+        hopper.copy_out(m.own_out.at[to], m.out.at[place, mine])
+        hopper.copy_out(m.own_lse.at[group], m.lse.at[place, numbers])
         plgpu.wait_smem_to_gmem(0)
 
-    if p.groups == 1:
-        compute()
+    def walk(self, count: jax.Array, last: jax.Array, steps: jax.Array) -> State:
+        """The softmax over all entries of this part. `last`: the last slot each query may see."""
+
+        def entry(i: jax.Array, state: State) -> State:
+            number = self.word(i)
+            if self.p.m:
+                self.turn(number)
+            add = functools.partial(self.add, number=number, last=last, steps=steps)
+            return lax.fori_loop(i * self.per_entry, (i + 1) * self.per_entry, add, state)
+
+        zeros = self.ops.tile(jnp.zeros((ROWS, self.p.d), jnp.float32))
+        top, total = (self.ops.per_row(jnp.full((ROWS,), x, jnp.float32)) for x in (NEG, 0.0))
+        return lax.fori_loop(0, count, entry, (zeros, top, total))
+
+    def turn(self, number: jax.Array) -> None:
+        """Turned queries of an entry, a few columns at a time for the sake of registers."""
+        p, m, group, load = self.p, self.m, self.group, self.ops.load
+        by_column, tile = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA
+        row, wide, queries = (number >> ID_BITS) & ((1 << TURN_BITS) - 1), p.columns, m.turned_q.at[group]
+        for column in range(0, p.d, wide):
+            columns = pl.ds(column, wide)
+            x = load(m.q, (group, slice(None), columns), tile)
+            if column < 2 * p.m:
+                partner = pl.ds(column + (p.m if column < p.m else -p.m), wide)
+                y = load(m.q, (group, slice(None), partner), tile)
+                cos, sin = (
+                    lax.broadcast_in_dim(load(turns, (row, columns), by_column, optimized=False), x.shape, [1])
+                    for turns in (m.cos, m.sin)
+                )
+                x = (x.astype(jnp.float32) * cos + y.astype(jnp.float32) * sin).astype(jnp.bfloat16)
+            queries[:, columns] = x
+        plgpu.commit_smem()
+
+    def add(self, step: jax.Array, state: State, number: jax.Array, last: jax.Array, steps: jax.Array) -> State:
+        """The keys of a tile join the softmax."""
+        p, m, ops = self.p, self.m, self.ops
+        acc, top, total = state
+        slot = self.slot(step)
+        hopper.wait(m.full_k.at[slot])
+        scores = ops.dot((m.turned_q if p.m else m.q).at[self.group], m.k.at[slot], transpose_b=True)
+        if self.softcap is None:
+            scores = scores * (self.scale * LOG2E)
+        else:  # c tanh(x / c), by a power of 2 that is exact to the last bits
+            powers = jnp.exp2(scores * (2 * self.scale * LOG2E / self.softcap))
+            scores = self.softcap * LOG2E * (1.0 - 2.0 / (powers + 1.0))
+
+        def masked(scores: jax.Array) -> jax.Array:
+            wanted, first = self.start(number, step)
+            slots = ops.iota((scores.shape[0], scores.shape[1]), 1) + first
+            seen = (slots <= lax.broadcast_in_dim(last, scores.shape, [0])) & (slots >= wanted)
+            return jnp.where(seen, scores, -jnp.inf)
+
+        scores = lax.cond((number & WHOLE) != 0, lambda x: x, masked, scores)
+        higher = jnp.maximum(top, scores.max(axis=1))
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, scores.shape, [0]))
+        shrink = jnp.exp2(top - higher)
+        total = total * shrink + weights.sum(axis=1)
+        acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+        hopper.wait(m.full_v.at[slot])
+        acc = ops.dot(weights.astype(jnp.bfloat16), m.v.at[slot], acc=acc)
+        if p.groups > 1:
+            hopper.arrive(m.free.at[slot])
+        else:
+            plgpu.commit_smem()  # every warp is done with the slot
+            pl.when(step + p.stages < steps)(functools.partial(self.fetch, step + p.stages))
+        return acc, higher, total
+
+
+def _kernel(launch: Launch, *refs: Ref) -> None:
+    block, groups = _Block(launch, _named(refs, launch.plan)), launch.plan.groups
+    if groups == 1:
+        block.compute()
     else:
-        pl.when(group == p.groups)(memory)
-        pl.when(group < p.groups)(compute)
+        pl.when(block.group == groups)(block.provide)
+        pl.when(block.group < groups)(block.compute)
+
+
+def _scratch(p: Plan) -> list[Any]:
+    """Shared memory and barriers of a block of threads, in the order of `Memory`."""
+    bars = functools.partial(plgpu.Barrier, num_barriers=p.stages)
+    rows = functools.partial(hopper.smem, (p.groups, ROWS, p.d), jnp.bfloat16, 2 * p.columns)
+    # The matrix unit takes as many keys at a time as a tile of the values has columns.
+    keys, values = (
+        hopper.smem((p.stages, p.tile, p.d), jnp.bfloat16, 2 * x) for x in (p.columns, math.gcd(p.columns, p.tile))
+    )
+    partial = hopper.smem((p.groups, ROWS, p.d), jnp.float32, min(hopper.SWIZZLE, 4 * p.columns))
+    return [
+        plgpu.SMEM((p.length,), jnp.int32),
+        plgpu.SMEM((p.groups, ROWS), jnp.int32),
+        keys,
+        values,
+        rows(),
+        plgpu.SMEM((p.groups, ROWS), jnp.float32),
+        plgpu.Barrier(),
+        bars(),
+        bars(),
+        bars(num_arrivals=p.groups),
+        plgpu.Barrier(num_arrivals=2, num_barriers=p.groups),
+        *([rows()] if p.m else []),
+        *([partial] if p.parts > 1 else []),
+    ]
 
 
 def attention(
@@ -286,32 +395,20 @@ def attention(
     k_BKSd: jax.Array,
     v_BKSd: jax.Array,
     blocks_BhQn: jax.Array,
-    positions_BT: jax.Array,
-    lengths_B: jax.Array,
-    turn_BhQn: jax.Array | None = None,
-    angles_Pm: jax.Array | None = None,
-    *,
-    block_size: int,
-    q_block: int,
-    scale: float,
-    softcap: float | None,
-    chip: str | None = None,
-    tile: int | None = None,
-    stages: int | None = None,
-    fill: int | None = None,
-    interpret: bool = False,
+    problem: Filled,
+    how: How = AUTO,
 ) -> tuple[jax.Array, jax.Array]:
     """The same as `reference.reference`, in bfloat16."""
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
     h, Q, n = blocks_BhQn.shape[1:]
-    U, w, bf16, f32 = B * h * Q, block_size, jnp.bfloat16, jnp.float32
-    m = 0 if angles_Pm is None else angles_Pm.shape[1]
-    p = choose(q_BTHd, n, h, w, q_block, m, chip, tile=tile, stages=stages, fill=fill)
+    U, w, q_block, m = B * h * Q, problem.block_size, problem.q_block, problem.pairs
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    p = choose(q_BTHd, blocks_BhQn.shape, w, q_block, m, how)
     assert p is not None  # `refusal`
-    q, at = in_units(q_BTHd, positions_BT, h, q_block)
-    end = jnp.minimum(lengths_B, S).astype(jnp.int32)
-    lists = words(blocks_BhQn, turn_BhQn, at, end, w, -(-S // w)).reshape(U, -1)
+    q, at = in_units(q_BTHd, problem.positions, h, q_block)
+    end = jnp.minimum(problem.lengths, S).astype(jnp.int32)
+    lists = words(blocks_BhQn, problem.turn, at, end, w, -(-S // w)).reshape(U, -1)
     lists = jnp.pad(lists, ((0, 0), (0, p.length - lists.shape[1])))
     R = q.shape[3]
     tiles = -(-R // p.rows)
@@ -321,17 +418,12 @@ def attention(
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, max(0, p.tile - S)), (0, 0))) for x in (k_BKSd, v_BKSd))
     short = [jnp.where(live, x[:, :, : p.tile], 0).reshape(B * K, p.tile, d) for x in (k, v)]
     queries = [jnp.pad(q.reshape(U, R, d), ((0, 0), (0, tiles * p.rows - R), (0, 0)))]
-    if angles_Pm is not None:
-        queries += turning(queries[0], angles_Pm)[0]
-    bars = functools.partial(plgpu.Barrier, num_barriers=p.stages)
-    rows = functools.partial(hopper.smem, (p.groups, ROWS, d), bf16, 2 * p.columns)
-    # The matrix unit takes as many keys at a time as a tile of the values has columns.
-    keys, values = (hopper.smem((p.stages, p.tile, d), bf16, 2 * x) for x in (p.columns, math.gcd(p.columns, p.tile)))
+    if problem.angles is not None:
+        queries += turning(queries[0], problem.angles)[0]
     partial = p.parts > 1
+    launch = Launch(hopper.Ops(bool(how.interpret)), p, (K, h, Q, w, tiles), problem.scale, problem.softcap)
     out, lse = plgpu.kernel(
-        functools.partial(
-            _kernel, ops=hopper.Ops(interpret), p=p, sizes=(K, h, Q, w, tiles), scale=scale, softcap=softcap
-        ),
+        functools.partial(_kernel, launch),
         out_type=[
             jax.ShapeDtypeStruct((U * p.parts, tiles * p.rows, d), f32 if partial else bf16),
             jax.ShapeDtypeStruct((U * p.parts, whole), f32),
@@ -340,24 +432,10 @@ def attention(
         grid_names=("block",),
         num_threads=p.groups + 1 if p.groups > 1 else None,
         thread_name="group" if p.groups > 1 else None,
-        scratch_types=[
-            plgpu.SMEM((p.length,), jnp.int32),
-            plgpu.SMEM((p.groups, ROWS), jnp.int32),
-            keys,
-            values,
-            rows(),
-            plgpu.SMEM((p.groups, ROWS), f32),
-            plgpu.Barrier(),
-            bars(),
-            bars(),
-            bars(num_arrivals=p.groups),
-            plgpu.Barrier(num_arrivals=2, num_barriers=p.groups),
-            *([rows()] if m else []),
-            *([hopper.smem((p.groups, ROWS, d), f32, min(hopper.SWIZZLE, 4 * p.columns))] if partial else []),
-        ],
+        scratch_types=_scratch(p),
         # By lanes, as the layouts here are written; by warpgroups, the default of later versions, does not infer them.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=hopper.params(interpret),
+        interpret=hopper.params(bool(how.interpret)),
         kernel_name="block_table",
     )(lists, at, k.reshape(B * K, -1, d), v.reshape(B * K, -1, d), *short, *queries)
     if partial:
