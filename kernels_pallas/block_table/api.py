@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.block_table import gpu, reference, tpu
+from kernels_pallas.block_table import gpu, gpu_plan, reference, tpu
 from kernels_pallas.block_table.problem import NAME, Filled, Problem, known
 from kernels_pallas.common import AUTO, How, check_how, kernel_forms, known_dtype, mapped, run
 from lm.errors import UserError
@@ -94,7 +94,7 @@ def _attend(
     how: How, q: jax.Array, k: jax.Array, v: jax.Array, blocks: jax.Array, problem: Filled
 ) -> tuple[jax.Array, jax.Array]:
     on_tpu = tpu.refusal(q, k, blocks, problem, tiled=how.implementation != "interpret")
-    on_gpu = gpu.refusal(q, k, blocks, problem, how)
+    on_gpu = gpu_plan.refusal(q, k, blocks, problem, how)
     forms, refusals = kernel_forms(tpu.attention, gpu.attention, how, (on_tpu, on_gpu))
     forms |= {"reference": reference.reference, "xla": reference.xla}
     return run(NAME, how, forms, refusals, q, k, v, blocks, problem)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from kernels_pallas import common, timing
-from kernels_pallas.block_table import gpu, tpu
+from kernels_pallas.block_table import gpu_plan, tpu
 from kernels_pallas.block_table.api import NAME, block_table
 from kernels_pallas.block_table.problem import Problem
 from kernels_pallas.common import AUTO, Case, How, sized
@@ -173,7 +173,7 @@ def gpu_cases() -> list[Case]:
     for form, size in (("xla", REAL[1]), *(("gpu", size) for size in GPU)):
         run = functools.partial(attend, size, how=How(form, "h100" if form == "gpu" else None))
         args = shapes(size)
-        p = gpu.choose(
+        p = gpu_plan.choose(
             args[0], args[3].shape, size.w, size.q_block, size.d // 2 if size.turns else 0, How("gpu", "h100")
         )
         memory = 0 if p is None or form == "xla" else p.memory

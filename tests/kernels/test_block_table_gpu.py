@@ -13,7 +13,7 @@ from kernel_checks import assert_as_good, exact, how, lowered_for_gpu, rms_ratio
 from test_block_table import call, drawn
 
 from kernels_pallas import common
-from kernels_pallas.block_table import bench, gpu
+from kernels_pallas.block_table import bench, gpu, gpu_plan
 from kernels_pallas.block_table.api import block_table
 from kernels_pallas.block_table.bench import Size
 from kernels_pallas.block_table.problem import Problem
@@ -73,12 +73,12 @@ def test_words_are_what_is_seen_and_how_many() -> None:
     at = jnp.asarray([[[39, 41]]])
     ids = jnp.asarray([[[[7, 2, -1, 5, 2, 4, 9, 6]]]])
     words = gpu.words(ids, ids + 1, at, jnp.asarray([70]), 8, 9)[0, 0, 0]
-    count = int(words[gpu.COUNT])
-    assert count == 3 and int(words[gpu.END]) == 70
-    listed = words[gpu.FIRST : gpu.FIRST + count]
+    count = int(words[gpu_plan.COUNT])
+    assert count == 3 and int(words[gpu_plan.END]) == 70
+    listed = words[gpu_plan.FIRST : gpu_plan.FIRST + count]
     assert sorted((listed & 0x1FFFF).tolist()) == [2, 4, 5]
-    assert ((listed >> gpu.ID_BITS) & 0xFFF).tolist() == ((listed & 0x1FFFF) + 1).tolist()
-    assert {int(w) & 0x1FFFF for w in listed if int(w) & gpu.WHOLE} == {2, 4}
+    assert ((listed >> gpu_plan.ID_BITS) & 0xFFF).tolist() == ((listed & 0x1FFFF) + 1).tolist()
+    assert {int(w) & 0x1FFFF for w in listed if int(w) & gpu_plan.WHOLE} == {2, 4}
 
 
 def test_real_sizes_lower_for_cuda() -> None:
