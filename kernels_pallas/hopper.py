@@ -1,10 +1,10 @@
 """What the Mosaic GPU kernels share: operands of the matrix unit, layouts in registers, and how they are interpreted.
 
-A kernel body takes an `Ops`: compiled, the operations of `jax.experimental.pallas.mosaic_gpu`. Interpreted on a
-CPU, threads, barriers, copies and the indices of everything are simulated by jax's interpreter, which looks for races;
-it has no word for transposed operands, accumulators that go on, and layouts: there a product is `jnp.dot` of what the
-references hold, and a layout is nothing. So the interpreter checks what is computed from what, and in which order; that
-layouts and tilings fit is checked by the lowering, which needs no GPU either.
+A kernel body takes an `Ops`. Compiled, its operations are those of `jax.experimental.pallas.mosaic_gpu`. Interpreted on
+a CPU, jax's interpreter simulates threads, barriers, copies and the indices of everything, and looks for races. The
+interpreter has no transposed operands, no accumulators that go on and no layouts. There a product is `jnp.dot` of what
+the references hold, and a layout is nothing. So the interpreter checks what is computed from what, and in which order.
+The lowering checks that layouts and tilings fit; it needs no GPU either.
 """
 
 from __future__ import annotations

@@ -4,14 +4,14 @@ The lists lie in scalar memory before the grid starts: one int32 word per entry 
 flags. A *unit* is one query block of one row and head (or of the heads of one key head, if they share a list); the grid
 is (units, entries / m), and the block specifications of keys and values read the words, so that a listed block is
 fetched while the one before it is computed. A step holds m entries, because one block of 256 slots is fetched faster
-than a step begins. Lists are sorted first: what is listed twice, empty, past the row's length or later than every query
-of the unit names the block before it and is neither fetched nor computed. Blocks that every query sees whole are
-computed without a mask.
+than a step begins. Lists are sorted first. An entry that is listed twice, empty, past the row's length or later than
+every query of the unit names the block before it: nothing is fetched or computed for it. Blocks that every query sees
+whole are computed without a mask.
 
 Fast memory of a step (`memory`): two buffers of m blocks of keys and values and of the unit's queries and output, the
-accumulators, and float32 scores and weights [R, w]. Traffic: 2 w d values per listed block, whatever is not listed
-costs nothing. Work: 4 R w d operations per listed block; with few queries R the fetch decides. Lists that exceed the
-scalar memory given to a call are cut into several calls.
+accumulators, and float32 scores and weights [R, w]. Traffic: 2 w d values per listed block. Work: 4 R w d operations
+per listed block; with few queries R the fetch decides. What is not listed costs nothing. Lists that exceed the scalar
+memory given to a call are cut into several calls.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Gradients to a slope and to a sink per head, from sums over each row that the kernels of the gradient to q make.
 
-The row's ``shift = sum(dO * O) - dLSE`` comes from the output as it was rounded. Its error is one per row, which q, k
-and v hardly feel; to slopes and sinks it is weighed by distances and by the share of the sink, and the rows of a head
-add up. So it is mended here, from what the probabilities themselves say: ``sum_j p_j dp_j`` is exactly ``dO . O``.
+The row's ``shift = sum(dO * O) - dLSE`` comes from the output as it was rounded, so every row has an error. The
+gradients to q, k and v hardly feel it. The gradients to slopes and sinks do: there distances and the share of the sink
+weigh it, and the rows of a head add up. It is mended here: by the probabilities themselves ``sum_j p_j dp_j`` is
+exactly ``dO . O``.
 """
 
 from __future__ import annotations

@@ -5,12 +5,13 @@ matrix has more. So 64 outputs are rows, held in registers, and 8 to 128 rows of
 Codes stay whole numbers, which bfloat16 holds exactly; a group's sum is scaled once it is summed, in float32:
 ``y += scale * (codes @ x - (zero - 8) * sum(x))``, sum(x) a product with ones. No weight is rounded.
 
-A block of threads takes `tile_n` outputs (64 for each compute warpgroup), `tile_m` rows and a share of the inputs:
-`splits` blocks share what would be one, so that a small matrix fills the chip; XLA adds their sums. A third warpgroup
-copies `stages` steps of 32 to 256 inputs ahead (TMA): per step of 128 at M <= 8 8 KiB of packed weights, 2 KiB of `x`
-and 256 bytes of scales, 41 KiB for 4 stages; at M = 128 161 KiB. Registers: 64 by `tile_m` sums twice (8 a thread at
-M = 8, 128 at M = 128), 32 for the operand. At decode the packed weights are read once, which is the cost; a byte is two
-weights and takes about 6 instructions (load, widen, shuffle, and, or, subtract). Every 128 rows read them again.
+A block of threads takes `tile_n` outputs (64 for each compute warpgroup), `tile_m` rows and a share of the inputs.
+`splits` blocks share what would be one, so that a small matrix fills the chip; XLA adds their sums. One more warpgroup
+copies `stages` steps of 32 to 256 inputs ahead (TMA). At M <= 8 a step of 128 is 8 KiB of packed weights, 2 KiB of `x`
+and 256 bytes of scales, and 4 stages take 41 KiB; at M = 128 they take 161 KiB. Registers: 64 by `tile_m` sums twice (8
+a thread at M = 8, 128 at M = 128), 32 for the operand. At decode the packed weights are read once, which is the cost; a
+byte is two weights and takes about 6 instructions (load, widen, shuffle, and, or, subtract). Every 128 rows read them
+again.
 """
 
 from __future__ import annotations

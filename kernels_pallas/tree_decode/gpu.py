@@ -1,14 +1,14 @@
 """Mosaic GPU kernel (Hopper) of tree attention against a cache.
 
-The G * N queries of a key head are rows, 64 for each of one or two compute warpgroups; a third copies tiles of `tile_s`
-slots ahead (TMA), keys and values each on barriers of their own. The cache is cut over `splits` blocks of threads, so
-that one row of eight key heads fills the chip, each with a running softmax over its share of what is valid (to base 2);
-one more block takes the tree's own keys. XLA merges them by log-sum-exp, with the division (flash-decoding).
+The G * N queries of a key head are rows, 64 for each of one or two compute warpgroups. One more warpgroup copies tiles
+of `tile_s` slots ahead (TMA), keys and values on barriers of their own. The cache is cut over `splits` blocks of
+threads, so that one row of eight key heads fills the chip. Each has a running softmax (to base 2) over its share of
+what is valid. One more block takes the tree's own keys. XLA merges them by log-sum-exp, and divides (flash-decoding).
 
-A tile of 128 slots of width 128 takes 32 KiB, and as much of values; with 32 KiB of queries three stages fit 227
-KiB: 224 KiB a block, one block an SM. Registers a thread, width 128: 64 for the output, 64 for scores, 32 for weights;
-width 256: 128, 32, 16 (tiles of 64). HBM sees the valid cache once for every 128 rows (a second reading may find it in
-L2), and `splits` partial outputs in float32. Rows past G * N are computed in vain: one node costs what 64 do.
+A tile of 128 slots of width 128 takes 32 KiB for keys and as much for values. With 32 KiB of queries three stages take
+224 of 227 KiB: one block an SM. Registers a thread, width 128: 64 for the output, 64 for scores, 32 for weights; width
+256: 128, 32, 16 (tiles of 64). HBM sees the valid cache once for every 128 rows (a second reading may find it in L2),
+and `splits` partial outputs in float32. Rows past G * N are computed in vain: one node costs what 64 do.
 """
 
 from __future__ import annotations
