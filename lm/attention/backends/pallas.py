@@ -19,8 +19,10 @@ import numpy as np
 
 from kernels_pallas import common
 from kernels_pallas.block_table.api import block_table
+from kernels_pallas.block_table.problem import Problem as Listed
 from kernels_pallas.branches.api import branches as union
-from kernels_pallas.branches.part import Part
+from kernels_pallas.branches.part import Part, Problem
+from kernels_pallas.common import How, sized
 from lm.attention.backends.listed import by_block
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.masks import Causal
@@ -74,13 +76,8 @@ def attend(
         one = union(
             [_part(ctx, branch) for branch in plain],
             ctx.v_BSKd,
-            n_queries=ctx.q_BTHd.shape[1],
-            slopes_H=slopes,
-            scale=ctx.scale,
-            softcap=softcap,
-            block_q=block_q,
-            block_k=block_k,
-            **_how(ctx),
+            Problem(n_queries=ctx.q_BTHd.shape[1], slopes_H=slopes, scale=ctx.scale, softcap=softcap),
+            _how(ctx, block_q=block_q, block_k=block_k),
         )
         found.append(one)
     return merge(*zip(*found, strict=True))
@@ -119,11 +116,11 @@ def _bias(ctx: Context) -> bool:
     return ctx.positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), ctx.q_BTHd.shape[2]) is not None
 
 
-def _how(ctx: Context) -> dict[str, Any]:
-    """A kernel's chip, implementation, mesh and axes."""
+def _how(ctx: Context, **sizes: int | None) -> How:
+    """A kernel's implementation, chip, block sizes, mesh and axes."""
     device, over = _device(), mesh_split(ctx)
     kind = {"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto")
-    return {"chip": common.chip(device), "implementation": kind, **({} if over is None else over._asdict())}
+    return How(kind, common.chip(device), sized(**sizes), **({} if over is None else over._asdict()))
 
 
 def _listed(ctx: Context, branch: BlockBranch, softcap: float | None) -> tuple[jax.Array, jax.Array]:
@@ -149,12 +146,14 @@ def _listed(ctx: Context, branch: BlockBranch, softcap: float | None) -> tuple[j
         ctx.keys_at(branch.k_positions)[0],
         ctx.v_BSKd,
         jnp.where((ids >= 0) & (starts >= 0), starts // w, -1).astype(jnp.int32),
-        block_size=w,
-        positions=jnp.where(index >= 0, last, -1),
-        turn=jnp.broadcast_to(rank, ids.shape),
-        angles=moves * positions.frequencies(d, ctx.length),
-        scale=ctx.scale,
-        softcap=softcap,
-        **_how(ctx),
+        Listed(
+            block_size=w,
+            positions=jnp.where(index >= 0, last, -1),
+            turn=jnp.broadcast_to(rank, ids.shape),
+            angles=moves * positions.frequencies(d, ctx.length),
+            scale=ctx.scale,
+            softcap=softcap,
+        ),
+        _how(ctx),
     )
     return out, jnp.maximum(lse, NEG)
