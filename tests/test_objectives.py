@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plug_case import rms_ratio
+from cases.model import rms_ratio
 
 from lm import compat
 from lm.config import ModelConfig, merge, model_config, plug

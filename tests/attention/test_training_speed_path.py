@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plug_case import rms_ratio
+from cases.model import rms_ratio
 
 from lm.attention.attend import attend
 from lm.attention.branches import Context, Tokens

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plug_case import PlugCase
+from cases.plug_case import PlugCase
 
 from lm.config import model_config, plug
 from lm.plug import table

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import BASE, TOKENS, gradient, logits, parameters, rms_ratio
+from cases.plug_case import PlugCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plug_case import BASE, TOKENS, PlugCase, gradient, logits, parameters, rms_ratio
 
 from lm.config import merge, model_config
 from lm.errors import UserError

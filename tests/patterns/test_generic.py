@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from plug_case import EagerCase, PlugCase, T
+from cases.model import T
+from cases.plug_case import EagerCase, KindCase, PlugCase
 
 
 class TestCausal(PlugCase):
@@ -68,7 +69,7 @@ class TestBidirectional(PlugCase):
     cached = False
 
 
-class TestAlibi(PlugCase):
+class TestAlibi(KindCase):
     change = {
         "positions": {"name": "alibi"},
         "pattern": {"name": "lm_infinite", "window": 9, "sinks": 2, "ceiling": 9.0},
@@ -83,7 +84,7 @@ class TestYarnWithStreaming(PlugCase):
     limits = ({"positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 1.0}}},)
 
 
-class TestPartialRotaryParallelLayerNorm(PlugCase):
+class TestPartialRotaryParallelLayerNorm(KindCase):
     change = {
         "positions": {"name": "rope", "fraction": 0.5},
         "norm": {"name": "layernorm"},

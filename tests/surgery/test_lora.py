@@ -21,7 +21,7 @@ from lm.errors import UserError
 from lm.interop import to_huggingface
 from lm.model import params as params_lib
 from lm.model.decoder import Decoder
-from lm.surgery import LoRA
+from lm.surgery.lora import LoRA
 from lm.train import loop, step
 from lm.train.config import TrainConfig
 from lm.train.data import prepare
