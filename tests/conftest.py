@@ -13,10 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-COMPILED = Path(__file__).resolve().parent.parent / ".cache" / "tests" / "compiled"
-if os.environ.get("COLD", "0") not in ("", "0") and "PYTEST_XDIST_WORKER" not in os.environ:
-    shutil.rmtree(COMPILED, ignore_errors=True)
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).resolve().parent.parent}/.cache/tests/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -30,8 +27,14 @@ import pytest
 pytest_plugins = ["programs"]
 pytest.register_assert_rewrite("cases")
 
+OWN = Path(__file__).resolve().parent.parent / ".cache" / "tests" / "compiled"
 MAPS = Path("/proc/self/maps")
 MANY = 20_000  # Linux gives a process 65,530 memory mappings; every compiled program takes some, and then XLA crashes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("COLD", "0") not in ("", "0") and not hasattr(config, "workerinput"):
+        shutil.rmtree(OWN, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -77,9 +77,7 @@ def uncovered() -> Iterator[None]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seconds = {file: row["test_s"] for file, row in _kept().items()}
-    items.sort(
-        key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0.0)
-    )  # a file keeps its order
+    items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0.0))  # a file keeps its order
 
 
 def _kept() -> dict[str, dict[str, float]]:

@@ -14,15 +14,14 @@ Every limit adds a program, and one of them the baseline's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 import pytest
-from programs import counted
 
 from cases import model, rows
+from cases.budget import Budget
 from cases.model import BASE, TOKENS, Params, T, rms_ratio
 from lm.config import ModelConfig
 
@@ -31,7 +30,7 @@ PIECES = (13, -2, 13, -(T - 28))
 UNROLLED = {"scan_layers": False, "remat": True}
 
 
-class PlugCase:
+class PlugCase(Budget):
     """`change`: the plug, merged over the baseline; `limits`: settings at which it must be the baseline.
 
     `causal`: no token sees a later one. `training_free`: it runs on the baseline's parameters. `cached`: decoding with
@@ -55,15 +54,10 @@ class PlugCase:
     def params(self) -> Params:
         return model.parameters(BASE) if self.training_free else model.parameters(self.cfg)
 
-    @pytest.fixture(scope="class", autouse=True)
-    def _budget(self, request: pytest.FixtureRequest) -> Iterator[None]:
-        """The class compiles no more than it may. Programs that an earlier class compiled are not compiled again."""
-        case: type[PlugCase] = request.cls
-        others = [cfg for cfg in (model.changed(BASE, limit) for limit in case.limits) if cfg != BASE]
-        allowed = case.PROGRAMS + len(others) + bool(others)
-        with counted() as names:
-            yield
-        assert len(names) <= allowed, f"{case.__name__}: {len(names)} programs, {allowed} allowed: {names}"
+    @classmethod
+    def allowed(cls) -> int:
+        others = [cfg for cfg in (model.changed(BASE, limit) for limit in cls.limits) if cfg != BASE]
+        return cls.PROGRAMS + len(others) + bool(cls.limits)
 
     def read(self, batch: rows.Rows, name: str) -> np.ndarray:
         """Logits ``[8, T, V]`` of `batch` by the backend `name`."""
@@ -141,7 +135,7 @@ class PlugCase:
         """Against float32 on the same bf16-rounded parameters, blocked errs at most twice as much as dense does."""
         rounded = model.cast(self.params, "bfloat16")
         want = _by(self.cfg, rounded, rows.texts(), "dense", self.rows_interact)[:2]
-        halves = model.both_backends(model.changed(self.cfg, {"dtype": "bfloat16"}))(rounded)
+        halves = model.both_backends(model.changed(self.cfg, {"dtype": "bfloat16"}))(rounded, TOKENS)
         dense, blocked = (rms_ratio(half, want) for half in halves)
         assert 0 < dense < 0.1
         assert blocked <= 2 * dense
