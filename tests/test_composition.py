@@ -53,7 +53,12 @@ def _id(row: Row) -> str:
     return f"{name(PATTERNS[row[0]])}-{name(POSITIONS[row[1]])}"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=_id)
+SMOKE = sorted(row for row in ROWS if not plugs.refused(row[0], row[1]))[::4][:10]
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.smoke] if row in SMOKE else []) for row in ROWS], ids=_id
+)
 def test_a_row_runs(row: Row) -> None:
     _runs(row)
 

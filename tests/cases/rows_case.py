@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ class RowsCase:
 
     def test_a_target_is_the_next_token_of_its_document(self) -> None:
         documents = self.documents()
-        after = {a: b for document in documents for a, b in zip(document, document[1:], strict=False)}
+        after = {a: b for document in documents for a, b in itertools.pairwise(document)}
         for row in self.rows(documents):
             assert len({len(x) for x in row.values()}) == 1
             for t in np.flatnonzero(row["weights"] > 0):
@@ -61,6 +62,6 @@ class RowsCase:
         of = {token: i for i, document in enumerate(documents) for token in document}
         for row in self.rows(documents):
             live = np.flatnonzero(row["index"] >= 0)
-            for a, b in zip(live, live[1:], strict=False):
+            for a, b in itertools.pairwise(live):
                 same = row["segments"][a] == row["segments"][b]
                 assert not same or of[int(row["inputs"][a])] == of[int(row["inputs"][b])]

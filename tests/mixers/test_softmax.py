@@ -33,7 +33,7 @@ class TestSoftmax(MixerCase):
             out = np.einsum("tD,Dhd->thd", x_TD, p["kernel"]) + p["bias"]
             if name == "v":
                 return np.asarray(out)
-            out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6) * params[f"{name}_norm"]["scale"]
+            out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-5) * params[f"{name}_norm"]["scale"]
             return np.stack([_rotated(out[:, h]) for h in range(out.shape[1])], 1)
 
         q, k, v = (project(name) for name in "qkv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from cases.model import T
 from cases.plug_case import EagerCase, KindCase, PlugCase
 
@@ -22,6 +23,7 @@ class TestSlidingWindow(PlugCase):
     limits = ({"pattern": {"name": "sliding_window", "window": T}},)
 
 
+@pytest.mark.smoke
 class TestStreaming(PlugCase):
     change = {"pattern": {"name": "streaming", "window": 7, "sinks": 3}}
     limits = (
@@ -76,6 +78,7 @@ class TestAlibi(KindCase):
     }
 
 
+@pytest.mark.smoke
 class TestYarnWithStreaming(PlugCase):
     change = {
         "positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 4.0}},

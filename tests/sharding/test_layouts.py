@@ -57,7 +57,11 @@ PRODUCTS = [
     ("untied", "data x sequence x tensor"),
     *(("moe", name) for name in ("sequence", "fsdp x expert x tensor", "data x stage")),
 ]
-CASES = [*AXIS_BY_AXIS, *(pytest.param(*case, marks=pytest.mark.nightly) for case in PRODUCTS)]
+SMOKE = ("dense", "data x stage x tensor")
+CASES = [
+    *(pytest.param(*case, marks=[pytest.mark.smoke] if case == SMOKE else []) for case in AXIS_BY_AXIS),
+    *(pytest.param(*case, marks=pytest.mark.nightly) for case in PRODUCTS),
+]
 assert {name for _, name in AXIS_BY_AXIS + PRODUCTS} == set(LAYOUTS)
 assert {name for name, _ in AXIS_BY_AXIS} == set(MODELS)
 
