@@ -1,12 +1,26 @@
-"""How many programs the tests of one class may compile."""
+"""How many programs the tests of one class may compile, and what they compute once for all of its tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Generic, TypeVar
 
 import pytest
 from programs import counted
+
+Made = TypeVar("Made")
+
+
+class once(Generic[Made]):  # read like a property
+    """A property computed once per class: pytest makes a new instance for every test."""
+
+    def __init__(self, compute: Callable[..., Made]) -> None:
+        self.compute, self.values = compute, {}  # type: tuple[Callable[..., Made], dict[type, Made]]
+
+    def __get__(self, case: object, owner: type) -> Made:
+        if owner not in self.values:
+            self.values[owner] = self.compute(case)
+        return self.values[owner]
 
 
 class Budget:

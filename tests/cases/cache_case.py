@@ -6,13 +6,12 @@ before row 0: padding (index -1) is dropped, and every row counts for itself.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import numpy as np
 
 from cases import model
-from cases.budget import Budget
+from cases.budget import Budget, once
 
 N, HEADS, WIDTH = 20, 2, 3
 LEFT, RIGHT = 4, 3  # tokens of padding of row 1
@@ -34,7 +33,7 @@ class CacheCase(Budget):
     def may_keep(self, last: int) -> set[int]:
         return self.must_keep(last)
 
-    @functools.cached_property
+    @once
     def text(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Keys, values and index. A token's keys and values are found by row and index."""
         rng = np.random.default_rng(0)
@@ -42,7 +41,7 @@ class CacheCase(Budget):
         index = np.stack([np.arange(N), np.r_[[-1] * LEFT, : N - LEFT - RIGHT, [-1] * RIGHT]]).astype(np.int32)
         return k, v, index
 
-    @functools.cached_property
+    @once
     def read(self) -> list[tuple[list[Any], Any]]:
         return [model.stored(self.plug, pieces, HEADS, WIDTH)(*self.text) for pieces in SPLITS]
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cases import model
-from cases.budget import Budget
+from cases.budget import Budget, once
 from cases.model import BASE, Params, rms_ratio
 from lm.config import ModelConfig
 
@@ -37,7 +36,7 @@ class MixerCase(Budget):
     def cfg(self) -> ModelConfig:
         return model.changed(BASE, self.change)
 
-    @functools.cached_property
+    @once
     def params(self) -> Params:
         rng = np.random.default_rng(2)
         return jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32), model.mixer_shapes(self.cfg))
@@ -56,7 +55,7 @@ class MixerCase(Budget):
         index[2, CUT:] = -1
         return x, np.maximum(index, -1), segments
 
-    @functools.cached_property
+    @once
     def whole(self) -> np.ndarray:
         x, index, segments = self.rows()
         run = jax.jit(lambda p, x, i, s: model.mixer(self.cfg, p, x, i, segments_BT=s)[0])

@@ -253,10 +253,10 @@ def mixer(cfg: ModelConfig, params: Params, x_BTD: jax.Array, index_BT: jax.Arra
 
 def mixer_shapes(cfg: ModelConfig) -> Params:
     """Shapes of the layer's parameters."""
-    index = jnp.zeros((1, 1), jnp.int32)
     x = jax.ShapeDtypeStruct((1, 1, cfg.d_model), jnp.float32)
 
     def init(x: jax.Array) -> Any:
+        index = jnp.zeros((1, 1), jnp.int32)
         tokens = Tokens(index, index.astype(jnp.float32))
         return cfg.mixer.module(cfg).init(jax.random.key(0), x, tokens, jnp.ones(()), None)
 
@@ -297,7 +297,8 @@ def stored(plug: Any, pieces: tuple[int, ...], heads: int, width: int) -> Callab
             at += abs(n)
         return seen, jax.tree.map(lambda x: x[-1] if pieces[-1] < 0 else x, seen[-1])
 
-    return jax.jit(run)
+    program = jax.jit(run)
+    return lambda *args: jax.tree.map(np.asarray, program(*args))
 
 
 # Objectives and surgery.

@@ -6,14 +6,13 @@ NumPy knows the logits. Split batches and rows without weight are further runs o
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
 
 from cases import model
-from cases.budget import Budget
+from cases.budget import Budget, once
 from cases.model import BASE, Params
 from lm.config import ModelConfig
 
@@ -38,7 +37,7 @@ class ObjectiveCase(Budget):
         sizes = {"vocab_size": V, "d_model": D, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 8}
         return model.changed(BASE, {**sizes, "head": {"name": "linear", "tie": False}})
 
-    @functools.cached_property
+    @once
     def params(self) -> Params:
         """Random, but for the two matrices by which a layer writes: zeros."""
         rng = np.random.default_rng(0)
@@ -57,7 +56,7 @@ class ObjectiveCase(Budget):
         weights = rng.choice([0.0, 0.5, 1.0], (B, N)).astype(np.float32)
         return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
-    @functools.cached_property
+    @once
     def program(self) -> Any:
         return model.loss_and_gradient(self.cfg, self.objective)
 
