@@ -1,8 +1,12 @@
-# Two commands: `make demo` and `make test`. Both create their own virtual environment under .venv/, one per Python.
+# `make demo` and `make test`; the others are told by `make help`. A virtual environment per Python is made in .venv/.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_ARGS ?=
+COLD ?=
+BASE ?= HEAD
+MUTANTS ?=
+NIGHTLY ?= python3.11 python3.12
 CONFIG ?= configs/lm_infinite.py:laptop
 WORKDIR ?= runs/demo
 
@@ -22,13 +26,16 @@ AOT := $(VENV)/aot
 NEEDS_LIBTPU := from importlib.metadata import requires; \
   print(next(r.split(";")[0] for r in requires("decoder-lab") if r.startswith("libtpu")))
 
-.PHONY: help demo test aot lint format results clean check-python
+.PHONY: help demo check test nightly mutants aot lint format results clean check-python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo "make demo     a real pretrained model read past its trained length; ends with a table, a plot and a verdict"
-	@echo "make test     linter, formatter, type checker and the whole test suite"
+	@echo "make check    linter, types and the tests of what changed since HEAD (or BASE=main), in minutes"
+	@echo "make test     linter, formatter, type checker and the test suite"
+	@echo "make nightly  all tests, full products and real processes too, on every Python of NIGHTLY"
+	@echo "make mutants  breaks the code a line at a time: a test must notice each (MUTANTS='norms positions')"
 	@echo "make aot      every kernel at real sizes through the compilers of four TPU generations, and lowered for CUDA"
 	@echo "make lint     the first three of these alone"
 	@echo "make format   rewrite the code as the formatter and linter want it"
@@ -37,7 +44,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12  another interpreter (3.11 or later)      PYTEST_ARGS='-k rope'  pass options to pytest"
 	@echo "PIP_FLAGS='...'    options for pip install                  WORKDIR=runs/mine CONFIG=...  another demo"
-	@echo "PYTEST_ARGS='-n 0 --pdb'  the tests in one process"
+	@echo "PYTEST_ARGS='-n 0 --pdb'  the tests in one process      COLD=1  forget the compiled programs of earlier tests"
 
 check-python:
 	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 1)" 2>/dev/null || { \
@@ -81,11 +88,22 @@ format: check-python $(STAMP)-test
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-# On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free. A process per
-# core, eight at most (each takes about 2 GiB); a file's tests stay together because they share compiled programs.
+# On the CPU unless told otherwise: tolerances are those of float32, and a shared accelerator stays free.
+TESTS := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PYTHONPATH=$(CURDIR)/$(AOT)$${PYTHONPATH:+:$$PYTHONPATH} COLD=$(COLD) $(PY)
+
+# A process per core, eight at most (each takes about 2 GiB). A file's tests stay together because they share compiled
+# programs, and the file that took longest last time is first (tests/programs.py).
 test: lint
-	@JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PYTHONPATH=$(CURDIR)/$(AOT)$${PYTHONPATH:+:$$PYTHONPATH} $(PY) \
-	  -m pytest -q -n auto --maxprocesses=8 --dist loadfile $(PYTEST_ARGS)
+	@$(TESTS) -m pytest -q -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+check: check-python $(STAMP)-test
+	@$(TESTS) tests/check.py --base $(BASE)
+
+nightly:
+	@for python in $(NIGHTLY); do $(MAKE) test PYTHON=$$python PYTEST_ARGS='-m "" $(PYTEST_ARGS)' || exit 1; done
+
+mutants: check-python $(STAMP)-test
+	@$(TESTS) tests/mutate.py $(MUTANTS)
 
 # Two chips at a time. Needs no TPU and no GPU.
 aot: check-python $(STAMP)-test

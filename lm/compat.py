@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,10 @@ def on_tpu_vm() -> bool:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Compiled programs are kept in `folder` and found there by the next process."""
+    """Compiled programs are kept in `folder` and found there by the next process, unless the environment already names
+    a place for them (``JAX_COMPILATION_CACHE_DIR``)."""
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

@@ -1,16 +1,21 @@
-"""Said before jax starts: eight CPU devices for the sharding tests, and quick compilation.
+"""Said before jax starts: eight CPU devices for the sharding tests, quick compilation, and where programs are kept.
 
 Tests compile much and compute little. Without most optimisations a program compiles in half the time and runs the same
-operations in the same precision; benchmarks and experiments run with all of them.
+operations in the same precision; benchmarks and experiments run with all of them. Compiled programs are kept in
+``.cache/tests/compiled`` unless the caller names another place; ``COLD=1`` begins with none.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).resolve().parent.parent}/.cache/tests/compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -20,9 +25,16 @@ import jax
 import pytest
 
 pytest_plugins = ["programs"]
+pytest.register_assert_rewrite("cases")
 
+OWN = Path(__file__).resolve().parent.parent / ".cache" / "tests" / "compiled"
 MAPS = Path("/proc/self/maps")
 MANY = 20_000  # Linux gives a process 65,530 memory mappings; every compiled program takes some, and then XLA crashes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("COLD", "0") not in ("", "0") and not hasattr(config, "workerinput"):
+        shutil.rmtree(OWN, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,12 +47,5 @@ def few_programs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Programs go through the cache that experiments use too: those that come again are read, not compiled."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [getattr(jax.config, n) for n in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0.0), strict=True):
-        jax.config.update(name, value)
-    yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+def compiled() -> None:
+    """Programs of all tests are kept; see the top of this file."""

@@ -1,11 +1,13 @@
 """How many programs the suite compiles, by test file: printed at the end, written to ``.cache/tests/durations.json``.
 
-Seconds are noise on a shared machine, programs are not. A program read from the compilation cache counts as compiled,
-so a warm cache does not hide what a test costs cold.
+Seconds are noise on a shared machine, programs are not. A program read from the compilation cache counts as compiled
+(jax reports both alike), so a warm cache does not hide what a test costs cold. Files run in the order of the seconds
+they took last time, longest first: a long file that begins last leaves the other cores idle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Iterator
@@ -16,31 +18,28 @@ import pytest
 
 FILE = Path(__file__).resolve().parent.parent / ".cache" / "tests" / "durations.json"
 COMPILED = "/jax/core/compile/backend_compile_duration"
-READ = "/jax/compilation_cache/cache_hits"
 
 
 class Programs:
-    """Counts of one process: programs, seconds of their compilation, and seconds of tests, by file."""
+    """Counts of one process: programs, seconds of their compilation, and seconds of tests, by file; and the names of
+    the programs that a budget covers."""
 
     def __init__(self) -> None:
         self.file = ""
-        self.total = 0
+        self.names: list[str] = []
+        self.covered = True
         self.counts: dict[str, dict[str, float]] = defaultdict(lambda: {"programs": 0, "compile_s": 0.0, "test_s": 0.0})
         import jax
 
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
-        jax.monitoring.register_event_listener(self._read)
 
-    def _compiled(self, name: str, seconds: float, **_: Any) -> None:
+    def _compiled(self, name: str, seconds: float, **about: Any) -> None:
         if name == COMPILED:
             self.add(programs=1, compile_s=seconds)
-
-    def _read(self, name: str, **_: Any) -> None:
-        if name == READ:
-            self.add(programs=1)
+            if self.covered:
+                self.names.append(str(about.get("fun_name", "?")))
 
     def add(self, **values: float) -> None:
-        self.total += int(values.get("programs", 0))
         for key, value in values.items():
             self.counts[self.file][key] += value
 
@@ -48,11 +47,50 @@ class Programs:
 PROGRAMS: list[Programs] = []
 
 
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+def _here() -> Programs:
     if not PROGRAMS:
         PROGRAMS.append(Programs())
-    PROGRAMS[0].file = item.nodeid.split("::")[0]
+    return PROGRAMS[0]
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[list[str]]:
+    """The names of the programs that are compiled, or read from the cache, within; complete at the end."""
+    here, names = _here(), []  # type: tuple[Programs, list[str]]
+    before = len(here.names)
+    try:
+        yield names
+    finally:
+        names += here.names[before:]
+
+
+@contextlib.contextmanager
+def uncovered() -> Iterator[None]:
+    """What is compiled within counts for its file, but for no budget: random parameters, operations without jit."""
+    here = _here()
+    before, here.covered = here.covered, False
+    try:
+        yield
+    finally:
+        here.covered = before
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seconds = {file: row["test_s"] for file, row in _kept().items()}
+    items.sort(key=lambda item: -seconds.get(item.nodeid.split("::")[0], 0.0))  # a file keeps its order
+
+
+def _kept() -> dict[str, dict[str, float]]:
+    """What earlier runs wrote; nothing where that is no longer legible."""
+    try:
+        return dict(json.loads(FILE.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _here().file = item.nodeid.split("::")[0]
     yield
 
 
@@ -96,6 +134,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
             f"{int(row['programs']):5} programs  {row['compile_s']:6.1f} s compiling  {row['test_s']:6.1f} s  {file}"
         )
     FILE.parent.mkdir(parents=True, exist_ok=True)
-    kept = json.loads(FILE.read_text()) if FILE.is_file() else {}
     rounded = {f: {k: round(v, 2) for k, v in row.items()} for f, row in rows}
-    FILE.write_text(json.dumps({**kept, **rounded}, indent=1, sort_keys=True) + "\n")
+    FILE.write_text(json.dumps({**_kept(), **rounded}, indent=1, sort_keys=True) + "\n")

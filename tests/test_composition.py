@@ -1,136 +1,84 @@
-"""Every pattern with every position plug, and every pair of the other sockets: finite, and blocked equals dense."""
+"""Every pattern with every behaviour of positions, every pair of the other sockets: finite, blocked equals dense."""
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import model, plugs
+from cases.plugs import BEHAVIOURS, FFN, HEADS, PATTERNS, POSITIONS, SOCKETS, Row, behaviour, kind, name
 
-from lm.config import merge, model_config
+from lm.config import model_config
 from lm.errors import UserError
-from lm.model import params as params_lib
-from lm.model.decoder import Decoder
 from lm.plug import table
 
-FOUR = [1.0, 1.5, 2.0, 4.0]
-PATTERNS: list[dict[str, Any]] = [
-    {"name": "causal"},
-    {"name": "causal", "prefix": 3},
-    {"name": "bidirectional"},
-    {"name": "sliding_window", "window": 5},
-    {"name": "streaming", "window": 5, "sinks": 2},
-    {"name": "lm_infinite", "window": 6, "sinks": 2, "ceiling": 6.0},
-    {"name": "lm_infinite", "window": 6, "sinks": 2, "ceiling": 6.0, "top_k": 3, "top_k_from_layer": 0},
-    {"name": "longheads", "chunk": 2, "attention_length": 10},
-]
-POSITIONS: list[dict[str, Any]] = [
-    {"name": "nope"},
-    {"name": "alibi"},
-    {"name": "alibi", "style": "mpt"},
-    {"name": "learned", "size": 16},
-    {"name": "rope", "scaling": {"name": "default"}},
-    {"name": "rope", "fraction": 0.5, "scaling": {"name": "linear", "factor": 2.0}},
-    {"name": "rope", "scaling": {"name": "ntk", "factor": 2.0}},
-    {"name": "rope", "scaling": {"name": "dynamic", "factor": 2.0}},
-    {"name": "rope", "scaling": {"name": "yarn", "factor": 2.0}},
-    {"name": "rope", "scaling": {"name": "longrope", "short_factor": FOUR, "long_factor": FOUR[::-1], "factor": 2.0}},
-    {"name": "rope", "scaling": {"name": "llama3", "factor": 2.0}},
-]
-FFN: list[dict[str, Any]] = [
-    *({"name": name, "bias": i % 2 == 0} for i, name in enumerate(sorted(set(table("lm.ffn")) - {"moe"}))),
-    {"name": "moe", "experts": 3, "d_expert": 8, "shared": 8, "router": {"name": "topk", "k": 2}},
-]
-HEADS: list[dict[str, Any]] = [
-    {"name": "linear", "tie": True},
-    {"name": "linear", "tie": False, "bias": True},
-    {"name": "linear", "tie": True, "softcap": 10.0},
-    {"name": "fourier", "frequencies": 4},
-    {"name": "mixture"},
-]
-ATTENTION: list[dict[str, Any]] = [{}, {"softcap": 5.0, "qk_norm": True}, {"qkv_bias": True, "out_bias": True}]
-REST: list[dict[str, Any]] = [
-    {"norm": norm, "parallel_residual": parallel} for norm in sorted(table("lm.norms")) for parallel in (False, True)
-]
 BASE = model_config(
     {"vocab_size": 23, "d_model": 24, "n_layers": 1, "n_heads": 3, "n_kv_heads": 1, "d_ff": 16, "max_positions": 12}
 )
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 23, (1, 20)))
+TOKENS = np.random.default_rng(0).integers(0, 23, (1, 20))
+ROWS = plugs.covering_rows()
+PRODUCT = plugs.product_rows()
 
 
-def name(plug: dict[str, Any]) -> str:
-    values = {**plug, **plug.get("scaling", {})}
-    short = [str(v) for k, v in values.items() if k not in ("scaling", "name") and not isinstance(v, list)]
-    return "-".join([values["name"], *short])
-
-
-def kind(positions: dict[str, Any]) -> str:
-    return str(positions.get("scaling", positions)["name"])
-
-
-# Pairs that cannot work: renumbering needs rotary positions whose frequencies stay the same.
-REFUSED = {("longheads", positions) for positions in ("nope", "alibi", "learned", "dynamic", "longrope")}
-
-
-def rows() -> dict[tuple[int, int], tuple[int, ...]]:
-    """For every pattern and position the options of the other sockets: those that meet most others for the first
-    time."""
-    met: set[tuple[int, int, int, int]] = set()
-    out = {}
-    for p, s in itertools.product(range(len(PATTERNS)), range(len(POSITIONS))):
-        rest = itertools.product(*(range(len(x)) for x in (HEADS, ATTENTION, REST)))
-        every = [(p, s, (p + s) % len(FFN), *others) for others in rest]
-        new = [{(a, b, r[a], r[b]) for a, b in itertools.combinations(range(6), 2)} for r in every]
-        best = max(range(len(every)), key=lambda i: len(new[i] - met))
-        met |= new[best]
-        out[p, s] = every[best]
-    return out
-
-
-ROWS = rows()
-
-
-def test_the_rows_name_every_plug_and_meet_every_pair() -> None:
+def test_the_tables_name_every_plug() -> None:
     assert {p["name"] for p in PATTERNS} == set(table("lm.patterns"))
     assert {p["name"] for p in FFN} == set(table("lm.ffn"))
     assert {p["name"] for p in HEADS} == set(table("lm.heads"))
     assert {p["name"] for p in POSITIONS} == set(table("lm.positions"))
     assert {p["scaling"]["name"] for p in POSITIONS if "scaling" in p} == set(table("lm.positions.scaling"))
-    sizes = [len(x) for x in (PATTERNS, POSITIONS, FFN, HEADS, ATTENTION, REST)]
+
+
+def test_the_rows_meet_every_pair() -> None:
+    """All patterns with all behaviours; rows that run name every option, and meet every pair but of these two."""
+    met = {(p, behaviour(POSITIONS[s])) for p, s, *_ in ROWS}
+    assert met == set(itertools.product(range(len(PATTERNS)), BEHAVIOURS))
+    running = [row for row in ROWS if not plugs.refused(row[0], row[1])]
+    for i, socket in enumerate(SOCKETS):
+        assert {row[i] for row in running} == set(range(len(socket))), i
+    for a, b in itertools.combinations(range(2, 6), 2):
+        want = set(itertools.product(range(len(SOCKETS[a])), range(len(SOCKETS[b]))))
+        assert {(row[a], row[b]) for row in running} == want, (a, b)
+    assert len(running) <= len(PATTERNS) * len(BEHAVIOURS)
+
+
+def test_the_product_meets_every_pair() -> None:
     for a, b in itertools.combinations(range(6), 2):
-        met = {(r[a], r[b]) for r in ROWS.values()}
-        assert met == set(itertools.product(range(sizes[a]), range(sizes[b]))), (a, b)
+        met = {(row[a], row[b]) for row in PRODUCT.values()}
+        assert met == set(itertools.product(range(len(SOCKETS[a])), range(len(SOCKETS[b])))), (a, b)
 
 
+def _id(row: Row) -> str:
+    return f"{name(PATTERNS[row[0]])}-{name(POSITIONS[row[1]])}"
+
+
+SMOKE = sorted(row for row in ROWS if not plugs.refused(row[0], row[1]))[::4][:10]
+
+
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.smoke] if row in SMOKE else []) for row in ROWS], ids=_id
+)
+def test_a_row_runs(row: Row) -> None:
+    _runs(row)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("p", range(len(PATTERNS)), ids=lambda p: name(PATTERNS[p]))
 @pytest.mark.parametrize("s", range(len(POSITIONS)), ids=lambda s: name(POSITIONS[s]))
 def test_a_pair_runs(p: int, s: int) -> None:
-    _, _, ffn, head, attention, rest = ROWS[p, s]
-    changes = {
-        "pattern": PATTERNS[p],
-        "positions": POSITIONS[s],
-        "ffn": FFN[ffn],
-        "head": HEADS[head],
-        "mixer": {**ATTENTION[attention], "block_q": 8, "block_k": 8},
-        **REST[rest],
-    }
-    if (PATTERNS[p]["name"], kind(POSITIONS[s])) in REFUSED:
+    _runs(PRODUCT[p, s])
+
+
+def _runs(row: Row) -> None:
+    if (PATTERNS[row[0]]["name"], kind(POSITIONS[row[1]])) in plugs.REFUSED:
         with pytest.raises(UserError, match=r"^model\.pattern: \w+ (renumbers|does not go with)"):
-            merge(BASE, changes, "model")
+            model.changed(BASE, plugs.changes(row))
         return
-    cfg = merge(BASE, changes, "model")
+    cfg = model.changed(BASE, plugs.changes(row))
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0.0, 0.3, x.shape), jnp.float32), params_lib.abstract(cfg))
-
-    @jax.jit
-    def both(params: Any) -> list[Any]:
-        backends = [merge(cfg, {"mixer": {"backend": name}}, "model") for name in ("dense", "blocked")]
-        return [Decoder(c).apply({"params": params}, TOKENS).logits_BTV for c in backends]
-
-    dense, blocked = (np.asarray(x) for x in both(params))
+    params = jax.tree.map(lambda x: rng.normal(0.0, 0.3, x.shape).astype(np.float32), model.abstract(cfg))
+    dense, blocked = (np.asarray(x) for x in model.both_backends(cfg)(params, TOKENS))
     assert dense.shape == (1, 20, 23) and np.isfinite(dense).all()
     assert dense.std() > 0.05
     np.testing.assert_allclose(blocked, dense, rtol=0, atol=2e-5 * max(1.0, np.abs(dense).max()))

@@ -138,7 +138,9 @@ def test_what_does_not_divide(layout: dict[str, int], batch: int, said: str) -> 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the TPU's compiler, is not installed")
-@pytest.mark.parametrize("step", serving.STEPS)
+@pytest.mark.parametrize(
+    "step", [pytest.param(s, marks=[pytest.mark.nightly] if i else []) for i, s in enumerate(serving.STEPS)]
+)
 def test_certificates_by_the_tpu_compiler(step: str) -> None:
     cfg = model_config({**SIZES, "d_model": 128, "n_heads": 4, "n_kv_heads": 4, "dtype": "bfloat16"})
     one = serving.certify(cfg, serving.Serve(batch=2, length=256), "v5e:2x2", step)

@@ -1,82 +1,114 @@
-"""Every pattern with every kind of positions: a prompt cut anywhere, then a piece and single tokens, is the whole."""
+"""Every kind of cache, rotated and raw keys: a prompt cut anywhere, then a piece and single tokens, is the whole."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_composition import PATTERNS, POSITIONS, REFUSED, kind, name
+from cases import model, plugs
+from cases.plugs import PATTERNS, POSITIONS, kind, name
 
 from lm import caches
-from lm.config import merge, model_config
-from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.config import ModelConfig, model_config
 
 T, PIECE = 12, 3
 BASE = model_config(
     {"vocab_size": 23, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "d_ff": 16, "max_positions": 12}
 )
 TOKENS = np.random.default_rng(0).integers(0, 23, T)
-CASES = [
-    (p, s)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A pattern, positions, and the name of a cache (None: the smallest that loses nothing)."""
+
+    pattern: int
+    positions: int
+    cache: str | None = None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return model.changed(BASE, {"pattern": PATTERNS[self.pattern], "positions": POSITIONS[self.positions]})
+
+    def __str__(self) -> str:
+        return "-".join([name(PATTERNS[self.pattern]), name(POSITIONS[self.positions]), *filter(None, [self.cache])])
+
+
+def _split(pattern: str, positions: str, cache: str | None = None) -> Split:
+    """By the names that pytest shows."""
+    patterns, places = [name(p) for p in PATTERNS], [name(s) for s in POSITIONS]
+    return Split(patterns.index(pattern), next(i for i, s in enumerate(places) if s.startswith(positions)), cache)
+
+
+FAR = "lm_infinite-6-2-6.0-3-0"
+SPLITS = [
+    _split("causal", "default"),
+    _split("causal", "dynamic"),
+    _split("causal-3", "linear"),
+    _split("causal-3", "longrope"),
+    _split(FAR, "ntk"),
+    _split(FAR, "dynamic"),
+    _split("streaming-5-2", "learned", "full"),
+    _split("sliding_window-5", "llama3"),
+    _split("sliding_window-5", "longrope"),
+    _split("streaming-5-2", "alibi"),
+    _split("streaming-5-2", "dynamic"),
+    _split("lm_infinite-6-2-6.0", "yarn"),
+    _split("lm_infinite-6-2-6.0", "nope"),
+    _split("longheads-2-10", "default"),
+    _split("longheads-2-10", "linear"),
+]
+PRODUCT = [
+    Split(p, s)
     for p in range(len(PATTERNS))
     for s in range(len(POSITIONS))
-    if PATTERNS[p]["name"] != "bidirectional" and (PATTERNS[p]["name"], kind(POSITIONS[s])) not in REFUSED
+    if PATTERNS[p]["name"] != "bidirectional" and not plugs.refused(p, s)
 ]
 
 
-@functools.cache
-def parameters(cfg: Any) -> Any:
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.0, 0.5, x.shape), jnp.float32), params_lib.abstract(cfg))
+def test_the_splits_meet_every_cache_with_both_kinds_of_keys() -> None:
+    assert {PATTERNS[c.pattern]["name"] for c in SPLITS} == {p["name"] for p in PATTERNS} - {"bidirectional"}
+    assert {kind(POSITIONS[c.positions]) for c in SPLITS} == {kind(s) for s in POSITIONS}
+    met = set()
+    for case in SPLITS:
+        cache = caches.TABLE[case.cache] if case.cache else type(caches.default(case.cfg, 3 * T))
+        met.add((caches.TABLE.name_of(cache), model.length_dependent(case.cfg)))
+    assert met == {(cache, raw) for cache in caches.TABLE for raw in (False, True)} - {("block_memory", True)}
 
 
-def test_the_pairs_are_all_there() -> None:
-    assert {PATTERNS[p]["name"] for p, _ in CASES} >= {
+def test_the_product_has_all_pairs() -> None:
+    assert {PATTERNS[c.pattern]["name"] for c in PRODUCT} >= {
         "causal",
         "sliding_window",
         "streaming",
         "lm_infinite",
         "longheads",
     }
-    assert len({kind(POSITIONS[s]) for _, s in CASES}) >= 9
+    assert len({kind(POSITIONS[c.positions]) for c in PRODUCT}) >= 9
 
 
-@pytest.mark.parametrize(("p", "s"), CASES, ids=lambda i: "")
-def test_every_split(p: int, s: int) -> None:
+@pytest.mark.parametrize("case", SPLITS, ids=str)
+def test_every_split(case: Split) -> None:
+    _every_split(case)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("case", PRODUCT, ids=str)
+def test_every_split_of_every_pair(case: Split) -> None:
+    _every_split(case)
+
+
+def _every_split(case: Split) -> None:
     """The wanted logits of token t are those of the text that ends there: some frequencies depend on its length."""
-    cfg = merge(BASE, {"pattern": PATTERNS[p], "positions": POSITIONS[s]}, "model")
-    params = parameters(cfg)
-
-    @jax.jit
-    def whole(tokens: Any, index: Any) -> Any:
-        return Decoder(cfg).apply({"params": params}, tokens, index_BT=index).logits_BTV
-
-    @jax.jit
-    def more(tokens: Any, index: Any, cache: Any) -> Any:
-        out = Decoder(cfg).apply({"params": params}, tokens, index_BT=index, cache=cache)
-        return out.logits_BTV, out.cache
-
-    def padded(n: int) -> tuple[Any, Any]:
-        """The first n tokens, on the right of T places."""
-        tokens, index = np.zeros((1, T), np.int32), np.full((1, T), -1, np.int32)
-        tokens[0, T - n :], index[0, T - n :] = TOKENS[:n], np.arange(n)
-        return jnp.asarray(tokens), jnp.asarray(index)
-
-    want = np.stack([np.asarray(whole(*padded(t + 1)))[0, -1] for t in range(T)])
-    for n in range(PATTERNS[p].get("prefix", 1), T):
-        logits, cache = more(*padded(n), caches.init(cfg, 1, 2 * T))
-        got, at = [logits[0, -1]], n
-        while at < T:
-            take = PIECE if at + PIECE <= T and at == n else 1
-            index = jnp.arange(at, at + take)[None]
-            logits, cache = more(jnp.asarray(TOKENS[at : at + take])[None], index, cache)
-            got.append(logits[0, -1])  # of a piece, the last token's: its own length is the text's
-            at += take
-        ends = [n - 1, *([n + PIECE - 1, *range(n + PIECE, T)] if n + PIECE <= T else range(n, T))]
-        close = 2e-5 * max(1.0, float(np.abs(want).max()))
-        np.testing.assert_allclose(np.stack(got), want[ends], atol=close, err_msg=f"{name(PATTERNS[p])}, {n}")
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: rng.normal(0.0, 0.5, x.shape).astype(np.float32), model.abstract(case.cfg))
+    starts = np.arange(PATTERNS[case.pattern].get("prefix", 1), T)
+    want, first, piece, single = model.splits(case.cfg, T, PIECE, case.cache)(params, TOKENS, starts)
+    close = 2e-5 * max(1.0, float(np.abs(want).max()))
+    for i, n in enumerate(starts):
+        read = n + PIECE if n + PIECE <= T else n  # a piece that does not fit is left out
+        got = [first[i], *([piece[i]] if read > n else []), *single[i][: T - read]]
+        ends = [n - 1, *([read - 1] if read > n else []), *range(read, T)]
+        np.testing.assert_allclose(np.stack(got), want[ends], atol=close, err_msg=f"{case}, {n}")

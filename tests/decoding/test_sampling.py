@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.drafter_case import DrafterCase
+from cases.table_model import LENGTH, TableModel
 
 from lm.decoding.sampling import NEG, Sampling, draw, shape
 from lm.errors import UserError
@@ -140,3 +142,21 @@ def test_settings_that_cannot_be(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError) as e:
         Sampling(**settings)
     assert words in str(e.value)
+
+
+class TestPlainSampling(DrafterCase):
+    """A token at a time, each by its own key."""
+
+    def draw(self, target: TableModel, drafter: TableModel, last: int, n: int, seed: int) -> tuple[np.ndarray, float]:
+        def one(token_B: Any, keys_B: Any) -> tuple[Any, Any]:
+            logits_BV = jnp.asarray(target.logits_VV, jnp.float32)[token_B]
+            zeros = jnp.zeros((n, 1), jnp.int32)
+            new = draw(shape(logits_BV, Sampling(), zeros > 0, zeros), Sampling(), keys_B)
+            return new, new
+
+        @jax.jit
+        def run(seed: Any) -> Any:
+            keys = jax.random.split(jax.random.key(seed), (LENGTH, n))
+            return jax.lax.scan(one, jnp.full(n, last), keys)[1].T
+
+        return np.asarray(run(seed)), 0.0

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plug_case import PlugCase
+from cases.plug_case import KindCase
 
 from lm.config import model_config, plug
 from lm.plug import table
@@ -72,7 +72,8 @@ def test_the_gelus_differ_and_relu_has_no_gradient_at_rest() -> None:
         assert [float(slope(v)) for v in (-1.0, 0.0, 2.0)] == [0.0, 0.0, 1.0 if name == "relu" else 4.0]
 
 
-class TestGelu(PlugCase):
+@pytest.mark.smoke
+class TestGelu(KindCase):
     """The generic suite on the plain layers; the gated ones are its baseline."""
 
     change = {"ffn": {"name": "gelu_tanh"}}

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import BASE, TOKENS, gradient, logits, parameters, rms_ratio
+from cases.plug_case import KindCase, PlugCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plug_case import BASE, TOKENS, PlugCase, gradient, logits, parameters, rms_ratio
 
 from lm.config import merge, model_config
 from lm.errors import UserError
@@ -257,7 +258,7 @@ def test_training_step_sees_the_regulariser() -> None:
     assert rms_ratio(whole["head"]["coefficients"], off["head"]["coefficients"]) > 1e-3
 
 
-class TestFourier(PlugCase):
+class TestFourier(KindCase):
     # A large epsilon, for gradients that float32 can tell from rounding: log(y + 1e-5) is steep where y is nearly 0.
     change = {"head": {"name": "fourier", "frequencies": 9, "epsilon": 1e-2}}
     training_free = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from plug_case import EagerCase, PlugCase, T
+import pytest
+from cases.model import T
+from cases.plug_case import EagerCase, KindCase, PlugCase
 
 
 class TestCausal(PlugCase):
@@ -21,6 +23,7 @@ class TestSlidingWindow(PlugCase):
     limits = ({"pattern": {"name": "sliding_window", "window": T}},)
 
 
+@pytest.mark.smoke
 class TestStreaming(PlugCase):
     change = {"pattern": {"name": "streaming", "window": 7, "sinks": 3}}
     limits = (
@@ -68,13 +71,14 @@ class TestBidirectional(PlugCase):
     cached = False
 
 
-class TestAlibi(PlugCase):
+class TestAlibi(KindCase):
     change = {
         "positions": {"name": "alibi"},
         "pattern": {"name": "lm_infinite", "window": 9, "sinks": 2, "ceiling": 9.0},
     }
 
 
+@pytest.mark.smoke
 class TestYarnWithStreaming(PlugCase):
     change = {
         "positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 4.0}},
@@ -83,7 +87,7 @@ class TestYarnWithStreaming(PlugCase):
     limits = ({"positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 1.0}}},)
 
 
-class TestPartialRotaryParallelLayerNorm(PlugCase):
+class TestPartialRotaryParallelLayerNorm(KindCase):
     change = {
         "positions": {"name": "rope", "fraction": 0.5},
         "norm": {"name": "layernorm"},

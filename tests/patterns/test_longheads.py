@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from plug_case import BASE, TOKENS, forward, logits, parameters, rms_ratio
+from cases.model import BASE, TOKENS, forward, logits, parameters, rms_ratio
 
 from lm import caches
 from lm.attention import blocks

@@ -47,13 +47,23 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "stage x sequence": {"data": 2, "stage": 2, "sequence": 2},
 }
-CASES = [
-    *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x fsdp x tensor")),
-    *(("dense", name) for name in ("data x stage", "data x stage x tensor", "stage x tensor, the stream cut")),
-    *(("untied", name) for name in ("data x sequence x tensor", "stage x sequence")),
-    *(("moe", name) for name in ("expert", "sequence", "fsdp x expert x tensor", "data x stage")),
+AXIS_BY_AXIS = [
+    *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x stage", "data x stage x tensor")),
+    ("untied", "stage x sequence"),
+    ("moe", "expert"),
 ]
-assert {name for _, name in CASES} == set(LAYOUTS)
+PRODUCTS = [
+    *(("dense", name) for name in ("data x fsdp x tensor", "stage x tensor, the stream cut")),
+    ("untied", "data x sequence x tensor"),
+    *(("moe", name) for name in ("sequence", "fsdp x expert x tensor", "data x stage")),
+]
+SMOKE = ("dense", "data x stage x tensor")
+CASES = [
+    *(pytest.param(*case, marks=[pytest.mark.smoke] if case == SMOKE else []) for case in AXIS_BY_AXIS),
+    *(pytest.param(*case, marks=pytest.mark.nightly) for case in PRODUCTS),
+]
+assert {name for _, name in AXIS_BY_AXIS + PRODUCTS} == set(LAYOUTS)
+assert {name for name, _ in AXIS_BY_AXIS} == set(MODELS)
 
 
 @functools.cache

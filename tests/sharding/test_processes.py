@@ -123,6 +123,7 @@ def alone(cache: Path, workdir: Path, *more: str) -> None:
 SHORT = ["--config.train.steps=6", "--config.train.eval_every=0", '--config.arms.base.only=("training",)']
 
 
+@pytest.mark.nightly
 def test_four_processes_train_as_one(tmp_path: Path) -> None:
     """The loss of every step, by fsdp 2 x data 2: the order of the texts does not depend on the processes either."""
     who = by_flags(4)
@@ -155,6 +156,7 @@ def test_one_process_writes_and_prints(unbroken: tuple[Pair, Path]) -> None:
     assert len(json.loads((training(cache) / "goodput.json").read_text())) == 1
 
 
+@pytest.mark.nightly
 def test_one_process_on_another_layout_goes_on_from_what_two_saved(
     unbroken: tuple[Pair, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +173,7 @@ def test_one_process_on_another_layout_goes_on_from_what_two_saved(
     assert len(got) == STEPS
 
 
+@pytest.mark.nightly
 def test_killed_then_terminated_then_damaged_it_ends_as_if_nothing_had_been(
     unbroken: tuple[Pair, Path], tmp_path: Path
 ) -> None:

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import Params
+from cases.surgery_case import SurgeryCase
 
 from experiments.generate import surgery_of
 from lm import weights
-from lm.config import build, model_config
+from lm.config import ModelConfig, build, model_config
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
 from lm.model import params as params_lib
@@ -85,3 +87,22 @@ def test_mistakes() -> None:
         build(TrainConfig, {"surgery": "int8"}, "train")
     with pytest.raises(UserError, match="--surgery: unknown name 'lora'; valid: int8, none"):
         surgery_of("lora")
+
+
+class TestInt8(SurgeryCase):
+    def made(self, cfg: ModelConfig, params: Params) -> Params:
+        return dict(Int8().apply(cfg, params)[1])
+
+    def limits(self, cfg: ModelConfig, params: Params) -> dict[str, Params]:
+        return {"all kept": Int8(keep=("*",)).apply(cfg, params)[1]}
+
+    def oracle(self, name: str, weight: np.ndarray) -> np.ndarray | None:
+        """A scale per output; of the table, per row. An output's inputs are the axes before its own."""
+        if name == "embed":
+            scale = np.abs(weight).max(1, keepdims=True) / 127
+        elif name.endswith("kernel"):
+            n_in = 2 if "/o/" in name else 1
+            scale = np.abs(weight).max(tuple(range(1, 1 + n_in)), keepdims=True) / 127
+        else:
+            return None
+        return np.round(weight / scale) * scale

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import Params
+from cases.surgery_case import SurgeryCase
 
 from experiments import convert
 from lm import interop, objectives, weights
@@ -293,3 +295,27 @@ def test_mistakes(name: str) -> None:
 def test_a_run_without_surgery_keeps_its_identity() -> None:
     assert "surgery" not in TrainConfig().determines()
     assert build(TrainConfig, {"surgery": "lora"}, "train").determines()["surgery"]["rank"] == 8
+
+
+class TestLoRA(SurgeryCase):
+    """Adapters that have been trained; before that they change nothing, bit for bit."""
+
+    lora = LoRA(targets=("*/kernel", "embed"), rank=3, alpha=5.0)
+
+    def adapters(self, cfg: ModelConfig, params: Params) -> Params:
+        made = self.lora.init(cfg, params, jax.random.key(1))
+        rng = np.random.default_rng(5)
+        return jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(np.float32), made)
+
+    def made(self, cfg: ModelConfig, params: Params) -> Params:
+        return dict(self.lora.attach(cfg, params, self.adapters(cfg, params)))
+
+    def limits(self, cfg: ModelConfig, params: Params) -> dict[str, Params]:
+        return {"untrained": self.lora.attach(cfg, params, self.lora.init(cfg, params, jax.random.key(1)))}
+
+    def oracle(self, name: str, weight: np.ndarray) -> np.ndarray | None:
+        adapters = params_lib.names(self.adapters(self.cfg, self.params))
+        if f"{name}/lora_a" not in adapters:
+            return None
+        a, b = (np.float64(adapters[f"{name}/lora_{x}"]) for x in "ab")
+        return weight + 5.0 / 3 * (a @ b).reshape(weight.shape)

@@ -71,6 +71,7 @@ def test_packed_documents_train_as_separate_rows(weights: Any) -> None:
     assert float(found_sums["nll"]) == pytest.approx(float(sums["nll"]), rel=1e-6)
 
 
+@pytest.mark.smoke
 def test_remat_and_jit_change_nothing(weights: Any) -> None:
     rows = batch()
     state = step.initial(weights, TRAIN)

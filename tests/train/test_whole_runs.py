@@ -81,6 +81,7 @@ def test_a_run_leaves_what_a_reader_needs(whole: Path) -> None:
     assert "8,560 parameters" in (whole / "parameters.txt").read_text()
 
 
+@pytest.mark.nightly
 def test_kills_leave_no_trace(tmp_path: Path, texts: Path) -> None:
     """SIGKILL at random moments, also while a checkpoint is written (one is, most of the time). More of them:
     `benchmarks.faults`."""

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from plug_case import BASE, TOKENS, T, forward, gradient, logits, parameters, rms_ratio
+from cases.model import BASE, TOKENS, T, forward, gradient, logits, parameters, rms_ratio
 
 from kernels_pallas import common
 from kernels_pallas.check import COMPILER_ALONE

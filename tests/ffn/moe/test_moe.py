@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plug_case import BASE, TOKENS, PlugCase, forward, logits, parameters
+from cases.model import BASE, TOKENS, forward, logits, parameters
+from cases.plug_case import PlugCase
 
 from lm import caches, weights
 from lm.config import ModelConfig, build, merge
@@ -22,7 +23,8 @@ from lm.model import params as params_lib
 from lm.model import reports
 from lm.model.decoder import Decoder
 from lm.plug import table
-from lm.surgery import Int8, LoRA
+from lm.surgery.int8 import Int8
+from lm.surgery.lora import LoRA
 from lm.train import flops, step
 from lm.train.config import TrainConfig
 from lm.train.placement import Placement

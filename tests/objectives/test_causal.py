@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plug_case import rms_ratio
+from cases.model import rms_ratio
+from cases.objective_case import ObjectiveCase
 
 from lm import compat
 from lm.config import ModelConfig, merge, model_config, plug
@@ -228,3 +229,26 @@ def test_one_device_equals_eight() -> None:
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plug("lm.objectives", {"name": "causal", **change}, "train.objective")
+
+
+class _Definition(ObjectiveCase):
+    """``sum w (-log p + z log^2 Z)``."""
+
+    z_loss = 0.0
+
+    def loss(self, logits_BTV: np.ndarray, batch: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
+        log_z = np.log(np.exp(logits_BTV).sum(-1))
+        nll = log_z - np.take_along_axis(logits_BTV, batch["targets"][..., None], -1)[..., 0]
+        w = np.float64(batch["weights"])
+        correct = logits_BTV.argmax(-1) == batch["targets"]
+        sums = {"nll": w * nll, "z": w * log_z**2, "weight": w, "correct": w * correct}
+        return float((w * (nll + self.z_loss * log_z**2)).sum()), {k: float(v.sum()) for k, v in sums.items()}
+
+
+class TestCausal(_Definition):
+    objective = TABLE["causal"](chunk=5)
+
+
+class TestCausalWithZLoss(_Definition):
+    z_loss = 0.3
+    objective = TABLE["causal"](z_loss=0.3, chunk=0)

@@ -1,0 +1,14 @@
+"""What `decode_cost` reports, against what is known."""
+
+from __future__ import annotations
+
+from cases.measured import measure, quiet, subject
+
+
+def test_decode_cost_under_longheads() -> None:
+    """Bytes: keys, values and index of every slot, a vector per chunk and head, one chunk of queries."""
+    made = measure("decode_cost", lengths=(40, 80), steps=2).run(subject(), quiet)
+    assert set(made.samples) == {"ms@40", "ms@80", "cache_mib@40", "cache_mib@80", "exponent"}
+    d, n = 4, -(-(80 + 4) // 8)
+    want = 3 * 4 * (2 * n * 8 * 2 * d + n * 8 + n * 4 * d + 8 * 4 * d)
+    assert made.samples["cache_mib@80"][0] * 2**20 == want
