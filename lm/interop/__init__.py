@@ -112,16 +112,23 @@ def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params
     for overrides that ask for other parameters, and for anything missing, truncated, foreign or of the wrong shape,
     naming file and tensor.
     """
-    this = reader(source)
-    native = build(ModelConfig, this.model(), "model")
-    params = this.params(native) if load_params else None
+    checkpoint = reader(source)
+    native = build(ModelConfig, checkpoint.model(), "model")
+    params = checkpoint.params(native) if load_params else None
     merged = merge(native, overrides, "model") if overrides else native
     if overrides and params is not None:
         tensors.check(merged, params, str(source))
-    tokenizer = this.tokenizer()
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is not None:
         check_vocab(tokenizer, merged)
-    eos_id, bos_id = this.special()
+    eos_id, bos_id = checkpoint.special()
     return Checkpoint(
-        merged, params, tokenizer, this.identity(), str(source), eos_id, bos_id, chat_template=this.chat_template()
+        merged,
+        params,
+        tokenizer,
+        checkpoint.identity(),
+        str(source),
+        eos_id,
+        bos_id,
+        chat_template=checkpoint.chat_template(),
     )

@@ -82,10 +82,10 @@ class File(Reader):
         if isinstance(heads, list):
             raise UserError(f"{self.path}: {self.arch}.attention.head_count differs by layer; valid: one number")
         head_dim = self._field(f"{self.arch}.attention.key_length", width // heads if heads else 0)
-        turned = self._field(f"{self.arch}.rope.dimension_count", head_dim)
-        if turned != head_dim:
+        rotated = self._field(f"{self.arch}.rope.dimension_count", head_dim)
+        if rotated != head_dim:
             raise UserError(
-                f"{self.path}: {self.arch}.rope.dimension_count = {turned}; valid: {head_dim}, a head's width"
+                f"{self.path}: {self.arch}.rope.dimension_count = {rotated}; valid: {head_dim}, a head's width"
             )
         embed = self.tensors.get("token_embd.weight")
         if embed is None:
