@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{Path(__file__).resolve().parent.parent}/.cache/tests/compiled")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -46,6 +47,26 @@ def few_programs() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts to train on: a few topics of Python's documentation, one file each."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in sorted(topics)[:12]:
+        (folder / f"{name}.txt").write_text(topics[name], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+    """The folder of a tiny training that nothing happened to (tests/train/tiny_run.py), for tests that need some run.
+    They read it; who wants to change one copies it."""
+    import tiny_run
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    tiny_run.train(folder, texts)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    """Programs of all tests are kept; see the top of this file."""
+    """Nothing: programs of all tests are kept. Tests of experiments still ask for it."""

@@ -74,7 +74,7 @@ def mutants(sockets: list[str]) -> list[Mutant]:
 
 
 def copy(folder: Path) -> None:
-    """What git tracks or would track; the environment and the compiled programs of tests as links, where they can be."""
+    """What git tracks or would track; the environment and the compiled programs of tests, as links where they can."""
     listed = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout.decode()
     for name in filter(None, names.split("\0")):

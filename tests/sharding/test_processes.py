@@ -61,6 +61,7 @@ class Pair:
             flags, more = who(i)
             env = {**os.environ, "PYTHONPATH": str(ROOT), "DECODER_LAB_CACHE": str(cache), **more}
             env |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+            env.pop("JAX_COMPILATION_CACHE_DIR", None)  # a kill may leave half a file: programs go to `cache`
             command = [sys.executable, "-m", "experiments.run", *SETTINGS, *FSDP, f"--workdir={folder / 'run'}", *flags]
             with (folder / f"out{i}").open("w") as out, (folder / f"err{i}").open("w") as err:
                 self.processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err))

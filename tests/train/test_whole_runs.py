@@ -32,12 +32,10 @@ def losses(folder: Path) -> list[Any]:
     return [{k: v for k, v in line.items() if k not in timed} for line in read(folder / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
+@pytest.fixture
+def whole(trained_run: Path) -> Path:
     """A run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    tiny_run.train(folder, texts)
-    return folder
+    return trained_run
 
 
 def interrupted(folder: Path, texts: Path, at: int, monkeypatch: pytest.MonkeyPatch, **change: Any) -> None:
@@ -87,7 +85,7 @@ def test_kills_leave_no_trace(tmp_path: Path, texts: Path) -> None:
     `benchmarks.faults`."""
     tiny_run.train(tmp_path / "unbroken", texts, **tiny_run.LONG)
     program = [sys.executable, str(Path(tiny_run.__file__)), str(tmp_path / "killed"), str(texts), "4", "7"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     done = subprocess.run(program, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "finished after 4 kills" in done.stdout
@@ -244,7 +242,7 @@ try:
 except TrainingStopped as e:
     print("stopped:", e)
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
     assert "stopped: " in done.stdout, done.stderr[-2000:]
     assert "MiB free on the disk); the last complete checkpoint is step 6" in done.stdout

@@ -1,7 +1,8 @@
 """A tiny training run for tests: as a function, and as a program that is killed again and again.
 
 ``python tiny_run.py FOLDER TEXTS KILLS SEED`` imports once and forks a child per attempt, so that an attempt takes
-seconds; every attempt but the last is killed (SIGKILL) after a random time.
+seconds; every attempt but the last is killed (SIGKILL) after a random time. Programs are kept where
+``JAX_COMPILATION_CACHE_DIR`` says, which is to be no place of other tests: a death may leave half a file there.
 """
 
 from __future__ import annotations
@@ -58,9 +59,6 @@ def attempts(folder: Path, texts: Path, kills: int, seed: int) -> None:
         if child == 0:
             code = 1
             try:
-                from lm import compat
-
-                compat.keep_compiled(folder.parent / "compiled")
                 train(folder, texts, **LONG)
                 code = 0
             finally:
