@@ -25,8 +25,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from experiments import certificates, cli, registry, step
+from experiments import cli
+from experiments.certificates import command as step
+from experiments.certificates import kept as certificates
 from experiments.run import split_overrides
+from experiments.spec import registry
 from lm.errors import UserError
 
 

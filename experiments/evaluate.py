@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.cache import write_json
 from experiments.generate import model_of
-from experiments.results import clean
-from experiments.settings import Text
+from experiments.reports.results import clean
+from experiments.running.cache import write_json
+from experiments.spec.settings import Text
 from lm import interop
 from lm.errors import UserError, nearest
 from lm.interop.tensors import check

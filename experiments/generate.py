@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.settings import Text, change, names_first, parts
+from experiments.spec.settings import Text, change, names_first, parts
 from lm import interop
 from lm.config import ModelConfig, merge
 from lm.decoding import Generator, Sampling

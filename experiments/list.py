@@ -13,8 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, registry, results_file, tables
-from experiments.settings import experiment
+from experiments import cli
+from experiments.reports import results_file, tables
+from experiments.spec import registry
+from experiments.spec.settings import experiment
 from lm.errors import UserError
 
 PROG = "python -m experiments.list"

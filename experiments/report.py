@@ -2,7 +2,7 @@
 
 ``python -m experiments.report RUN_FOLDER`` writes them into the folder of its ``results.json``, or into ``--out``.
 With several folders it prints a comparison of their arms and verdicts, and with ``--out`` writes it there. Of a sweep's
-folder it writes tables and plots over the swept keys, with confidence intervals (`experiments.report_sweep`).
+folder it writes tables and plots over the swept keys, with confidence intervals (`experiments.sweeps.report`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import plots, report_sweep, results_file, tables
-from experiments.report_html import comparison_page, page
+from experiments.reports import plots, results_file, tables
+from experiments.reports.html import comparison_page, page
+from experiments.sweeps import report as report_sweep
 from lm.errors import UserError
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import results_file, tables
+from experiments.reports import results_file, tables
 from lm.errors import UserError
 
 COMMAND = "python -m experiments.results_page"

@@ -22,14 +22,16 @@ from typing import Any
 
 import jax
 
-from experiments import cli, registry, results, summary
-from experiments.arms import Arm
-from experiments.cache import Cache, Point, write_json
-from experiments.environment import code, describe
-from experiments.plan import Job, Plan, Workdir, identities, make, prepare
-from experiments.progress import Progress, duration
-from experiments.settings import Text
-from experiments.trained import Trainer
+from experiments import cli
+from experiments.reports import results, summary
+from experiments.running.cache import Cache, Point, write_json
+from experiments.running.environment import code, describe
+from experiments.running.plan import Job, Plan, Workdir, identities, make, prepare
+from experiments.running.progress import Progress, duration
+from experiments.running.trained import Trainer
+from experiments.spec import registry
+from experiments.spec.arms import Arm
+from experiments.spec.settings import Text
 from lm.errors import Terminated, TrainingStopped, UserError
 from lm.measures import Subject
 from lm.sharding import processes

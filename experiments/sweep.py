@@ -20,10 +20,10 @@ other scheduler; ``slurm`` submits a job array through submitit (``pip install '
 and cancels it when interrupted. ``--slurm=partition=x,timeout_min=60`` sets submitit's parameters (without
 ``timeout_min`` a job has submitit's five minutes), ``tasks_per_node=2`` or ``nodes=2`` makes one training of several
 processes of each point, ``cluster=local`` tries it without a cluster. A job that is preempted, requeued or at its time
-limit saves, and goes on by itself (`experiments.sweep_slurm`).
+limit saves, and goes on by itself (`experiments.sweeps.slurm`).
 
 A search (``pip install 'decoder-lab[optuna]'``) asks Optuna for points of ``search_NAME(trial)`` in the config file,
-and tells it the mean of a metric of an arm; samplers: tpe (the default), random, qmc. See `experiments.search`.
+and tells it the mean of a metric of an arm; samplers: tpe (the default), random, qmc. See `experiments.sweeps.search`.
 
 Ends with a table, and ``sweep.json`` and ``sweep.csv`` in DIR (default ``runs/sweeps/X-SCALE-NAME``) with every point's
 changes and means; ``python -m experiments.report DIR`` makes tables and plots of them, with confidence intervals. The
@@ -38,14 +38,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, points, registry, sweep_local, sweeps
-from experiments.points import look, shown
-from experiments.search import Objective, Search
-from experiments.settings import Text
-from experiments.sweep_local import Feed, Given, Local, say
-from experiments.sweep_slurm import Slurm
-from experiments.sweep_tables import collect, summary
-from experiments.sweeps import Shared
+from experiments import cli
+from experiments.spec import registry
+from experiments.spec.settings import Text
+from experiments.sweeps import local, points
+from experiments.sweeps import shared as sweeps
+from experiments.sweeps.local import Feed, Given, Local, say
+from experiments.sweeps.points import look, shown
+from experiments.sweeps.search import Objective, Search
+from experiments.sweeps.shared import Shared
+from experiments.sweeps.slurm import Slurm
+from experiments.sweeps.tables import collect, summary
 from lm.errors import UserError
 
 PROG = "python -m experiments.sweep"
@@ -125,7 +128,7 @@ def _sweep(args: Any, shared: Shared, head: dict[str, Any], name: str, sweep: Ca
             say(point, total, states[point.number].detail or "done already")
     if args.engine == "print":
         for point in todo:
-            print(shlex.join([*sweep_local.RUN, *point.args]))
+            print(shlex.join([*local.RUN, *point.args]))
         return 0
     start = _engine(args, Given(todo, total), shared.workdir, name)
     for point in todo:

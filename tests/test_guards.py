@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from guards import experiments, models, programs
 
-from experiments import registry
+from experiments.spec import registry
 from lm.config import model_config
 from lm.interop import load
 from lm.model import params as params_lib

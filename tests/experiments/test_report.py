@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import plots, report, results_page, tables
+from experiments import report, results_page
+from experiments.reports import plots, tables
 from lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

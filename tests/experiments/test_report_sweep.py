@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import report, report_sweep, swept
+from experiments import report
+from experiments.sweeps import report as report_sweep
+from experiments.sweeps import swept
 from lm.errors import UserError
 
 # Student's t for 95 %, from any printed table: degrees of freedom -> quantile.

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from toy_experiment import Lab, Toy
 
-from experiments import results_file
+from experiments.reports import results_file
 from lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import pytest
 from ml_collections import ConfigDict
 from toy_experiment import Lab
 
-from experiments import arms, registry, settings
-from experiments.settings import Text, override
+from experiments.spec import arms, registry, settings
+from experiments.spec.settings import Text, override
 from lm.config import ModelConfig, merge
 from lm.errors import UserError
 from lm.patterns.lm_infinite import LMInfinite

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import registry
-from experiments.cache import key
-from experiments.plan import Plan, make, prepare
+from experiments.running.cache import key
+from experiments.running.plan import Plan, make, prepare
+from experiments.spec import registry
 from guards import models
 from lm.config import to_dict
 from lm.model import params as params_lib

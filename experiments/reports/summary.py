@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import tables
-from experiments.arms import Draft, count
 from experiments.cli import aligned
-from experiments.plan import Plan, make
+from experiments.reports import tables
+from experiments.running.plan import Plan, make
+from experiments.spec.arms import Draft, count
 
 
 def head(plan: Plan, points: int, kept: int, workdir: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from experiments import tables
+from experiments.reports import tables
 
 _PAGE = Template(
     """<!doctype html>

@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from experiments import points
-from experiments.cache import write_json
-from experiments.points import Point, State, look
-from experiments.progress import duration
+from experiments.running.cache import write_json
+from experiments.running.progress import duration
+from experiments.sweeps import points
+from experiments.sweeps.points import Point, State, look
 
 RUN = (sys.executable, "-m", "experiments.run")
 HEARTBEAT, GRACE, POLL = 10.0, 60.0, 0.1  # seconds

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.settings import MEASURES, Experiment, change, change_measure, measure, names_first, parts
+from experiments.spec.settings import MEASURES, Experiment, change, change_measure, measure, names_first, parts
 from lm.config import ModelConfig, merge, to_dict
 from lm.errors import UserError, nearest, unknown
 from lm.model import params

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import registry, settings
-from experiments.arms import RANDOM, Arm, Draft, base_model, check_shapes, choose, resolve, shapes
-from experiments.cache import write_json
-from experiments.settings import MEASURES, Experiment
-from experiments.subject import Base
+from experiments.running.cache import write_json
+from experiments.running.subject import Base
+from experiments.spec import registry, settings
+from experiments.spec.arms import RANDOM, Arm, Draft, base_model, check_shapes, choose, resolve, shapes
+from experiments.spec.settings import MEASURES, Experiment
 from lm.config import ModelConfig, to_dict
 from lm.errors import UserError
 from lm.plug import table

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments import plots_sweep, tables
-from experiments.report_html import sections_page
-from experiments.swept import Row, Setting, Sweep, counted, load
+from experiments.reports import tables
+from experiments.reports.html import sections_page
+from experiments.sweeps import plots as plots_sweep
+from experiments.sweeps.swept import Row, Setting, Sweep, counted, load
 from lm.errors import UserError
 
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, tables
-from experiments.cache import write_json
-from experiments.points import Point, literal, look, results_of, shown
+from experiments import cli
+from experiments.reports import tables
+from experiments.running.cache import write_json
+from experiments.sweeps.points import Point, literal, look, results_of, shown
 
 SCHEMA = 1  # of sweep.json
 COLUMNS = 6  # of metrics in the table; sweep.csv has all

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, registry
-from experiments.arms import Arm, Draft
-from experiments.certified_text import estimated, text, verdict
-from experiments.plan import Plan, prepare
+from experiments import cli
+from experiments.certificates.text import estimated, text, verdict
+from experiments.running.plan import Plan, prepare
+from experiments.spec import registry
+from experiments.spec.arms import Arm, Draft
 from lm.aot import advice, certificate, chips, serving
 from lm.aot.estimate import estimate
 from lm.config import ModelConfig

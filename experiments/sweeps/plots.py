@@ -13,10 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments import plots
+from experiments.reports import plots
 
 if TYPE_CHECKING:
-    from experiments.swept import Row, Sweep
+    from experiments.sweeps.swept import Row, Sweep
 
 MANY = 16  # curves in a panel, beyond which nothing can be told apart
 PANELS = 9

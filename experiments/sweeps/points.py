@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import results_file
-from experiments.cache import write_json
-from experiments.progress import duration
+from experiments.reports import results_file
+from experiments.running.cache import write_json
+from experiments.running.progress import duration
 from lm.errors import UserError
 
 if TYPE_CHECKING:
-    from experiments.plan import Workdir
+    from experiments.running.plan import Workdir
 
 STALE = 120.0  # seconds without a heartbeat after which a process on another host counts as dead
 Changes = dict[str, Any]

@@ -1,120 +1,24 @@
-"""Sweeps of a config file: combinators to write them with, and the checked points they come to.
-
-A sweep is a function ``sweep_NAME()`` in a config file that gives dicts from dotted keys to values, the keys being
-those of ``--config.KEY`` of `experiments.run`::
-
-    from experiments.sweeps import grid, product
-
-    def sweep_windows():
-        yield {}  # the config as it is
-        yield from product(grid({"arms.window.model.pattern.window": (64, 256)}), grid(seeds=[(0,), (1,)]))
-
-The combinators take any iterables of such dicts and give lists. They raise `UserError` where a key would be set twice
-in one point, or where the same point would come twice.
-"""
+"""The sweeps of a config file by name, and the checked points they come to."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
-import itertools
-import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.cache import key
-from experiments.plan import Plan, Workdir, prepare
-from experiments.points import Changes, Point, literal, shown
-from experiments.registry import Source
-from experiments.settings import Text, names_first
+from experiments.running.cache import key
+from experiments.running.plan import Plan, Workdir, prepare
+from experiments.spec.registry import Source
+from experiments.spec.settings import Text, names_first
+from experiments.sweeps.combinators import same_plug, union
+from experiments.sweeps.points import Changes, Point, literal, shown
 from lm.errors import UserError, unknown
 
 LIMIT = 10_000  # points; a generator that never ends is refused here
-
-
-def grid(values: Mapping[str, Iterable[Any]] | None = None, /, **more: Iterable[Any]) -> list[Changes]:
-    """Every combination of the values of each key, the last key changing fastest."""
-    columns = _columns("grid", values, more)
-    return [dict(zip(columns, row, strict=True)) for row in itertools.product(*columns.values())]
-
-
-def zip_(values: Mapping[str, Iterable[Any]] | None = None, /, **more: Iterable[Any]) -> list[Changes]:
-    """The first values of all keys, then the second ones, and so on; all keys need as many values."""
-    columns = _columns("zip_", values, more, repeats=True)
-    lengths = {name: len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{n} for {name}" for name, n in lengths.items())
-        raise UserError(f"zip_: found {found}; valid: the same number of values for every key")
-    return _distinct("zip_", [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
-
-
-def chain(*sweeps: Iterable[Mapping[str, Any]]) -> list[Changes]:
-    """The points of one sweep after those of the other."""
-    return _distinct("chain", [dict(p) for sweep in sweeps for p in sweep])
-
-
-def product(*sweeps: Iterable[Mapping[str, Any]]) -> list[Changes]:
-    """Every point of one sweep with every point of the others, the last sweep changing fastest."""
-    return _distinct("product", [_union("product", row) for row in itertools.product(*sweeps)])
-
-
-def prefix(points: Iterable[Mapping[str, Any]], head: str) -> list[Changes]:
-    """The points with ``head.`` before every key, for example ``arms.window``."""
-    return [{f"{head}.{name}": value for name, value in p.items()} for p in points]
-
-
-def subsample(points: Iterable[Mapping[str, Any]], n: int, seed: int = 0) -> list[Changes]:
-    """`n` of the points, drawn without replacement and kept in their order; the seed determines which."""
-    every = _distinct("subsample", [dict(p) for p in points])
-    if not 1 <= n <= len(every):
-        raise UserError(f"subsample: n: found {n}; valid: 1 to {len(every)}, the number of points")
-    return [every[i] for i in sorted(random.Random(seed).sample(range(len(every)), n))]
-
-
-def _columns(
-    what: str, values: Mapping[str, Iterable[Any]] | None, more: Mapping[str, Iterable[Any]], repeats: bool = False
-) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {}
-    for name, column in _union(what, [values or {}, more]).items():
-        if isinstance(column, (str, Mapping)) or not isinstance(column, Iterable):
-            raise UserError(f"{what}: {name}: found {column!r}; valid: a tuple or list of values")
-        out[name] = list(column)
-        if not out[name]:
-            raise UserError(f"{what}: {name}: has no values; valid: at least one")
-        texts = [literal(v, f"{what}: {name}") for v in out[name]]
-        twice = next((t for i, t in enumerate(texts) if t in texts[:i]), None)
-        if twice is not None and not repeats:
-            raise UserError(f"{what}: {name}: found {twice} twice; valid: different values")
-    if not out:
-        raise UserError(f"{what}: has no keys; valid: at least one")
-    return out
-
-
-def _union(what: str, parts: Iterable[Mapping[str, Any]]) -> Changes:
-    out: Changes = {}
-    for part in parts:
-        for name, value in part.items():
-            if any(_plug(name) == _plug(other) for other in out):
-                raise UserError(f"{what}: {name}: is set twice in one point; valid: every key once")
-            out[name] = value
-    return out
-
-
-def _plug(name: str) -> str:
-    """``model.pattern`` and ``model.pattern.name`` are one key."""
-    return str(name).removesuffix(".name")
-
-
-def _distinct(what: str, points: list[Changes]) -> list[Changes]:
-    seen: dict[frozenset[tuple[str, str]], int] = {}
-    for i, point in enumerate(points, 1):
-        at = frozenset((_plug(name), literal(value, f"{what}: {name}")) for name, value in point.items())
-        if seen.setdefault(at, i) != i:
-            raise UserError(f"{what}: point {i} is point {seen[at]} again ({shown(point)}); valid: different points")
-    return points
 
 
 def choose(source: Source, name: str | None, kind: str = "sweep") -> tuple[str, Callable[..., Any]]:
@@ -154,7 +58,7 @@ def readable(place: str, changes: Any) -> Changes:
     """The changes as the point's own process will read them; raises `UserError` that begins with `place`."""
     if not isinstance(changes, Mapping) or not all(isinstance(k, str) for k in changes):
         raise UserError(f"{place}: expected a dict from dotted keys to values, found {changes!r}")
-    _union(place, [{k: v} for k, v in changes.items()])
+    union(place, [{k: v} for k, v in changes.items()])
     return {k: ast.literal_eval(literal(v, f"{place}: {k}")) for k, v in names_first(changes)}
 
 
@@ -219,12 +123,14 @@ def _refuse_clash(place: str, changes: Changes, overrides: Sequence[tuple[str, A
     """Neither the command line nor the sweep may silently undo what the other sets."""
     for name, _ in overrides:
         for other in changes:
-            if _plug(name) == _plug(other) or name.startswith(_plug(other) + "."):
+            if same_plug(name) == same_plug(other) or name.startswith(same_plug(other) + "."):
                 raise UserError(f"--config.{name}: {place} sets {other}; valid: keys that the sweep leaves alone")
 
 
 def slug(changes: Mapping[str, Any], width: int = 48) -> str:
     """The changed keys' last parts with their values, in letters that every file system takes."""
-    words = [f"{_plug(k).rpartition('.')[2]}{v if isinstance(v, str) else literal(v, k)}" for k, v in changes.items()]
+    words = [
+        f"{same_plug(k).rpartition('.')[2]}{v if isinstance(v, str) else literal(v, k)}" for k, v in changes.items()
+    ]
     safe = [re.sub(r"[^A-Za-z0-9_.+-]+", "_", w).strip("_.") for w in words]
     return "-".join(w for w in safe if w)[:width].rstrip("-_.") or "base"

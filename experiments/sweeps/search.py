@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import sweeps
-from experiments.cache import key
-from experiments.points import Point, State, literal, look, results_of
-from experiments.sweep_local import say
-from experiments.sweeps import Shared
+from experiments.running.cache import key
+from experiments.sweeps import shared as sweeps
+from experiments.sweeps.local import say
+from experiments.sweeps.points import Point, State, literal, look, results_of
+from experiments.sweeps.shared import Shared
 from lm.errors import UserError, unknown
 
 # With several points at a time, `constant_liar` keeps TPE from proposing what is at work already.

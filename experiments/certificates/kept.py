@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import cli, registry
-from experiments import step as command
-from experiments.cache import write_json
-from experiments.certified_text import GIB, where
-from experiments.plan import Plan, prepare
+from experiments import cli
+from experiments.certificates import command
+from experiments.certificates.text import GIB, where
+from experiments.running.cache import write_json
+from experiments.running.plan import Plan, prepare
+from experiments.spec import registry
 from lm.aot import chips
 from lm.errors import UserError, unknown
 from lm.model import params
@@ -239,7 +240,3 @@ def run(argv: Sequence[str]) -> int:
     PAGE.write_text(page(), encoding="utf-8")
     print("\n".join(rows(wanted())))
     return 0
-
-
-if __name__ == "__main__":
-    cli.enter(lambda: cli.main(run))

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from experiments.arms import RANDOM, Arm, Draft, shapes
-from experiments.settings import Experiment
+from experiments.spec.arms import RANDOM, Arm, Draft, shapes
+from experiments.spec.settings import Experiment
 from lm import interop
 from lm.config import ModelConfig
 from lm.data.tokenizers import ByteTokenizer, check_vocab

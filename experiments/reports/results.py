@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cache import Point
-from experiments.claims import Claim, Results
-from experiments.settings import Experiment
+from experiments.running.cache import Point
+from experiments.spec.claims import Claim, Results
+from experiments.spec.settings import Experiment
 from lm.config import to_dict
 
 SCHEMA = 1

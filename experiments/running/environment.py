@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def describe() -> dict[str, Any]:

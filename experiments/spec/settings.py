@@ -85,7 +85,7 @@ def plain(cfg: Any, lists: bool = False) -> Any:
 
 
 def experiment(settings: Mapping[str, Any]) -> Experiment:
-    """The checked experiment; raises `UserError` that names the key. Arms are checked by `experiments.arms`."""
+    """The checked experiment; raises `UserError` that names the key. Arms are checked by `experiments.spec.arms`."""
     if not hasattr(settings, "items"):
         raise UserError(f"get_config: expected a ConfigDict, found {type(settings).__name__}")
     raw = dict(settings)

@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import points, sweep_local
-from experiments.points import Point, look
-from experiments.sweep_local import BUSY, Feed, Given, Local, deaf, say, tell
+from experiments.sweeps import local, points
+from experiments.sweeps.local import BUSY, Feed, Given, Local, deaf, say, tell
+from experiments.sweeps.points import Point, look
 from lm.errors import UserError
 
 SHARED = ("cluster", "name", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb", "timeout_min")
@@ -64,7 +64,7 @@ class Task:
 
     def _follow(self, rank: int) -> str:
         with (self.point.folder / f"log-{rank}.txt").open("ab") as log:
-            command = [*sweep_local.RUN, *self.point.args]
+            command = [*local.RUN, *self.point.args]
             log.write(f"$ {shlex.join(command)}\n".encode())
             log.flush()
             with deaf():
@@ -177,7 +177,7 @@ def _lines(job: Any) -> list[str]:
 def executor(options: Sequence[str], parallel: int | None, folder: Path, name: str) -> tuple[Any, str]:
     """submitit's executor and the cluster's kind; raises `UserError` when there is none here, or for parameters that it
     does not know."""
-    from experiments.settings import Text
+    from experiments.spec.settings import Text
 
     try:
         import submitit

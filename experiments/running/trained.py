@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.arms import Arm
-from experiments.cache import key, shared_folder
-from experiments.subject import Base
+from experiments.running.cache import key, shared_folder
+from experiments.running.subject import Base
+from experiments.spec.arms import Arm
 from lm import compat
 from lm.config import to_dict
 from lm.data.tokenizers import check_vocab

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from experiments import results_file
+from experiments.reports import results_file
 from lm.errors import UserError
 
 SEEDS = "seeds"

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.settings import plain
+from experiments.spec.settings import plain
 from lm.config import ModelConfig, model_config
 from lm.errors import UserError, nearest, unknown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SCHEMA = 1  # of config.json
 
@@ -38,7 +38,7 @@ class Source:
 
     @property
     def certified(self) -> tuple[dict[str, Any], ...]:
-        """What its ``:paper`` scale has certificates for (`experiments.certificates`)."""
+        """What its ``:paper`` scale has certificates for (`experiments.certificates.kept`)."""
         return tuple(getattr(self.module, "CERTIFIED", ()))
 
     @property
