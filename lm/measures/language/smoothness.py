@@ -13,7 +13,7 @@ import numpy as np
 from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, encode
+from lm.measures.base import Measure, Measured, Progress, Subject, encode
 from lm.model.decoder import Decoder, readout
 
 SIGMAS = 100
@@ -54,7 +54,7 @@ def in_order(y_NV: np.ndarray, head: Any) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Smoothness:
+class Smoothness(Measure):
     """Reads the first `tokens` tokens of each document of `texts` and takes s(y) of the model's distribution of the
     next token at every position from `skip` on; ids are bins in the order that the head gives them, or in their own.
 
@@ -80,7 +80,7 @@ class Smoothness:
     def identity(self) -> str:
         return texts.identity(self._documents())
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.tokens)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:

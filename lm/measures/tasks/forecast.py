@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.data import series
 from lm.data.values import ValueTokenizer
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject
+from lm.measures.base import Measure, Measured, Progress, Subject
 
 LEVELS = np.arange(1, 10) / 10  # the quantiles of the weighted quantile loss
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Measure):
     """`windows` forecasts of `horizon` values of `series` (a spec of `lm.data.series`, without windows), their origins
     evenly spaced over what follows the share `start`, which no training should have seen.
 
@@ -41,7 +42,6 @@ class Forecast:
     windows: int = 16
     paths: int = 20
     start: float = 0.8
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("season", "context", "horizon", "windows", "paths"):
@@ -70,7 +70,7 @@ class Forecast:
 
         return hashlib.sha256(series.values(self.series).tobytes()).hexdigest()[:32]
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(self.windows * (self.context + self.paths * self.horizon))
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
