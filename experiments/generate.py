@@ -19,12 +19,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from experiments import cli
 from experiments.spec.settings import Text, change, names_first, parts
 from lm import interop
-from lm.config import ModelConfig, merge
+from lm.config import ModelConfig, build, overlay
 from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.errors import UserError, unknown
@@ -78,9 +78,10 @@ def model_of(cfg: ModelConfig, pattern: str | None, overrides: dict[str, Text]) 
         for field in ("window", "ceiling"):
             if field in getattr(options[pattern], "__dataclass_fields__", {}):
                 changes["pattern"][field] = cfg.max_positions
+    settings = overlay(ModelConfig, cfg, changes, "model")
     for dotted, value in names_first(overrides):
-        change(changes, cfg, parts(dotted)[1:], value, "model")
-    return merge(cfg, changes, "model") if changes else cfg
+        settings = change(ModelConfig, settings, parts(dotted)[1:], value, "model")
+    return cast(ModelConfig, build(ModelConfig, settings, "model"))
 
 
 def surgery_of(name: str) -> Any:

@@ -26,8 +26,10 @@ from experiments import cli
 from experiments.reports import results, summary
 from experiments.running.cache import Cache, Point, write_json
 from experiments.running.environment import code, describe
-from experiments.running.plan import Job, Plan, Workdir, identities, make, prepare
+from experiments.running.job import Job, identities, make
+from experiments.running.plan import Plan, Workdir, prepare
 from experiments.running.progress import Progress, duration
+from experiments.running.surgery import applied
 from experiments.running.trained import Trainer
 from experiments.spec import registry
 from experiments.spec.arms import Arm
@@ -107,8 +109,8 @@ class Runner:
 
     def __init__(self, plan: Plan, source: registry.Source, workdir: Workdir, fresh: bool = False) -> None:
         """Looks for finished points; nothing is written. Raises `UserError` for texts that cannot be read."""
-        assert plan.base is not None
-        self.plan, self.source, self.workdir, self.base = plan, source, workdir, plan.base
+        assert plan.base is not None and plan.model is not None
+        self.plan, self.source, self.workdir, self.base, self.model = plan, source, workdir, plan.base, plan.model
         self.trainer = Trainer(plan.base)
         read = identities(plan)
         self.environment, self.cache, self.start = describe(), Cache(workdir.path), time.monotonic()
@@ -194,13 +196,15 @@ class Runner:
     def _subject(self, job: Job, arm: Arm, seed: int, progress: Progress) -> Subject:
         """The model to measure, trained first where it has to be."""
         if not job.trains:
-            return Subject(arm.model, self.base.params(arm, self.plan.model, seed), self.base.tokenizer, seed)
+            cfg, params = applied(arm.surgery, arm.config, self.base.params(arm, self.model, seed))
+            return Subject(cfg, params, self.base.tokenizer, seed)
         wait = self.waits.get(job, 0.0)
         params, folder = self.trainer.params(
             arm, seed, lambda fraction, text: progress.at(fraction, wait, text), lambda text: progress.say(text)
         )
         progress.end(wait)
-        return Subject(arm.model, params, self.trainer.data(arm).tokenizer, seed, folder)
+        cfg, params = applied(arm.surgery, arm.config, params)
+        return Subject(cfg, params, self.trainer.data(arm).tokenizer, seed, folder)
 
     def write(self) -> dict[str, Any]:
         """results.json as of now: arms, measures and seeds in the config's order, whatever finished first."""

@@ -11,7 +11,7 @@ from experiments import cli
 from experiments.certificates.text import estimated, text, verdict
 from experiments.running.plan import Plan, prepare
 from experiments.spec import registry
-from experiments.spec.arms import Arm, Draft
+from experiments.spec.arms import Arm
 from lm.aot import advice, certificate, chips, serving
 from lm.aot.estimate import estimate
 from lm.config import ModelConfig
@@ -63,7 +63,7 @@ def report(raw: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], args: A
     if step != "train":
         if args.search or args.estimate:
             raise UserError(f"--step: {step} goes without --search and --estimate; valid: train")
-        one = serving.certify(arm.model, serve(args, arm), args.topology, step)
+        one = serving.certify(arm.config, serve(args, arm), args.topology, step)
         todo = [] if one["fits"] else advice.serving(one, one["hbm"])
         print("\n".join(text(one, about, todo)))
         return {**about, **one}, bool(one["fits"])
@@ -122,7 +122,7 @@ def picked(plan: Plan, arm: str | None, step: str | None) -> tuple[str, str, Arm
     if name not in arms:
         raise unknown("--arm", name, arms)
     found = arms[name]
-    if isinstance(found.trained if step == "train" else found.model, Draft):
+    if (found.trained if step == "train" else found.model) is None:
         raise UserError(
             f"--config: {said}: the model follows from a checkpoint that is not here ({plan.absent}); valid: a config "
             "that names its config.architecture"
@@ -156,7 +156,7 @@ def serve(args: Any, arm: Arm) -> serving.Serve:
     """How generation is asked for; the length is by default the longest text that the arm's measures read."""
     if args.weights not in WEIGHTS:
         raise unknown("--weights", args.weights, WEIGHTS)
-    longest = [arm.model.max_positions]
+    longest = [arm.config.max_positions]
     for measure in arm.measures.values():
         longest += [getattr(measure, "tokens", 0) or 0, *(getattr(measure, "lengths", ()) or ())]
     mesh = {"data": 1, "tensor": -1} if args.mesh is None else {"data": 1, **axes(args.mesh)}

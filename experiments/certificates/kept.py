@@ -107,7 +107,7 @@ def facts(one: Wanted) -> dict[str, Any]:
         out |= {"train": of, "remat": cfg.remat, "mesh": train.mesh.sizes(n)}
     else:
         asked = command.serve(args, arm)
-        cfg = asked.model(arm.model)
+        cfg = asked.model(arm.config)
         kept: dict[str, Any] = {"batch": asked.batch, "length": asked.length, "quantize": asked.quantize}
         out |= {"serve": kept, "mesh": asked.mesh.sizes(n)}
     return {**out, "parameters": params.count(params.abstract(cfg))}

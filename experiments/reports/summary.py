@@ -9,8 +9,10 @@ from typing import Any
 
 from experiments.cli import aligned
 from experiments.reports import tables
-from experiments.running.plan import Plan, make
-from experiments.spec.arms import Draft, count
+from experiments.running.job import make
+from experiments.running.plan import Plan
+from experiments.spec.arms import count
+from experiments.spec.settings import Experiment
 
 
 def head(plan: Plan, points: int, kept: int, workdir: Path) -> str:
@@ -33,14 +35,14 @@ def plan(plan: Plan, workdir: Path) -> str:
     rows = [("arm", "parameters", "points", "share of the work", "overrides")]
     for name in plan.chosen:
         arm, mine = plan.arms[name], [j for j in shown if j.arm == name]
-        size = "unknown" if isinstance(arm.model, Draft) else f"{count(arm.model):,}"
+        size = "unknown" if arm.model is None else f"{count(arm.model):,}"
         overrides = ", ".join(f"{k}={v!r}" for k, v in exp.arms[name].items()) or "none"
         share = sum(j.cost for j in mine) / total
         rows.append((name, size, str(len(mine)), f"{share:.0%}", overrides))
     return "\n".join([*lines, "", aligned(rows), "", "dry run: nothing was loaded or written"])
 
 
-def _paper(exp: Any) -> dict[str, Any]:
+def _paper(exp: Experiment) -> dict[str, Any]:
     return {"title": exp.paper.title, "arxiv": exp.paper.arxiv}
 
 

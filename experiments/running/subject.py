@@ -7,8 +7,7 @@ from typing import Any
 
 import jax
 
-from experiments.spec.arms import RANDOM, Arm, Draft, shapes
-from experiments.spec.settings import Experiment
+from experiments.spec.arms import RANDOM, Arm, shapes
 from lm import interop
 from lm.config import ModelConfig
 from lm.data.tokenizers import ByteTokenizer, check_vocab
@@ -22,16 +21,16 @@ class Base:
     `UserError` when there is no such checkpoint, or when it is not one.
     """
 
-    def __init__(self, exp: Experiment) -> None:
-        self.source = exp.checkpoint
-        self.random = exp.checkpoint == RANDOM
+    def __init__(self, checkpoint: str) -> None:
+        self.source = checkpoint
+        self.random = checkpoint == RANDOM
         self.config: ModelConfig | None = None
         self.tokenizer: Any = ByteTokenizer()
         self.identity = RANDOM
         self._params: Any = None
         self._drawn: dict[Any, Any] = {}
         if not self.random:
-            header = interop.load(exp.checkpoint, load_params=False)
+            header = interop.load(checkpoint, load_params=False)
             self.config, self.tokenizer, self.identity = header.config, header.tokenizer, header.identity
 
     @property
@@ -55,8 +54,7 @@ class Base:
         """The parameters of `arm`: the checkpoint's, or random ones, the same for all arms that share their shapes."""
         if not self.random:
             return self._params
-        base = base.final() if isinstance(base, Draft) else base
-        model = base if shapes(arm.model) == shapes(base) else arm.model
+        model = base if shapes(arm.config) == shapes(base) else arm.config
         at = (seed, model)
         if at not in self._drawn:
             if any(other != seed for other, _ in self._drawn):

@@ -5,70 +5,89 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
-from experiments.spec.settings import MEASURES, Experiment, change, change_measure, measure, names_first, parts
-from lm.config import ModelConfig, merge, to_dict
+from experiments.spec.settings import (
+    MEASURES,
+    Experiment,
+    Settings,
+    change,
+    change_measure,
+    measure,
+    names_first,
+    parts,
+)
+from experiments.spec.surgery import Surgery, surgeries
+from lm.config import ModelConfig, build, checked, merge, overlay, to_dict
 from lm.errors import UserError, nearest, unknown
+from lm.measures import Measure
 from lm.model import params
 from lm.plug import table
 from lm.train.config import TrainConfig
 
 RANDOM = "random"
-
-
-@dataclass(frozen=True)
-class Draft(ModelConfig):
-    """A model of which only names and types are checked so far; what follows from other fields is still open."""
-
-    def __post_init__(self) -> None:
-        pass
-
-    def layers(self) -> tuple[ModelConfig, ...]:
-        return ()
-
-    def final(self) -> ModelConfig:
-        """The checked model."""
-        return ModelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+KEYS = ("only", "trains", "untrained", "starts_from", "surgery", "model", "train", "measures")
+VALID = "only, trains, untrained, starts_from, surgery, model.KEY, train.KEY, measures.LABEL.KEY"
 
 
 @dataclass(frozen=True)
 class Arm:
-    """`measures`: label -> plug, only those that this arm runs. `train`: how its parameters are trained, and `trained`
-    the model they are trained as, which `model` then reads; None for parameters that are not trained. `start`: the arm
-    whose trained parameters that training starts from; None = the experiment's checkpoint."""
+    """`model`: None where it follows from a checkpoint that is not at hand. `measures`: label -> plug, only those that
+    this arm runs. `train`: how its parameters are trained, and `trained` the model they are trained as, which `model`
+    then reads; None for parameters that are not trained. `start`: the arm whose trained parameters that training starts
+    from; None = the experiment's checkpoint. `surgery`: what is done to its parameters before they are measured."""
 
     name: str
-    model: ModelConfig
-    measures: dict[str, Any]
+    model: ModelConfig | None
+    measures: dict[str, Measure]
     train: TrainConfig | None = None
     trained: ModelConfig | None = None
     start: Arm | None = None
+    surgery: tuple[Surgery, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model of an arm that can run."""
+        assert self.model is not None, f"arms.{self.name}: no checkpoint says what its model is"
+        return self.model
 
 
-def base_model(exp: Experiment, checkpoint: ModelConfig | None) -> ModelConfig:
-    """The model every arm starts from; `checkpoint` is the checkpoint's own, None when there is none at hand.
+def settings_of(exp: Experiment, own: ModelConfig | None) -> Settings:
+    """What every arm changes: the checkpoint's own model with the experiment's changes over it.
 
-    A `Draft` where it stays open what follows from what: for random parameters, an arm that changes ``n_heads`` also
-    changes the ``n_kv_heads`` that nobody set.
+    Without a checkpoint these are the changes alone, over the defaults of `ModelConfig`, so that an arm that changes
+    ``n_heads`` also changes the ``n_kv_heads`` that nobody set.
     """
-    if checkpoint is not None:
-        return merge(checkpoint, exp.model, "model")
-    draft = merge(Draft(), exp.model, "model")
-    if exp.checkpoint == RANDOM:
-        draft.final()
-    return draft
+    return overlay(ModelConfig, own, exp.model, "model")
 
 
-def resolve(exp: Experiment, base: ModelConfig) -> dict[str, Arm]:
-    """Every arm, checked; raises `UserError` that names the arm and the key."""
-    out = {}
+def base_model(exp: Experiment, own: ModelConfig | None) -> ModelConfig | None:
+    """The model every arm starts from, checked; None where it is that of a checkpoint which is not at hand."""
+    settings = settings_of(exp, own)
+    if own is None and exp.checkpoint != RANDOM:
+        checked(ModelConfig, settings, "model")
+        return None
+    return _model(settings)
+
+
+def _model(settings: Settings) -> ModelConfig:
+    made = build(ModelConfig, settings, "model")
+    assert isinstance(made, ModelConfig)
+    return made
+
+
+def resolve(exp: Experiment, own: ModelConfig | None) -> dict[str, Arm]:
+    """Every arm, checked; `own` is the checkpoint's model, None where there is none at hand. Raises `UserError` that
+    names the arm and the key."""
+    base, out = settings_of(exp, own), {}
+    # Where the checkpoint is not at hand, a config may still describe the whole model.
+    known = own is not None or exp.checkpoint == RANDOM or "vocab_size" in exp.model
     for name, changes in exp.arms.items():
         try:
-            out[name] = _arm(exp, base, name, changes)
+            out[name] = _arm(exp, base, known, name, changes)
         except UserError as e:
             raise UserError(f"arms.{name}: {e}") from None
     for name in out:
@@ -86,60 +105,82 @@ def _started(exp: Experiment, arms: Mapping[str, Arm], name: str, before: tuple[
         raise unknown(at, start, arms)
     if start in (*before, name):
         raise UserError(f"{at}: {start!r} starts from this arm in turn; valid: an arm that does not")
-    if arm.train is None or arm.trained is None or arms[start].trained is None:
+    if arm.train is None or arms[start].train is None:
         raise UserError(f"{at}: found {start!r}, but one of the two is not trained; valid: two arms that are")
     found = _started(exp, arms, start, (*before, name))
-    assert found.trained is not None
-    if shapes(found.trained) != shapes(arm.trained):
+    if arm.trained is not None and found.trained is not None and shapes(found.trained) != shapes(arm.trained):
         raise UserError(f"{at}: {start!r} has parameters of other shapes; valid: an arm with the same")
     return dataclasses.replace(arm, start=found)
 
 
-def _arm(exp: Experiment, base: ModelConfig, name: str, changes: Mapping[str, Any]) -> Arm:
-    model: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    training, trains, untrained, trains_itself = exp.training(), False, False, False
-    measures = {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}
-    chosen = list(exp.measures)
-    # A plug is named before its fields are set, in whatever order the keys come (ConfigDict sorts them).
-    for dotted, value in names_first(changes):
+@dataclass
+class _Changes:
+    """What an arm's dotted keys come to: settings of its model, of its training and of its measures."""
+
+    model: Settings
+    measures: dict[str, Any]
+    chosen: list[str]
+    train: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)  # trains, untrained
+    starts: bool = False
+    surgery: tuple[Surgery, ...] = ()
+
+    def set(self, exp: Experiment, dotted: str, value: object) -> None:
         head, *rest = parts(dotted)
         if dotted == "only":
-            chosen = _only(exp, value)
+            self.chosen = _only(exp, value)
         elif head == "model" and rest:
-            change(model, base, rest, value, "model")
+            self.model = change(ModelConfig, self.model, rest, value, "model")
         elif head == "measures" and rest:
-            measures[rest[0]] = change_measure(measures, rest, value)
+            self.measures[rest[0]] = change_measure(self.measures, rest, value)
         elif head == "train" and rest:
+            training = exp.training()
             if training is None:
                 raise UserError(f"{dotted}: nothing is trained; valid: set config.train, at least config.train.steps")
-            change(train, training, rest, value, "train")
+            self.train = change(TrainConfig, self.train, rest, value, "train", training)
         elif dotted in ("trains", "untrained"):
             if not isinstance(value, bool):
                 raise UserError(f"{dotted}: expected True or False, found {value!r}")
-            trains, untrained = (value, untrained) if dotted == "trains" else (trains, value)
+            self.flags[dotted] = value
+        elif dotted == "surgery":
+            self.surgery = surgeries(value)
         elif dotted == "starts_from":
-            trains_itself = True
+            self.starts = True
         else:
-            valid = "only, trains, untrained, starts_from, model.KEY, train.KEY, measures.LABEL.KEY"
-            names = ("only", "trains", "untrained", "starts_from", "model", "train", "measures")
-            raise UserError(f"{dotted}: unknown key{nearest(head, names)}; valid: {valid}")
-    cfg = merge(base, model, "model")
-    if isinstance(cfg, Draft) and (exp.checkpoint == RANDOM or "vocab_size" in exp.model):
-        cfg = cfg.final()  # the config describes the whole model, also where the checkpoint is not at hand
-    cfg.layers()  # refuses malformed layer overrides
-    plugs = {label: measure(label, measures[label]) for label in chosen}
-    if untrained and (train or trains or trains_itself):
+            raise UserError(f"{dotted}: unknown key{nearest(head, KEYS)}; valid: {VALID}")
+
+
+def _arm(exp: Experiment, base: Settings, known: bool, name: str, changes: Mapping[str, Any]) -> Arm:
+    to = _Changes(base, {label: to_dict(m, table(MEASURES)) for label, m in exp.measures.items()}, list(exp.measures))
+    # A plug is named before its fields are set, in whatever order the keys come (ConfigDict sorts them).
+    for dotted, value in names_first(changes):
+        to.set(exp, dotted, value)
+    model = None
+    if known:
+        model = _model(to.model)
+        model.layers()  # refuses malformed layer overrides
+    else:
+        checked(ModelConfig, to.model, "model")
+    plugs = {label: measure(label, to.measures[label]) for label in to.chosen}
+    training, trains, untrained = exp.training(), to.flags.get("trains"), to.flags.get("untrained")
+    if untrained and (to.train or trains or to.starts):
         raise UserError("untrained: goes with no key of training; valid: one of them")
     if training is None or untrained:
-        return Arm(name, cfg, plugs)
-    final = base.final() if isinstance(base, Draft) else base
-    # A draft's sizes come with its checkpoint.
-    trained = cfg if trains or isinstance(cfg, Draft) or shapes(cfg) != shapes(final) else final
-    return Arm(name, cfg, plugs, merge(training, train, "train"), trained)
+        return Arm(name, model, plugs, surgery=to.surgery)
+    trained = _trained(base, model, bool(trains))
+    return Arm(name, model, plugs, merge(training, to.train, "train"), trained, surgery=to.surgery)
 
 
-def _only(exp: Experiment, value: Any) -> list[str]:
+def _trained(base: Settings, model: ModelConfig | None, trains: bool) -> ModelConfig | None:
+    """The model that an arm's parameters are trained as: its own where it `trains` or has other parameters, else the
+    base model, so that arms share the training."""
+    if trains or model is None:
+        return model
+    common = _model(base)
+    return model if shapes(model) != shapes(common) else common
+
+
+def _only(exp: Experiment, value: object) -> list[str]:
     if not isinstance(value, (list, tuple)) or not value:
         raise UserError(f"only: expected a tuple of measure labels, found {value!r}; valid: {', '.join(exp.measures)}")
     for label in value:
@@ -175,7 +216,7 @@ def check_shapes(arms: Mapping[str, Arm], base: ModelConfig) -> None:
     """Raises `UserError` when an arm asks for other parameters than the checkpoint has."""
     have = shapes(base)
     for arm in arms.values():
-        want = have if arm.model == base else shapes(arm.model)
+        want = have if arm.model == base else shapes(arm.config)
         for name, shape, dtype in set(want) ^ set(have):
             raise UserError(
                 f"arms.{arm.name}: needs other parameters than the checkpoint's: {name} {shape} {dtype}; "

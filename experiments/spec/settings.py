@@ -14,14 +14,18 @@ import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from lm.config import ModelConfig, build, coerce, merge, plug, saved_names, to_dict
+from ml_collections import ConfigDict
+
+from lm.config import Dotted, ModelConfig, build, coerce, merge, overlay, overlay_plug, plug, to_dict
 from lm.errors import UserError, nearest, unknown
-from lm.plug import Table, table
+from lm.measures import Measure
+from lm.plug import table
 from lm.train.config import TrainConfig
 
 MEASURES = "lm.measures"
+Settings = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Experiment:
     checkpoint: str
     baseline: str
     arms: dict[str, Any]
-    measures: dict[str, Any]
+    measures: dict[str, Measure]
     paper: Paper = field(default_factory=Paper)
     model: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
@@ -71,12 +75,17 @@ class Experiment:
         return plain(out, lists=True)
 
 
-def plain(cfg: Any, lists: bool = False) -> Any:
+def is_mapping(value: object) -> TypeGuard[Mapping[Any, Any]]:
+    """Whether `value` is a mapping, which a `ConfigDict` is without saying so."""
+    return isinstance(value, (Mapping, ConfigDict))
+
+
+def plain(cfg: object, lists: bool = False) -> Any:
     """Nested `ConfigDict`s (or any mappings) as nested dicts in the order of definition; with `lists`, tuples as
     lists."""
-    if hasattr(cfg, "items"):
+    if is_mapping(cfg):
         items = dict(cfg.items())
-        order = getattr(cfg, "_fields", items)  # a ConfigDict lists its items by name, but keeps them as defined
+        order = cfg._fields if isinstance(cfg, ConfigDict) else items  # its `items` are sorted by name
         return {str(k): plain(items[k], lists) for k in order}
     if isinstance(cfg, (list, tuple)):
         values = [plain(v, lists) for v in cfg]
@@ -84,27 +93,43 @@ def plain(cfg: Any, lists: bool = False) -> Any:
     return cfg
 
 
-def experiment(settings: Mapping[str, Any]) -> Experiment:
-    """The checked experiment; raises `UserError` that names the key. Arms are checked by `experiments.spec.arms`."""
-    if not hasattr(settings, "items"):
+def _complete(settings: object) -> dict[str, Any]:
+    """Settings that have all keys an experiment needs."""
+    if not is_mapping(settings):
         raise UserError(f"get_config: expected a ConfigDict, found {type(settings).__name__}")
-    raw = dict(settings)
     fields = {f.name: f for f in dataclasses.fields(Experiment)}
     for name, f in fields.items():
-        if name not in raw and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if name not in settings and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"config.{name}: missing; valid: {', '.join(fields)}")
-    labels: Any = raw.get("measures")
-    if hasattr(labels, "items"):
+    return dict(settings.items())
+
+
+def places(settings: object) -> tuple[str, str]:
+    """The checkpoint, and the architecture that stands for it where it is not at hand (empty for none)."""
+    raw = _complete(settings)
+    checkpoint = coerce(raw["checkpoint"], str, "config.checkpoint")
+    if not checkpoint.strip():
+        raise UserError("config.checkpoint: is empty; valid: a name")
+    return checkpoint, coerce(raw.get("architecture", ""), str, "config.architecture")
+
+
+def experiment(settings: object) -> Experiment:
+    """The checked experiment; raises `UserError` that names the key. Arms are checked by `experiments.spec.arms`."""
+    raw = _complete(settings)
+    labels = raw.get("measures")
+    if is_mapping(labels):
         raw["measures"] = {label: measure(label, value) for label, value in labels.items()}
+    places(raw)
     exp = build(Experiment, raw, "config")
+    assert isinstance(exp, Experiment)
     exp.training()
-    for what in ("name", "scale", "checkpoint"):
-        if not getattr(exp, what).strip():
+    for what, text in (("name", exp.name), ("scale", exp.scale)):
+        if not text.strip():
             raise UserError(f"config.{what}: is empty; valid: a name")
-    for what in ("arms", "measures"):
-        if not getattr(exp, what):
+    for what, named in (("arms", exp.arms), ("measures", exp.measures)):
+        if not named:
             raise UserError(f"config.{what}: is empty; valid: at least one")
-        for name in getattr(exp, what):
+        for name in named:
             if not re.fullmatch(r"[\w@+-]+", name):
                 raise UserError(f"config.{what}: found the name {name!r}; valid: letters, digits and _ @ + -")
     if exp.baseline not in exp.arms:
@@ -115,21 +140,16 @@ def experiment(settings: Mapping[str, Any]) -> Experiment:
     if not exp.seeds or len(set(exp.seeds)) < len(exp.seeds) or min(exp.seeds) < 0:
         raise UserError(f"config.seeds: found {exp.seeds}; valid: one or more different numbers from 0 on")
     for arm, changes in exp.arms.items():
-        if not hasattr(changes, "items"):
+        if not is_mapping(changes):
             raise UserError(f"arms.{arm}: expected a mapping from dotted keys to values, found {changes!r}")
     return exp
 
 
-def measure(label: str, value: Any) -> Any:
-    """A measure plug from ``{"name": …, **fields}``; one string is accepted where several are asked for."""
-    if hasattr(value, "items") and value.get("name") in table(MEASURES):
-        hints = typing.get_type_hints(table(MEASURES)[value["name"]])
-        value = {k: _strings(v, hints.get(k)) for k, v in value.items()}
-    return plug(MEASURES, value, f"measures.{label}")
-
-
-def _strings(value: Any, hint: Any) -> Any:
-    return (value,) if isinstance(value, str) and hint == tuple[str, ...] else value
+def measure(label: str, value: object) -> Measure:
+    """A measure plug from ``{"name": …, **fields}``."""
+    made = plug(MEASURES, value, f"measures.{label}")
+    assert isinstance(made, Measure)
+    return made
 
 
 class Text(str):
@@ -142,12 +162,12 @@ class Text(str):
             return str(self)
 
 
-def _fit(value: Any, hint: Any, place: str) -> Any:
+def fit(value: object, hint: Any, place: str) -> Any:
     """`value` as `hint`. Typed ``123`` stays a string where a string is asked for."""
     if not isinstance(value, Text):
-        return coerce(_strings(value, hint), hint, place)
+        return coerce(value, hint, place)
     try:
-        return coerce(_strings(value.literal(), hint), hint, place)
+        return coerce(value.literal(), hint, place)
     except UserError:
         try:
             return coerce(str(value), hint, place)
@@ -156,13 +176,19 @@ def _fit(value: Any, hint: Any, place: str) -> Any:
         raise
 
 
-def override(settings: Mapping[str, Any], dotted: str, value: Any, base: Any = ModelConfig) -> dict[str, Any]:
+def change(cls: type, settings: object, path: Sequence[str], value: object, key: str, base: object = None) -> Any:
+    """Settings of dataclass `cls` with the key at `path` changed. `base`: what lies below them, which says what plug an
+    unnamed ``pattern.window`` belongs to."""
+    return overlay(cls, settings, Dotted.of(path, value), key, base, fit)
+
+
+def override(settings: Settings, dotted: str, value: object, base: object = None) -> dict[str, Any]:
     """A copy of `settings` with one key changed; `value` is any value, or a `Text` from the command line.
 
-    `base` is the model that ``model.…`` changes: it says which plug an unnamed ``model.pattern.window`` belongs to.
+    `base` is the model that ``model.…`` changes, None where there is none but what the settings describe.
     Raises `UserError` for an unknown key, arm, label or plug and for a value of the wrong type.
     """
-    out = copy.deepcopy(dict(settings))
+    out: dict[str, Any] = copy.deepcopy(dict(settings))
     head, *rest = parts(dotted)
     hints = typing.get_type_hints(Experiment)
     if head not in hints:
@@ -170,33 +196,35 @@ def override(settings: Mapping[str, Any], dotted: str, value: Any, base: Any = M
     if head == "scale":
         raise UserError("config.scale: is set by --config=FILE.py:SCALE")
     if head == "model" and rest:
-        change(out.setdefault("model", {}), base, rest, value, "model")
+        out["model"] = change(ModelConfig, out.get("model"), rest, value, "model", {} if base is None else base)
     elif head == "train" and rest:
-        change(out.setdefault("train", {}), TrainConfig, rest, value, "train")
+        out["train"] = change(TrainConfig, out.get("train"), rest, value, "train", {})
     elif head == "measures" and rest:
         out["measures"][rest[0]] = change_measure(out["measures"], rest, value)
     elif head == "arms" and rest:
-        arm, keys = rest[0], rest[1:]
-        if arm not in out["arms"]:
-            raise unknown("config.arms", arm, out["arms"])
-        if not keys:
-            raise UserError(f"config.arms.{arm}: name the key to change, for example arms.{arm}.model.pattern=causal")
-        key = ".".join(keys)
-        over = key.removesuffix(".name") + "."  # another plug: its fields start over
-        now = {k: v for k, v in out["arms"][arm].items() if k != key and not k.startswith(over)}
-        out["arms"][arm] = {**now, key: value.literal() if isinstance(value, Text) else value}
+        out["arms"] = _change_arm(out["arms"], rest, value)
     elif head == "paper" and rest:
-        sub = typing.get_type_hints(Paper)
-        if rest[0] not in sub or rest[1:]:
-            raise UserError(f"config.{dotted}: unknown key{nearest(rest[0], sub)}; valid: {', '.join(sorted(sub))}")
-        out.setdefault("paper", {})[rest[0]] = _fit(value, sub[rest[0]], f"config.{dotted}")
+        out["paper"] = change(Paper, out.get("paper"), rest, value, "config.paper")
     elif rest:
         raise UserError(f"config.{dotted}: unknown key; config.{head} has no keys below it")
     elif head in ("model", "train", "arms", "measures", "paper"):
         raise UserError(f"config.{head}: name the key to change, config.{head}.KEY")
     else:
-        out[head] = _fit(value, hints[head], f"config.{head}")
+        out[head] = fit(value, hints[head], f"config.{head}")
     return out
+
+
+def _change_arm(arms: Mapping[str, Any], path: Sequence[str], value: object) -> dict[str, Any]:
+    """The arms with one arm's own override set; of a plug that is replaced, its fields go."""
+    arm, keys = path[0], path[1:]
+    if arm not in arms:
+        raise unknown("config.arms", arm, arms)
+    if not keys:
+        raise UserError(f"config.arms.{arm}: name the key to change, for example arms.{arm}.model.pattern=causal")
+    key = ".".join(keys)
+    over = key.removesuffix(".name") + "."  # another plug: its fields start over
+    now = {k: v for k, v in arms[arm].items() if k != key and not k.startswith(over)}
+    return {**arms, arm: {**now, key: value.literal() if isinstance(value, Text) else value}}
 
 
 def names_first(changes: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -217,70 +245,10 @@ def parts(dotted: str) -> list[str]:
     return keys
 
 
-def change_measure(measures: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def change_measure(measures: Mapping[str, Any], path: Sequence[str], value: object) -> Any:
     """The settings of measure ``path[0]`` with field ``path[1]`` changed, or with another plug named."""
     label, *keys = path
     if label not in measures:
         raise unknown(f"measures.{label}", label, measures)
-    place, options = ".".join(["measures", *path]), table(MEASURES)
-    if keys in ([], ["name"]):
-        name = value.literal() if isinstance(value, Text) else value
-        if not isinstance(name, str) or name not in options:
-            raise unknown(f"measures.{label}.name", name, options)
-        return {"name": name}
-    now = dict(measures[label])
-    cls = options.get(str(now.get("name")))
-    if cls is None:
-        raise unknown(f"measures.{label}.name", now.get("name"), options)
-    hints = {f.name: typing.get_type_hints(cls)[f.name] for f in dataclasses.fields(cls)}
-    if keys[0] not in hints or keys[1:]:
-        raise UserError(f"{place}: unknown key{nearest(keys[0], hints)}; valid: {', '.join(sorted(hints))}")
-    return {**now, keys[0]: _fit(value, hints[keys[0]], place)}
-
-
-def change(changes: dict[str, Any], holder: Any, path: Sequence[str], value: Any, key: str) -> None:
-    """Puts `value` at `path` into the nested `changes` over `holder`, a dataclass or an instance of one.
-
-    The result is for `lm.config.merge`. A plug is named with all its defaults spelled out, so that nothing of the plug
-    it replaces is left, whichever that turns out to be.
-    """
-    cls = holder if isinstance(holder, type) else type(holder)
-    head, *rest = path
-    head = saved_names(cls).get(head, head)
-    fields, place = {f.name: f for f in dataclasses.fields(cls)}, f"{key}.{head}"
-    if head not in fields:
-        raise UserError(f"{place}: unknown key{nearest(head, fields)}; valid: {', '.join(sorted(fields)) or 'none'}")
-    module, hint = fields[head].metadata.get("socket"), typing.get_type_hints(cls)[head]
-    if module is None and rest and dataclasses.is_dataclass(hint):
-        inner = dict(changes.get(head, {}).items())
-        change(inner, hint if isinstance(holder, type) else getattr(holder, head), rest, value, place)
-        changes[head] = inner
-        return
-    if module is None:
-        if rest:
-            raise UserError(f"{place}.{rest[0]}: unknown key; {place} has no keys below it")
-        changes[head] = _fit(value, hint, place)
-        return
-    options = table(module)
-    if rest in ([], ["name"]):
-        value = value.literal() if isinstance(value, Text) else value
-        if not rest and hasattr(value, "items"):
-            changes[head] = to_dict(plug(module, value, place), options)
-            return
-        if not isinstance(value, str) or value not in options:
-            raise unknown(f"{place}.name", value, options)
-        changes[head] = _defaults(options, value)
-        return
-    now = changes.get(head, {})
-    inner = {"name": now} if isinstance(now, str) else dict(now.items())
-    default = getattr(holder, head, None) if not isinstance(holder, type) else None
-    named = inner.get("name", fields[head].metadata["default"] if default is None else None)
-    change(inner, default if named is None else options[named], rest, value, place)
-    changes[head] = inner
-
-
-def _defaults(options: Table, name: str) -> dict[str, Any]:
-    try:
-        return to_dict(options[name](), options)
-    except TypeError:  # a field without a default: the keys that follow must set it
-        return {"name": name}
+    place = f"measures.{label}"
+    return overlay_plug(MEASURES, measures[label], Dotted.of(keys, value), place, fresh=not keys, fit=fit)

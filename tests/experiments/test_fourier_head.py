@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import fourier_head as config
-from experiments.running.plan import make, prepare
+from experiments.running.job import make
+from experiments.running.plan import prepare
 from experiments.spec import registry
 from experiments.spec.claims import Results
 from lm.errors import UserError

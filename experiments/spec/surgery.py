@@ -1,0 +1,44 @@
+"""What an arm does to given parameters before they are measured: plugs of `lm.surgery` that train nothing, in order."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from experiments.spec.settings import is_mapping
+from lm.config import ModelConfig, plug, to_dict
+from lm.errors import UserError
+from lm.plug import table
+
+SURGERY = "lm.surgery"
+
+
+class Surgery(Protocol):
+    """Other parameters made of given ones at once."""
+
+    @property
+    def trains(self) -> bool: ...
+
+    def apply(self, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]: ...
+
+
+def surgeries(value: object) -> tuple[Surgery, ...]:
+    """``("int8", {"name": …, …})`` as plugs; one alone needs no tuple. Raises `UserError` for another value, an unknown
+    name, and a plug that is trained."""
+    values = (value,) if isinstance(value, str) or is_mapping(value) else value
+    if not isinstance(values, (tuple, list)) or not values:
+        raise UserError(f"surgery: expected a tuple of names or mappings, found {value!r}; valid: {_valid()}")
+    made = [plug(SURGERY, one, f"surgery[{i}]") for i, one in enumerate(values)]
+    for i, one in enumerate(made):
+        if one.trains:
+            name = table(SURGERY).name_of(type(one))
+            raise UserError(f"surgery[{i}].name: {name!r} is trained, which goes with train.surgery; valid: {_valid()}")
+    return tuple(made)
+
+
+def _valid() -> str:
+    return ", ".join(name for name, cls in table(SURGERY).items() if not cls().trains)
+
+
+def written(surgery: tuple[Surgery, ...]) -> dict[str, Any]:
+    """``{"surgery": […]}``, JSON-ready; nothing where there is none, so that what had none keeps its address."""
+    return {"surgery": [to_dict(one, table(SURGERY)) for one in surgery]} if surgery else {}
