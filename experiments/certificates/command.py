@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ STEPS = ("train", *serving.STEPS)
 WEIGHTS = {"bfloat16": "bfloat16", "float32": "float32", "config": None}
 
 
-def parse(rest: Sequence[str], doc: str | None = None) -> Any:
+def parse(rest: Sequence[str], doc: str | None = None) -> argparse.Namespace:
     """The arguments of `experiments.compile`, whose text is `doc`."""
     parser = cli.Parser(PROG, doc)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -54,7 +55,9 @@ def parse(rest: Sequence[str], doc: str | None = None) -> Any:
     return args
 
 
-def report(raw: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], args: Any) -> tuple[dict[str, Any], bool]:
+def report(
+    raw: Mapping[str, Any], overrides: Sequence[tuple[str, Any]], args: argparse.Namespace
+) -> tuple[dict[str, Any], bool]:
     """What `args` ask for, printed and as JSON-ready content; and whether anything fits."""
     chips.split(args.topology)
     step, name, arm, said = subject(raw, overrides, args.arm, args.step)
@@ -152,7 +155,7 @@ def axes(text: str) -> dict[str, int]:
     return out
 
 
-def serve(args: Any, arm: Arm) -> serving.Serve:
+def serve(args: argparse.Namespace, arm: Arm) -> serving.Serve:
     """How generation is asked for; the length is by default the longest text that the arm's measures read."""
     if args.weights not in WEIGHTS:
         raise unknown("--weights", args.weights, WEIGHTS)

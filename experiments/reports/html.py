@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from experiments.reports import tables
 
@@ -71,31 +69,27 @@ def _picture(name: str, path: Path) -> str:
     return f'<figure><img alt="{alt}" src="data:image/png;base64,{data}"></figure>'
 
 
-def page(results: Mapping[str, Any], pictures: Mapping[str, Path]) -> str:
+def page(run: tables.Tables, pictures: Mapping[str, Path]) -> str:
     """The whole report; verdicts first, then pictures, tables, texts, environment and config."""
-    paper = results.get("paper", {})
-    parts = [f"<h1>{escape(tables.title(results))}</h1>"]
-    if paper:
-        arxiv = escape(str(paper.get("arxiv") or ""), quote=True)
+    parts = [f"<h1>{escape(run.title)}</h1>"]
+    if run.paper:
+        arxiv = escape(run.paper["arxiv"], quote=True)
         link = f' (<a href="https://arxiv.org/abs/{arxiv}">arXiv:{arxiv}</a>)' if arxiv else ""
-        parts.append(f"<p>{escape(str(paper.get('title') or ''))}{link}</p>")
-        if paper.get("claim"):
-            parts.append(f"<p>Its claim: {escape(str(paper['claim']))}</p>")
-    parts.append(f'<p class="dim">{escape(tables.ran(results))}</p>')
-    claims = tables.claims(results)
-    parts += ["<h2>Verdicts</h2>", _table(claims) if claims.rows else "<p>No claim was stated.</p>"]
+        parts.append(f"<p>{escape(run.paper['title'])}{link}</p>")
+        if run.paper["claim"]:
+            parts.append(f"<p>Its claim: {escape(run.paper['claim'])}</p>")
+    parts.append(f'<p class="dim">{escape(run.ran)}</p>')
+    parts += ["<h2>Verdicts</h2>", _table(run.claims) if run.claims.rows else "<p>No claim was stated.</p>"]
     if pictures:
         parts += ["<h2>Plots</h2>", *(_picture(name, path) for name, path in pictures.items())]
     parts += ["<h2>Measurements</h2>", '<p class="dim">Mean ± standard deviation (number of samples)</p>']
-    for table in tables.metrics(results.get("arms", {})):
+    for table in run.metrics:
         parts += [f"<h3>{escape(table.title)}</h3>", _table(table, numbers=True)]
-    for table in (tables.paper_numbers(results), tables.texts(results), tables.environment(results)):
-        if table.rows:
-            parts += [f"<h2>{escape(table.title)}</h2>", _table(table)]
-    if results.get("config"):
-        config = escape(json.dumps(results["config"], indent=2, ensure_ascii=False, default=str))
-        parts += ["<h2>Config</h2>", f"<details><summary>as it ran</summary><pre>{config}</pre></details>"]
-    return _PAGE.substitute(title=escape(tables.title(results)), body="\n".join(parts))
+    for table in run.rest:
+        parts += [f"<h2>{escape(table.title)}</h2>", _table(table)]
+    if run.config:
+        parts += ["<h2>Config</h2>", f"<details><summary>as it ran</summary><pre>{escape(run.config)}</pre></details>"]
+    return _PAGE.substitute(title=escape(run.title), body="\n".join(parts))
 
 
 def comparison_page(runs: Sequence[str], found: Sequence[tables.Table]) -> str:

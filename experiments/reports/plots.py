@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+
+from experiments.reports.tables import Tables
 
 # Okabe and Ito's palette without its yellow, which is hard to see on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#CC79A7")
@@ -40,15 +43,11 @@ def file_name(curve: str) -> str:
     return (re.sub(r"[^\w.@+-]+", "_", curve).strip("._") or "curve") + ".png"
 
 
-def write(results: Mapping[str, Any], folder: Path) -> dict[str, Path]:
-    """Draws every curve name of `results` into `folder`; gives curve name -> file."""
-    curves: dict[str, dict[str, Curve]] = {}
-    for arm, by_name in results.get("curves", {}).items():
-        for name, curve in by_name.items():
-            curves.setdefault(name, {})[arm] = curve
-    order = list(dict.fromkeys([*results.get("arms", {}), *results.get("curves", {})]))
+def write(run: Tables, folder: Path) -> dict[str, Path]:
+    """Draws every curve name of `run` into `folder`; gives curve name -> file."""
+    order = list(run.arms)
     out, taken = {}, set()
-    for name, by_arm in curves.items():
+    for name, by_arm in run.curves.items():
         path = folder / file_name(name)
         while path in taken:  # two curve names may differ only in characters a path cannot hold
             path = path.with_stem(path.stem + "_")
@@ -73,14 +72,14 @@ def _style(order: list[str], arm: str) -> dict[str, Any]:
     }
 
 
-def _values(numbers: Any, log: bool) -> np.ndarray:
+def _values(numbers: Iterable[float | None], log: bool) -> np.ndarray:
     """Floats with NaN for what the axis cannot show."""
     y = np.array([np.nan if v is None else float(v) for v in numbers], np.float64)
     y[~np.isfinite(y) | ((y <= 0) if log else False)] = np.nan
     return y
 
 
-def _geometric(x: Any) -> bool:
+def _geometric(x: Sequence[float]) -> bool:
     """Whether points are spaced by factors rather than by steps: lengths of 1k, 2k, 4k, …"""
     return len(x) >= 3 and min(x) > 0 and (x[-1] - x[-2]) > 3 * (x[1] - x[0]) > 0
 
@@ -148,13 +147,13 @@ def _documents(by_arm: Mapping[str, Curve]) -> str:
     return f"mean of {listed}" + ("; thin: each of them" if thin else "")
 
 
-def _title(axes: Any, name: str, notes: list[str]) -> None:
+def _title(axes: Axes, name: str, notes: list[str]) -> None:
     axes.set_title(name, loc="left", fontweight="bold", pad=6 + 11.5 * sum(1 for n in notes if n))
     shown = "\n".join(n if len(n) <= 110 else n[:107] + "..." for n in notes if n)
     axes.annotate(shown, (0, 1), (0, 5), "axes fraction", "offset points", fontsize=8.5, color="#444444")
 
 
-def _cut(axes: Any, by_arm: Mapping[str, Curve], means: Mapping[str, np.ndarray], order: list[str]) -> list[str]:
+def _cut(axes: Axes, by_arm: Mapping[str, Curve], means: Mapping[str, np.ndarray], order: list[str]) -> list[str]:
     """Sets the limits of a linear axis from the means; says which arms leave it, and how high they go."""
     finite = {arm: y[np.isfinite(y)] for arm, y in means.items()}
     finite = {arm: y for arm, y in finite.items() if y.size}
@@ -183,7 +182,7 @@ def _cut(axes: Any, by_arm: Mapping[str, Curve], means: Mapping[str, np.ndarray]
     return ["axis cut; beyond it: " + ", ".join(f"{arm} (up to {top:,.4g})" for arm, top in gone.items())]
 
 
-def _marks(axes: Any, by_arm: Mapping[str, Curve]) -> None:
+def _marks(axes: Axes, by_arm: Mapping[str, Curve]) -> None:
     marks = {(float(m["x"]), str(m.get("text", ""))) for c in by_arm.values() for m in c.get("marks") or ()}
     for x, text in sorted(marks):
         axes.axvline(x, color="#555555", lw=1, ls=":", zorder=1)

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.running.cache import Point
 from experiments.spec.claims import Claim, Results
-from experiments.spec.settings import Experiment
+from experiments.spec.settings import Experiment, is_mapping
 from lm.config import to_dict
 
 SCHEMA = 1
@@ -96,9 +96,9 @@ def assemble(
     }
 
 
-def clean(value: Any, words: bool = False) -> Any:
+def clean(value: object, words: bool = False) -> Any:
     """`value` as strict JSON: numbers of NumPy as plain ones, tuples as lists, NaN and infinities as None or words."""
-    if hasattr(value, "items"):
+    if is_mapping(value):
         return {str(k): clean(v, words) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [clean(v, words) for v in value]

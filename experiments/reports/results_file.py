@@ -69,11 +69,11 @@ def _check_curve(curve: Any, where: str, key: str) -> None:
         _want(len(values) == n, where, f"{key}.{name}", f"{len(values)} values", f"{n}, as many as x")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
-def _want(good: bool, where: str, key: str, found: Any, valid: str) -> None:
+def _want(good: bool, where: str, key: str, found: object, valid: str) -> None:
     if not good:
         shown = repr(found) if len(repr(found)) < 60 else repr(found)[:57] + "..."
         raise UserError(f"{where}: {key + ': ' if key else ''}found {shown}; valid: {valid}")

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+ENVIRONMENT = "Environment"  # the title of the table of what a run ran on
 NOTHING = "—"  # a metric that an arm was not measured on
 VERDICTS = {True: "HOLDS", False: "FAILS", None: "NOT MEASURED"}
 
@@ -21,7 +22,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
 
-def number(value: Any) -> str:
+def number(value: object) -> str:
     """Three decimals for everyday sizes, an exponent outside them, whole numbers as they are."""
     if value is None:
         return NOTHING
@@ -37,7 +38,7 @@ def number(value: Any) -> str:
     return f"{value:.3f}" if size < 100 else f"{value:.1f}"
 
 
-def cell(value: Any) -> str:
+def cell(value: object) -> str:
     """``mean ± std (n)``; without the spread when there is one sample or none is given."""
     if not isinstance(value, Mapping):
         return number(value)
@@ -65,7 +66,7 @@ def metrics(arms: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     return out
 
 
-def measured(values: Any) -> str:
+def measured(values: object) -> str:
     """``name = number; …`` of a claim's measured values."""
     if isinstance(values, Mapping):
         return "; ".join(f"{k} = {cell(v)}" for k, v in values.items()) or NOTHING
@@ -94,7 +95,7 @@ def texts(results: Mapping[str, Any]) -> Table:
     """Every document named anywhere in the notes, once, with its source and licence."""
     found: dict[tuple[str, ...], None] = {}
 
-    def walk(node: Any) -> None:
+    def walk(node: object) -> None:
         if isinstance(node, Mapping):
             if "name" in node and "licence" in node:
                 row = (node["name"], number(node.get("tokens")), node.get("source", NOTHING), node["licence"])
@@ -114,7 +115,7 @@ def environment(results: Mapping[str, Any]) -> Table:
     for key, value in results.get("environment", {}).items():
         nested = isinstance(value, dict | list)
         rows.append((str(key), json.dumps(value, ensure_ascii=False) if nested else number(value)))
-    return Table("Environment", ("what", "value"), tuple(rows))
+    return Table(ENVIRONMENT, ("what", "value"), tuple(rows))
 
 
 def ran(results: Mapping[str, Any]) -> str:
@@ -149,11 +150,46 @@ def paper_line(results: Mapping[str, Any], link: bool = True) -> str:
     return f"{name} ({where})" if name else where
 
 
-def markdown(table: Table) -> str:
-    """A Markdown table; bars and line breaks inside cells are escaped."""
+@dataclass(frozen=True)
+class Tables:
+    """All that the report of a run says, once for its Markdown, its HTML and its pictures.
 
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in cells) + " |"
+    `paper`: title, arXiv number and claim, empty where there is none. `ran`: scale, seeds, seconds, device, commit.
+    `rest`: the paper's numbers, texts, environment, those that have rows. `curves`: curve name -> arm -> curve;
+    `arms`: all arms in the config's order, whose places choose their colours.
+    """
 
-    rule = "| " + " | ".join(["---"] * len(table.header)) + " |"
-    return "\n".join([line(table.header), rule, *(line(row) for row in table.rows)])
+    title: str
+    paper: Mapping[str, str]
+    ran: str
+    claims: Table
+    metrics: tuple[Table, ...]
+    rest: tuple[Table, ...]
+    config: str
+    curves: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    arms: tuple[str, ...]
+
+    @staticmethod
+    def of(results: Mapping[str, Any]) -> Tables:
+        """From the content of a results.json."""
+        curves: dict[str, dict[str, Mapping[str, Any]]] = {}
+        for arm, by_name in results.get("curves", {}).items():
+            for name, curve in by_name.items():
+                curves.setdefault(name, {})[arm] = curve
+        paper = results.get("paper", {})
+        config = results.get("config")
+        return Tables(
+            title=title(results),
+            paper={key: str(paper.get(key) or "") for key in ("title", "arxiv", "claim")} if paper else {},
+            ran=ran(results),
+            claims=claims(results),
+            metrics=tuple(metrics(results.get("arms", {}))),
+            rest=tuple(t for t in (paper_numbers(results), texts(results), environment(results)) if t.rows),
+            config=json.dumps(config, indent=2, ensure_ascii=False, default=str) if config else "",
+            curves=curves,
+            arms=tuple(dict.fromkeys([*results.get("arms", {}), *results.get("curves", {})])),
+        )
+
+    def line(self, link: bool = True) -> str:
+        """The paper's title and arXiv number, as a Markdown link when `link`."""
+        return paper_line({"paper": self.paper}, link)

@@ -81,7 +81,7 @@ def _read(path: Path, what: dict[str, Any]) -> Point | None:
         return None
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: object) -> None:
     """Writes a JSON file whole or not at all, also when the process dies."""
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     try:

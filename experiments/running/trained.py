@@ -53,7 +53,7 @@ class Trainer:
         check_vocab(data.tokenizer, arm.trained)
         data.loader(arm.train, 0)
         arm.train.check(arm.trained)
-        if getattr(arm.trained.positions, "table_size", 0) and arm.trained.positions.table_size < settings.seq_len:
+        if 0 < arm.trained.positions.table_size < settings.seq_len:
             raise UserError(
                 f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "
                 f"{arm.trained.positions.table_size} rows; valid: a shorter seq_len or more positions"

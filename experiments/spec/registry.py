@@ -39,7 +39,7 @@ class Source:
     @property
     def certified(self) -> tuple[dict[str, Any], ...]:
         """What its ``:paper`` scale has certificates for (`experiments.certificates.kept`)."""
-        return tuple(getattr(self.module, "CERTIFIED", ()))
+        return tuple(vars(self.module).get("CERTIFIED", ()))
 
     @property
     def place(self) -> str:
@@ -71,7 +71,7 @@ def architecture(name: str) -> ModelConfig:
 def base(name: str, key: str) -> ModuleType:
     """A file of ``configs/bases`` that describes a published model; `key` is who asked for it."""
     names = [p.stem for p in files(CONFIGS / "bases")]
-    valid = [n for n in names if hasattr(importlib.import_module(f"configs.bases.{n}"), "POD")]
+    valid = [n for n in names if "POD" in vars(importlib.import_module(f"configs.bases.{n}"))]
     if name not in valid:
         raise unknown(key, name, valid)
     return importlib.import_module(f"configs.bases.{name}")
@@ -107,7 +107,7 @@ def load(path: Path) -> Source:
         else:
             sys.modules[name] = before
     for part in ("get_config", "SCALES", "claims"):
-        if not hasattr(module, part):
+        if part not in vars(module):
             raise UserError(f"{path}: has no {part}; valid: get_config(scale), SCALES and claims(results)")
     return Source(path, module)
 

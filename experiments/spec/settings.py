@@ -162,6 +162,19 @@ class Text(str):
             return str(self)
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, Text]]]:
+    """All other arguments, and the overrides ``(dotted key, value)`` of ``--config.KEY=VALUE`` in order."""
+    overrides, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith("--config."):
+            name, equals, value = word.removeprefix("--config.").partition("=")
+            overrides.append((name, Text(value if equals else next(words, ""))))
+        else:
+            rest.append(word)
+    return rest, overrides
+
+
 def fit(value: object, hint: Any, place: str) -> Any:
     """`value` as `hint`. Typed ``123`` stays a string where a string is asked for."""
     if not isinstance(value, Text):

@@ -24,19 +24,21 @@ class Surgery(Protocol):
 def surgeries(value: object) -> tuple[Surgery, ...]:
     """``("int8", {"name": …, …})`` as plugs; one alone needs no tuple. Raises `UserError` for another value, an unknown
     name, and a plug that is trained."""
+    valid = ", ".join(applicable())
     values = (value,) if isinstance(value, str) or is_mapping(value) else value
     if not isinstance(values, (tuple, list)) or not values:
-        raise UserError(f"surgery: expected a tuple of names or mappings, found {value!r}; valid: {_valid()}")
+        raise UserError(f"surgery: expected a tuple of names or mappings, found {value!r}; valid: {valid}")
     made = [plug(SURGERY, one, f"surgery[{i}]") for i, one in enumerate(values)]
     for i, one in enumerate(made):
         if one.trains:
             name = table(SURGERY).name_of(type(one))
-            raise UserError(f"surgery[{i}].name: {name!r} is trained, which goes with train.surgery; valid: {_valid()}")
+            raise UserError(f"surgery[{i}].name: {name!r} is trained, which goes with train.surgery; valid: {valid}")
     return tuple(made)
 
 
-def _valid() -> str:
-    return ", ".join(name for name, cls in table(SURGERY).items() if not cls().trains)
+def applicable() -> list[str]:
+    """The names of the plugs that train nothing."""
+    return [name for name, cls in table(SURGERY).items() if not cls().trains]
 
 
 def written(surgery: tuple[Surgery, ...]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from experiments.running.cache import write_json
 from experiments.running.progress import duration
@@ -21,7 +21,7 @@ from experiments.sweeps.points import Point, State, look
 RUN = (sys.executable, "-m", "experiments.run")
 HEARTBEAT, GRACE, POLL = 10.0, 60.0, 0.1  # seconds
 BUSY = "another process is training here"  # two points share a training: the later one waits for it
-ASKED = (130, *(-int(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)))
+ASKED = (130, 143, *(-int(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)))
 
 
 class Feed(Protocol):
@@ -71,6 +71,7 @@ class Attempt:
                 self.running.unlink()
         with self.running.open("x", encoding="utf-8") as f:  # of two sweeps that come at once, one gets it
             json.dump(points.new_record(os.getpid()), f)
+        process: subprocess.Popen[bytes] | None = None
         try:
             (self.folder / "FAILED").unlink(missing_ok=True)
             command = [*RUN, *point.args]
@@ -79,14 +80,15 @@ class Attempt:
                 self.offset = log.tell()
                 # A session of its own: Ctrl-C reaches it through `stop`, which waits for what it saves.
                 with deaf():
-                    self.process = subprocess.Popen(
+                    process = subprocess.Popen(
                         command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                     )
+            self.process = process
             self.record = points.new_record(self.process.pid)
             write_json(self.running, self.record)
         except BaseException:
-            if hasattr(self, "process"):
-                self.process.kill()
+            if process is not None:
+                process.kill()
             self.running.unlink(missing_ok=True)
             raise
 
@@ -194,7 +196,7 @@ class Local:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        def note(number: int, frame: Any) -> None:
+        def note(number: int, frame: object) -> None:
             self.asked += 1
 
         known = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

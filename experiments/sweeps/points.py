@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from ml_collections import ConfigDict
+
 from experiments.reports import results_file
 from experiments.running.cache import write_json
 from experiments.running.progress import duration
@@ -28,7 +31,7 @@ STALE = 120.0  # seconds without a heartbeat after which a process on another ho
 Changes = dict[str, Any]
 
 
-def literal(value: Any, place: str) -> str:
+def literal(value: object, place: str) -> str:
     """`value` as a Python literal that the command line reads back as the same value; raises `UserError` when there is
     none. Strings are quoted, so that ``'5'`` and ``'None'`` stay strings; scalars of NumPy become Python's."""
     text = _literal(value)
@@ -40,10 +43,10 @@ def literal(value: Any, place: str) -> str:
     return text
 
 
-def _literal(value: Any) -> str | None:
-    if hasattr(value, "dtype") and getattr(value, "ndim", None) == 0:
+def _literal(value: object) -> str | None:
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
         value = value.item()
-    if isinstance(value, Mapping) or hasattr(value, "items"):
+    if isinstance(value, (Mapping, ConfigDict)):
         pairs = [(_literal(k), _literal(v)) for k, v in value.items()]
         parts = [None if k is None or v is None else f"{k}: {v}" for k, v in pairs]
         return None if None in parts else "{" + ", ".join(map(str, parts)) + "}"

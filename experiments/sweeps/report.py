@@ -15,14 +15,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.reports import tables
+from experiments.reports import markdown, tables
 from experiments.reports.html import sections_page
 from experiments.sweeps import plots as plots_sweep
 from experiments.sweeps.swept import Row, Setting, Sweep, counted, load
 from lm.errors import UserError
 
 
-def text_of(value: Any) -> str:
+def text_of(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -60,7 +60,7 @@ def _order(keys: Iterable[str], setting: Setting) -> tuple[Any, ...]:
     )
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -104,7 +104,7 @@ def write(folder: Path, out: Path) -> list[Path]:
         pictures, left = plots_sweep.write(sweep, out)
         said += left
         parts = [f"# {title}", *said, *(f"![{n}]({p.name})" for n, p in pictures.items())]
-        parts += [f"## {t.title}\n\n{tables.markdown(t)}" for t in found]
+        parts += [f"## {t.title}\n\n{markdown.table(t)}" for t in found]
         (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
         (out / "report.html").write_text(sections_page(title, said, pictures, found), encoding="utf-8")
         (out / "report.csv").write_text(table_csv(sweep), encoding="utf-8")

@@ -54,7 +54,7 @@ def expand(name: str, sweep: Callable[[], Any]) -> list[Changes]:
     return out
 
 
-def readable(place: str, changes: Any) -> Changes:
+def readable(place: str, changes: object) -> Changes:
     """The changes as the point's own process will read them; raises `UserError` that begins with `place`."""
     if not isinstance(changes, Mapping) or not all(isinstance(k, str) for k in changes):
         raise UserError(f"{place}: expected a dict from dotted keys to values, found {changes!r}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.generate import surgery_of
+from experiments.commands.generate import surgery_of
 from lm import weights
 from lm.config import build, model_config
 from lm.decoding import Generator, Sampling
