@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from experiments import run
-from experiments.environment import describe
+from experiments.running.environment import describe
 from lm.config import build, model_config
 from lm.errors import UserError
 from lm.model import params

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -148,6 +148,11 @@ def build(cls: type, cfg: object, key: str) -> Any:
     """An instance of dataclass `cls` from mapping `cfg`; `key` is the dotted place for error messages."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return cfg
+    return cls(**checked(cls, cfg, key))
+
+
+def checked(cls: type, cfg: object, key: str) -> dict[str, Any]:
+    """The fields of dataclass `cls` that mapping `cfg` sets, each checked for itself, plugs built."""
     if not is_mapping(cfg):
         raise UserError(f"{key}: expected a mapping, found {cfg!r}")
     fields, old = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls)
@@ -160,7 +165,7 @@ def build(cls: type, cfg: object, key: str) -> Any:
         place = f"{key}.{name}"
         module = fields[name].metadata.get("socket")
         values[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
-    return cls(**values)
+    return values
 
 
 def plug(module: str, value: object, key: str) -> Any:
@@ -219,27 +224,108 @@ def _show(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
-def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
-    """`base` (a dataclass instance) with a nested mapping of changes; naming another plug replaces the old plug."""
-    fields, old = {f.name: f for f in dataclasses.fields(base)}, saved_names(type(base))
-    hints = typing.get_type_hints(type(base))
-    out = {}
+class Dotted(dict[str, Any]):
+    """The change of one dotted key as nested mappings of one key each; a plug that it names starts over."""
+
+    @staticmethod
+    def of(path: Sequence[str], value: Any) -> Any:
+        """``a.b = value`` of ``("a", "b")``; `value` itself of no path."""
+        return Dotted({path[0]: Dotted.of(path[1:], value)}) if path else value
+
+
+Fit = Callable[[Any, Any, str], Any]  # (value, type, place) -> the value as that type, as `coerce`
+
+
+def overlay(
+    cls: type, under: Any, changes: Mapping[str, Any], key: str, base: Any = None, fit: Fit = coerce
+) -> dict[str, Any]:
+    """Settings of dataclass `cls`: `under` (a mapping, or an instance) with the nested mapping `changes` over it.
+
+    Names and types of changes are checked here, what they come to by `build`. Another plug by name replaces the old
+    one; a `Dotted` change that names one also where it is the same. `base`: of settings that are changes themselves, a
+    mapping or an instance that they change and that says which plug is meant where they name none; such settings name
+    a plug only where they replace it.
+    """
+    fields, old, hints = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls), typing.get_type_hints(cls)
+    out, below = _opened(under), _opened(base)
     for given, value in changes.items():
         name = old.get(given, given)
         if name not in fields:
-            raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
+            valid = ", ".join(sorted(fields)) or "none"
+            raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {valid}")
         place, module = f"{key}.{name}", fields[name].metadata.get("socket")
-        current = vars(base)[name]
-        if module and is_mapping(value):
-            rest = dict(value.items())
-            named = rest.pop("name", None)
-            same = named is None or table(module).get(named) is type(current)
-            out[name] = merge(current, rest, place) if same else plug(module, value, place)
-        elif dataclasses.is_dataclass(current) and not module and is_mapping(value):
-            out[name] = merge(current, value, place)
+        at = next((k for k in out if old.get(k, k) == name), name)
+        deeper = None if base is None else below.get(name, {})
+        if module:
+            default, fresh = fields[name].metadata["default"], isinstance(changes, Dotted)
+            out[at] = overlay_plug(module, out.get(at), value, place, deeper, default, fresh, fit)
+        elif dataclasses.is_dataclass(hints[name]) and is_mapping(value):
+            out[at] = overlay(hints[name], out.get(at), value, place, deeper, fit)
+        elif isinstance(value, Dotted):
+            raise UserError(f"{place}.{next(iter(value))}: unknown key; {place} has no keys below it")
         else:
-            out[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
-    return dataclasses.replace(base, **out)
+            out[at] = fit(value, hints[name], place)
+    return out
+
+
+def overlay_plug(
+    module: str,
+    now: Any,
+    value: Any,
+    place: str,
+    base: Any = None,
+    default: str | None = None,
+    fresh: bool = False,
+    fit: Fit = coerce,
+) -> Any:
+    """`overlay` of a plug of socket `module`. `default`: the plug's name where nothing says another. `fresh`: `value`
+    is all there is of it, and it starts over."""
+    options, inside = table(module), isinstance(value, Dotted)
+    value = value if inside else fit(value, Any, place)
+    if options.name_of(type(value)) is not None:
+        return value
+    named = value.get("name") if inside else None
+    if named is not None and not isinstance(named, Dotted):
+        value, inside, fresh = fit(named, Any, place), False, True
+    if isinstance(value, str) or (fresh and not inside):
+        if not is_mapping(value) and (not isinstance(value, str) or value not in options):
+            raise unknown(f"{place}.name", value, options)
+        try:
+            return to_dict(plug(module, value, place), options)
+        except TypeError:  # a field without a default: the keys that follow must set it
+            return {"name": value} if isinstance(value, str) else dict(value.items())
+    if not is_mapping(value):
+        return plug(module, value, place)  # raises
+    under, below = _opened(now, options), _opened(base, options)
+    rest = value if isinstance(value, Dotted) else dict(value.items())
+    own, given = under.pop("name", None), None if inside else rest.pop("name", None)
+    standing = own or below.pop("name", None) or default
+    name = standing if given is None else given
+    if not isinstance(name, str) or name not in options:
+        raise unknown(f"{place}.name", name, options)
+    if name != standing:
+        under = below = {}
+    below.pop("name", None)
+    out = overlay(options[name], under, rest, place, None if base is None else below, fit)
+    return {"name": name, **out} if base is None or own or given else out
+
+
+def _opened(value: Any, options: Table | None = None) -> dict[str, Any]:
+    """A node of settings as one mapping: of an instance, a plug's name, a mapping, or nothing."""
+    if isinstance(value, str):
+        return {"name": value}
+    if dataclasses.is_dataclass(value):
+        name = {} if options is None else {"name": options.name_of(type(value))}
+        return {**name, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}}
+    return {} if value is None else dict(value.items())
+
+
+def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
+    """`base` (a dataclass instance) with a nested mapping of changes; naming another plug replaces the old plug."""
+    cls = type(base)
+    touched = {saved_names(cls).get(name, name) for name in changes}
+    under = {name: value for name, value in _opened(base).items() if name in touched}
+    return dataclasses.replace(base, **checked(cls, overlay(cls, under, changes, key), key))
 
 
 def saved_names(cls: type) -> dict[str, str]:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,30 @@ class Measured:
     samples: dict[str, list[float]]
     curves: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Measure:
+    """What every measure answers; a plug is a frozen dataclass that says where its answers differ."""
+
+    stochastic: ClassVar[bool] = True
+    """Whether the seed matters."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing of the subject's parameters is read, so that none are trained for it."""
+        return False
+
+    def cost(self, cfg: ModelConfig) -> float:
+        """Work on a model, relative to other measures, for estimates of the time left."""
+        return 1.0
+
+    def identity(self) -> str:
+        """A hash of the data that is read; raises `UserError` for data that cannot be."""
+        return ""
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        """The numbers; `progress` takes the fraction done and a word on it."""
+        raise NotImplementedError(f"{type(self).__name__}.run")
 
 
 class _Ticker:

@@ -14,12 +14,12 @@ from lm import caches
 from lm.attention.branches import Keys, Tokens
 from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, exponent
+from lm.measures.base import Measure, Measured, Progress, Subject, exponent
 from lm.model.inputs import Inputs
 
 
 @dataclass(frozen=True)
-class DecodeCost:
+class DecodeCost(Measure):
     """Times one-token steps, batch 1, with a cache that already holds `lengths` tokens.
 
     The cache is the smallest that loses nothing under the arm's pattern. Its keys and values are noise: time and bytes
@@ -42,7 +42,7 @@ class DecodeCost:
         # Another layout is another time.
         return "noise; one tree of weights per layer; keys [B, K, C, d], values [B, K, d, C]"
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return 400.0 * len(self.lengths) * (self.steps + 20)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
 from lm.heads.base import Head
-from lm.measures.base import Measured, Progress, Subject, encode
+from lm.measures.base import Measure, Measured, Progress, Subject, encode
 from lm.model.inputs import Inputs
 from lm.model.language_model import LanguageModel
 from lm.watch import Watch
@@ -57,7 +58,7 @@ def in_order(y_NV: np.ndarray, head: Head) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Smoothness:
+class Smoothness(Measure):
     """Reads the first `tokens` tokens of each document of `texts` and takes s(y) of the model's distribution of the
     next token at every position from `skip` on; ids are bins in the order that the head gives them, or in their own.
 
@@ -83,7 +84,7 @@ class Smoothness:
     def identity(self) -> str:
         return texts.identity(self._documents())
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.tokens)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, watched
+from lm.measures.base import Measure, Measured, Progress, Subject, watched
 from lm.measures.language.passkey import Passkey
 
 
 @dataclass(frozen=True)
-class ChunkChoice:
+class ChunkChoice(Measure):
     """Reads pass-key prompts (fields and prompts are those of `lm.measures.language.passkey.Passkey`) under a
     pattern that records ``blocks``, and looks at the chunks picked by the tokens that predict the answer's digits.
 
@@ -32,7 +32,6 @@ class ChunkChoice:
     digits: int = 5
     filler: str = "python-docs"
     bins: int = 16
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._prompts()
@@ -48,7 +47,7 @@ class ChunkChoice:
     def identity(self) -> str:
         return self._prompts().identity()
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return self._prompts().cost(cfg)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:

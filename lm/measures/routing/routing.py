@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
 from lm.interop import reader
 from lm.interop.readers.run_folder import Run
-from lm.measures.base import Measured, Progress, Subject, encode
+from lm.measures.base import Measure, Measured, Progress, Subject, encode
 from lm.model.inputs import Inputs
 from lm.watch import Watch
 
@@ -70,7 +71,7 @@ def information(c_fit: np.ndarray, e_fit: np.ndarray, c: np.ndarray, e: np.ndarr
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Measure):
     """Reads `rows` rows of `length` tokens of every text; the odd rows are predicted from the even ones.
 
     Samples, means over the mixture layers: ``info_X`` (nats about a token's first expert) and ``accuracy_X`` for X =
@@ -97,7 +98,7 @@ class Routing:
     def identity(self) -> str:
         return texts.identity([d for spec in self.texts for d in texts.documents(spec)])
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.rows * self.length)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
@@ -164,7 +165,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class RoutingHistory:
+class RoutingHistory(Measure):
     """The choices of every kept checkpoint (``train.keep_every``) against the last one's, on the same text.
 
     Samples: ``overlap_early``, the share of a token's experts that it keeps to the end, at the first checkpoint after
@@ -176,7 +177,6 @@ class RoutingHistory:
     length: int = 128
     rows: int = 32
     early: float = 0.2
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.early < 1 or self.length < 8 or self.rows < 1:
@@ -188,7 +188,7 @@ class RoutingHistory:
     def identity(self) -> str:
         return texts.identity([d for spec in self.texts for d in texts.documents(spec)])
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return 10.0 * len(self.texts) * self.rows * self.length
 
     def run(self, subject: Subject, progress: Progress) -> Measured:

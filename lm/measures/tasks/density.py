@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import lm.measures.tasks.density_tasks as tasks
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.base import Head, Targets
-from lm.measures.base import Measured, Progress, Subject
+from lm.measures.base import Measure, Measured, Progress, Subject
 from lm.measures.language.smoothness import in_order, smoothness
 from lm.model.decoder import readout
 from lm.model.language_model import DecoderModel
@@ -27,7 +27,7 @@ from lm.weights.project import uniform
 
 
 @dataclass(frozen=True)
-class ConditionalDensity:
+class ConditionalDensity(Measure):
     """The synthetic study of arXiv 2410.22269, section 3: ReLU layers of widths `hidden` and the subject's head learn
     z's bin from the bins of x and y (`samples` triples of `density_tasks`, a fifth of them kept for testing).
     Adam; the head's auxiliary losses count. Of the subject only ``model.head`` is read: nothing else need be trained.
@@ -49,8 +49,10 @@ class ConditionalDensity:
     batch: int = 32
     learning_rate: float = 1e-3
     hidden: tuple[int, ...] = (64, 32)
-    stochastic: ClassVar[bool] = True
-    untrained: ClassVar[bool] = True
+
+    @property
+    def untrained(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         sizes = {"bins": self.bins - 1, "samples": self.samples, "epochs": self.epochs, "batch": self.batch}
@@ -67,7 +69,7 @@ class ConditionalDensity:
         if any(n < 1 for n in self.frequencies):
             raise UserError(f"measures.conditional_density.frequencies: each at least 1, found {self.frequencies}")
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         runs = 1 + (len(self.frequencies) if cfg.head.resolution is not None else 0)
         return 1.0 if self.truncated else 0.3 * runs * self.epochs * self.samples
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.data.texts import series
 from lm.data.tokenizers.values import ValueTokenizer
 from lm.decoding.generator import Generator
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject
+from lm.measures.base import Measure, Measured, Progress, Subject
 from lm.plug import bounded, check_bounds
 
 LEVELS = np.arange(1, 10) / 10  # the quantiles of the weighted quantile loss
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Forecast(Measure):
     """`windows` forecasts of `horizon` values of `series` (a spec of `lm.data.texts.series`, without windows), origins
     evenly spaced over what follows the share `start`, which no training should have seen.
 
@@ -43,7 +44,6 @@ class Forecast:
     windows: int = bounded(16, at_least=1)
     paths: int = bounded(20, at_least=1)
     start: float = 0.8
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_bounds(self, "measures.forecast")
@@ -70,7 +70,7 @@ class Forecast:
 
         return hashlib.sha256(series.values(self.series).tobytes()).hexdigest()[:32]
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(self.windows * (self.context + self.paths * self.horizon))
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
