@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import BASE, TOKENS, forward, parameters
 from jax.experimental.pallas import tpu as pltpu
 from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
-from plug_case import BASE, TOKENS, forward, parameters
 
 from kernels_pallas import common
 from kernels_pallas.block_table import bench, tpu

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import rms_ratio
 from kernel_checks import STRICT, assert_as_good, how, lowered_for_tpu, without_races
-from plug_case import rms_ratio
 
 from kernels_pallas import common
 from kernels_pallas.branches import bench

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import rms_ratio
 from kernel_checks import STRICT, how, without_races
-from plug_case import rms_ratio
 
 from kernels_pallas import common
 from kernels_pallas.flash import bench, cudnn, table
