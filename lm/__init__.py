@@ -12,8 +12,11 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Decoder": "lm.model.decoder",
+    "DecoderModel": "lm.model.language_model",
+    "Inputs": "lm.model.inputs",
     "ModelConfig": "lm.config",
     "UserError": "lm.errors",
+    "Watch": "lm.watch",
     "model_config": "lm.config",
 }
 

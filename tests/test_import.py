@@ -41,7 +41,7 @@ for name in {modules}:
 import jax, jax.numpy as jnp, lm
 from lm.model import params
 cfg = lm.model_config({{"d_model": 8, "n_heads": 2, "d_ff": 8}})
-out = lm.Decoder(cfg).apply({{"params": params.init(cfg, jax.random.key(0))}}, jnp.zeros((1, 3), jnp.int32))
+out = lm.Decoder(cfg).apply({{"params": params.init(cfg, jax.random.key(0))}}, lm.Inputs(jnp.zeros((1, 3), jnp.int32)))
 print(out.logits_BTV.shape, jax.devices()[0].platform)
 """
     )

@@ -115,12 +115,12 @@ def test_what_a_chip_holds() -> None:
     train = build(
         TrainConfig, {"batch": 8, "data": {"seq_len": 128}, "mesh": {"data": 2, "fsdp": 2, "tensor": 2}}, "train"
     )
-    _, state, batch, base = certificate.abstract(cfg, train, jax.devices())
+    _, state, batch, beside = certificate.abstract(cfg, train, jax.devices())
     matrices = 256 * 128 + 2 * (4 * 128 * 128 + 3 * 128 * 256)
     norms = 5 * 128
     assert certificate.bytes_on_device(state["params"]) == 4 * (matrices / 4 + norms / 2)
     assert certificate.bytes_on_device(batch) == 3 * 8 * 128 * 4 / 4
-    assert base is None and certificate.bytes_on_device(None) == 0
+    assert beside.base is None and certificate.bytes_on_device(beside) == 0
     rows = certificate.largest(state)
     assert [r["bytes"] for r in rows] == sorted((r["bytes"] for r in rows), reverse=True)
     assert rows[0]["name"].endswith("ffn/down/kernel") and rows[0]["bytes"] == 2 * 128 * 256 * 4 / 4
@@ -212,7 +212,8 @@ def test_a_base_has_its_parameters_and_lies_on_its_slice(name: str, parameters: 
     n = math.prod(int(side) for side in shape.split("x"))
     sizes = train.mesh.sizes(n)
     assert (train.batch // train.accumulate) % train.mesh.parts("batch", sizes) == 0
-    shapes = {k: (v.shape, params.logical_of(k)) for k, v in params.names(params.abstract(cfg)).items()}
+    axes = params.axes(cfg)
+    shapes = {k: (v.shape, axes[k]) for k, v in params.names(params.abstract(cfg)).items()}
     train.mesh.check(shapes, sizes)
     assert 12 * parameters / n < chips.CHIPS[chip].hbm  # float32 parameters and AdamW's moments
 

@@ -31,12 +31,12 @@ def test_arguments_are_those_of_the_shardings(surgery: str) -> None:
     targets = {"targets": ("*/attn/*/kernel",)} if surgery == "lora" else {}
     settings = {"batch": 8, "data": {"seq_len": 128}, "mesh": mesh, "surgery": {"name": surgery, **targets}}
     train = build(TrainConfig, settings, "train")
-    _, state, batch, base = certificate.abstract(cfg, train, jax.devices())
+    _, state, batch, beside = certificate.abstract(cfg, train, jax.devices())
     found = estimate(cfg, train, "v5e:2x4")
     assert found["chips"] == 8
-    assert found["state"]["frozen"] == certificate.bytes_on_device(base)
+    assert found["state"]["frozen"] == certificate.bytes_on_device(beside)
     assert found["state"]["parameters"] == certificate.bytes_on_device(state["params"])
-    assert found["memory"]["arguments"] == sum(certificate.bytes_on_device(x) for x in (state, batch, base))
+    assert found["memory"]["arguments"] == sum(certificate.bytes_on_device(x) for x in (state, batch, beside))
 
 
 @pytest.mark.parametrize("name", BASES)

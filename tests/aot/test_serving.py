@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -20,6 +21,7 @@ from lm.decoding.placement import ROOM, Placement
 from lm.decoding.sampling import Sampling
 from lm.errors import UserError
 from lm.model import params
+from lm.model.language_model import DecoderModel
 from lm.sharding.layout import Layout
 from lm.train import flops
 
@@ -44,7 +46,7 @@ def test_cut_over_devices_the_tokens_are_the_same() -> None:
     tokens = jax.random.randint(jax.random.key(1), (B, T), 0, cfg.vocab_size)
     index = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     keys = jax.random.split(jax.random.key(2), B)
-    settings = Settings(cfg, Sampling(temperature=0.0), ())
+    settings = Settings(DecoderModel(cfg), Sampling(temperature=0.0), ())
 
     read, step = place.read(T, fresh=True).compile(), place.decode(settings.sampling).compile()
     # Two sums a layer, none per tile of keys that are listed by block.
@@ -52,16 +54,17 @@ def test_cut_over_devices_the_tokens_are_the_same() -> None:
     assert sum(c.times for c in sums) <= 3 * cfg.n_layers
     put = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), weights, place.params)
     hidden, cache = read(put, tokens, index, caches.init(cfg, B, 64))
-    state = {**initial_state(settings, hidden, cache, keys, ROOM), "index": jnp.full(B, T, jnp.int32)}
-    expected_hidden, kept = prefill(cfg, weights, tokens, index, caches.init(cfg, B, 64))
+    lengths = jnp.full(B, T, jnp.int32)
+    state = dataclasses.replace(initial_state(settings, hidden, cache, keys, ROOM), index_B=lengths)
+    expected_hidden, kept = prefill(DecoderModel(cfg), weights, tokens, index, caches.init(cfg, B, 64))
     np.testing.assert_allclose(hidden, expected_hidden, rtol=2e-5, atol=2e-5)
-    alone = {**initial_state(settings, expected_hidden, kept, keys, ROOM), "index": jnp.full(B, T, jnp.int32)}
+    alone = dataclasses.replace(initial_state(settings, expected_hidden, kept, keys, ROOM), index_B=lengths)
     once = jax.jit(lambda p, s: one_token(settings, p, s))
     for _ in range(3):
         state, alone = step(put, state), once(weights, alone)
-    np.testing.assert_array_equal(state["tokens"][:, :3], alone["tokens"][:, :3])
-    assert len(set(np.asarray(state["tokens"][:, :3]).ravel().tolist())) > 1
-    keys_ = next(x for path, x in jax.tree_util.tree_leaves_with_path(state["cache"]) if x.ndim == 4)
+    np.testing.assert_array_equal(state.tokens_BR[:, :3], alone.tokens_BR[:, :3])
+    assert len(set(np.asarray(state.tokens_BR[:, :3]).ravel().tolist())) > 1
+    keys_ = next(x for path, x in jax.tree_util.tree_leaves_with_path(state.cache) if x.ndim == 4)
     assert keys_.sharding.shard_shape(keys_.shape)[0] == 1  # one row, and half of the heads
     assert np.prod(keys_.sharding.shard_shape(keys_.shape)) * 8 == keys_.size
 

@@ -11,10 +11,12 @@ import pytest
 from cases.model import rms_ratio
 
 from lm.attention.attend import attend
-from lm.attention.branches import Context, Tokens
+from lm.attention.branches import Context, Keys, Tokens
 from lm.config import merge, model_config
 from lm.model import params as params_lib
+from lm.model.language_model import DecoderModel
 from lm.objectives.causal import Causal
+from lm.objectives.forward import Forward
 from lm.patterns import TABLE
 from lm.positions.alibi import Alibi
 from lm.positions.nope import NoPE
@@ -59,8 +61,8 @@ def test_auto_equals_dense_forward_and_gradient(name: str) -> None:
     def both(q: Any, k: Any, v: Any) -> Any:
         def loss(args: Any, backend: str) -> Any:
             q, k, v = args
-            ctx = Context(q, k, side, side, positions, jnp.asarray(float(T)), D**-0.5)
-            out, lse = attend(ctx, v, pattern.branches(ctx), softcap=case.get("softcap"), backend=backend)
+            ctx = Context(q, side, (Keys(k, v, side),), positions, jnp.asarray(float(T)), D**-0.5)
+            out, lse = attend(ctx, pattern.branches(ctx), softcap=case.get("softcap"), backend=backend)
             return jnp.sin(3 * out).sum() + 1e-30 * lse.sum(), out
 
         return [jax.value_and_grad(loss, has_aux=True)((q, k, v), b) for b in ("dense", "auto")]
@@ -78,8 +80,8 @@ def _largest(B: int, T: int, **settings: Any) -> int:
     side = Tokens(index, index.astype(jnp.float32), contiguous=True)
 
     def loss(q: Any, k: Any, v: Any) -> Any:
-        ctx = Context(q, k, side, side, NoPE(), jnp.asarray(float(T)), 1.0)
-        return attend(ctx, v, TABLE["causal"]().branches(ctx), **settings)[0].sum()
+        ctx = Context(q, side, (Keys(k, v, side),), NoPE(), jnp.asarray(float(T)), 1.0)
+        return attend(ctx, TABLE["causal"]().branches(ctx), **settings)[0].sum()
 
     def sizes(jaxpr: Any) -> Any:
         for equation in jaxpr.eqns:
@@ -117,7 +119,10 @@ def test_a_training_gradient_does_not_depend_on_the_backend(change: dict[str, An
     params = jax.tree.map(lambda x: 8 * x if x.ndim >= 3 else x, params_lib.init(cfg, jax.random.key(0)))
 
     def run(cfg: Any, params: Any) -> Any:
-        return jax.jit(jax.value_and_grad(lambda p: Causal(chunk=256).loss(cfg, p, batch)[0]))(params)
+        def loss(params: Any) -> jax.Array:
+            return Causal(chunk=256).loss(Forward(DecoderModel(cfg), params), batch).loss
+
+        return jax.jit(jax.value_and_grad(loss))(params)
 
     want, g_want = run(merge(cfg, {"mixer": {"backend": "dense"}}, "model"), params)
     got, g_got = run(cfg, params)

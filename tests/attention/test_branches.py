@@ -11,7 +11,7 @@ import pytest
 from cases.attention import BACKENDS, D, draw, reference
 
 from lm.attention.attend import attend
-from lm.attention.branches import NEG, Branch, Context, Tokens, merge
+from lm.attention.branches import NEG, Branch, Context, Keys, Tokens, merge
 from lm.attention.masks import And, Causal, Chunked, Full, Mask, Not, Or, Prefix, Sinks, Window
 from lm.positions.nope import NoPE
 
@@ -64,8 +64,8 @@ def test_random_masks_on_random_rows(seed: int, kind: str) -> None:
     def both(q: Any, k: Any, v: Any) -> Any:
         def loss(args: Any, backend: str) -> Any:
             q, k, v = args
-            ctx = Context(q, k, side, side, NoPE(), jnp.asarray(float(T)), D**-0.5)
-            out, lse = attend(ctx, v, branches, backend=backend, block_q=bq, block_k=bk)
+            ctx = Context(q, side, (Keys(k, v, side),), NoPE(), jnp.asarray(float(T)), D**-0.5)
+            out, lse = attend(ctx, branches, backend=backend, block_q=bq, block_k=bk)
             return jnp.sin(3 * out).sum() + jnp.where(lse > NEG / 2, jnp.cos(lse), 0.0).sum(), (out, lse)
 
         return [jax.value_and_grad(loss, has_aux=True)((q, k, v), backend) for backend in BACKENDS]
@@ -108,9 +108,9 @@ def test_branches_that_rest_on_rows_equal_the_masked_whole(rows: int) -> None:
 
     @jax.jit
     def both(q: Any, k: Any, v: Any) -> Any:
-        ctx = Context(q, k, side, side, NoPE(), jnp.asarray(21.0), D**-0.5)
+        ctx = Context(q, side, (Keys(k, v, side),), NoPE(), jnp.asarray(21.0), D**-0.5)
         branches = (Branch(near), Branch(far, rows=rows))
-        return [attend(ctx, v, branches, backend=b, block_q=8, block_k=5) for b in BACKENDS]
+        return [attend(ctx, branches, backend=b, block_q=8, block_k=5) for b in BACKENDS]
 
     for out, lse in both(q, k, v):
         np.testing.assert_allclose(out, want, rtol=0, atol=3e-6)

@@ -11,6 +11,7 @@ from cases import model, plugs
 from cases.plugs import PATTERNS, POSITIONS, kind, name
 
 from lm import caches
+from lm.caches.auto import Auto
 from lm.config import ModelConfig, model_config
 
 T, PIECE = 12, 3
@@ -22,21 +23,23 @@ TOKENS = np.random.default_rng(0).integers(0, 23, T)
 
 @dataclass(frozen=True)
 class Split:
-    """A pattern, positions, and the name of a cache (None: the smallest that loses nothing)."""
+    """A pattern, positions, and the name of a cache (``auto``: the smallest that loses nothing)."""
 
     pattern: int
     positions: int
-    cache: str | None = None
+    cache: str = "auto"
 
     @property
     def cfg(self) -> ModelConfig:
-        return model.changed(BASE, {"pattern": PATTERNS[self.pattern], "positions": POSITIONS[self.positions]})
+        plugs = {"pattern": PATTERNS[self.pattern], "positions": POSITIONS[self.positions], "cache": self.cache}
+        return model.changed(BASE, plugs)
 
     def __str__(self) -> str:
-        return "-".join([name(PATTERNS[self.pattern]), name(POSITIONS[self.positions]), *filter(None, [self.cache])])
+        forced = [] if self.cache == "auto" else [self.cache]
+        return "-".join([name(PATTERNS[self.pattern]), name(POSITIONS[self.positions]), *forced])
 
 
-def _split(pattern: str, positions: str, cache: str | None = None) -> Split:
+def _split(pattern: str, positions: str, cache: str = "auto") -> Split:
     """By the names that pytest shows."""
     patterns, places = [name(p) for p in PATTERNS], [name(s) for s in POSITIONS]
     return Split(patterns.index(pattern), next(i for i, s in enumerate(places) if s.startswith(positions)), cache)
@@ -73,9 +76,11 @@ def test_the_splits_meet_every_cache_with_both_kinds_of_keys() -> None:
     assert {kind(POSITIONS[c.positions]) for c in SPLITS} == {kind(s) for s in POSITIONS}
     met = set()
     for case in SPLITS:
-        cache = caches.TABLE[case.cache] if case.cache else type(caches.default(case.cfg, 3 * T))
-        met.add((caches.TABLE.name_of(cache), model.length_dependent(case.cfg)))
-    assert met == {(cache, raw) for cache in caches.TABLE for raw in (False, True)} - {("block_memory", True)}
+        (layer,) = case.cfg.layers()
+        cache = layer.cache.chosen(layer, 3 * T) if isinstance(layer.cache, Auto) else layer.cache
+        met.add((caches.TABLE.name_of(type(cache)), model.length_dependent(case.cfg)))
+    kinds = set(caches.TABLE) - {"auto"}
+    assert met == {(cache, raw) for cache in kinds for raw in (False, True)} - {("block_memory", True)}
 
 
 def test_the_product_has_all_pairs() -> None:
@@ -105,7 +110,7 @@ def _every_split(case: Split) -> None:
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: rng.normal(0.0, 0.5, x.shape).astype(np.float32), model.abstract(case.cfg))
     starts = np.arange(PATTERNS[case.pattern].get("prefix", 1), T)
-    want, first, piece, single = model.splits(case.cfg, T, PIECE, case.cache)(params, TOKENS, starts)
+    want, first, piece, single = model.splits(case.cfg, T, PIECE)(params, TOKENS, starts)
     close = 2e-5 * max(1.0, float(np.abs(want).max()))
     for i, n in enumerate(starts):
         read = n + PIECE if n + PIECE <= T else n  # a piece that does not fit is left out

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm.caches import Full
 from lm.config import ModelConfig, merge, model_config
 from lm.decoding import Generator, Sampling
 from lm.decoding import generator as sampler
 from lm.errors import UserError
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 
 V = 31
 BASE = model_config(
     {"vocab_size": V, "d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "max_positions": 64}
 )
+INT8 = {"cache": {"quantize": "int8"}}
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4]]
 MODELS: dict[str, dict[str, Any]] = {
@@ -43,7 +44,7 @@ def weights(cfg: ModelConfig) -> Any:
 
 def reread(cfg: ModelConfig, tree: Any, prompt: list[int], n: int) -> tuple[list[int], list[float]]:
     """Greedy by reading everything from the start for each token; one compiled length."""
-    run = jax.jit(lambda p, t: Decoder(cfg).apply({"params": p}, t).logits_BTV)
+    run = jax.jit(lambda p, t: DecoderModel(cfg).apply(p, Inputs(t)).logits_BTV)
     ids, scores = list(prompt), []
     width = len(prompt) + n
     for _ in range(n):
@@ -57,7 +58,7 @@ def reread(cfg: ModelConfig, tree: Any, prompt: list[int], n: int) -> tuple[list
 def test_greedy_is_reading_again(name: str) -> None:
     cfg = merge(BASE, MODELS[name], "model")
     tree = weights(cfg)
-    (made,) = Generator(cfg, tree)([PROMPTS[0]], GREEDY, max_new_tokens=9)
+    (made,) = Generator(DecoderModel(cfg), tree)([PROMPTS[0]], GREEDY, max_new_tokens=9)
     tokens, scores = reread(cfg, tree, PROMPTS[0], 9)
     assert made[0].tokens == tokens and made[0].finish == "length"
     np.testing.assert_allclose(made[0].logprobs, scores, atol=2e-4)
@@ -65,7 +66,7 @@ def test_greedy_is_reading_again(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def generator() -> Generator:
-    return Generator(BASE, weights(BASE))
+    return Generator(DecoderModel(BASE), weights(BASE))
 
 
 def test_prompts_of_different_lengths_share_a_batch(generator: Generator) -> None:
@@ -92,7 +93,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
     for first, piece in ((8, 8), (16, 8)):
         monkeypatch.setattr(sampler, "FIRST", first)
         monkeypatch.setattr(sampler, "PIECE", piece)
-        assert Generator(BASE, tree)([prompt], GREEDY, max_new_tokens=4)[0][0].tokens == tokens
+        assert Generator(DecoderModel(BASE), tree)([prompt], GREEDY, max_new_tokens=4)[0][0].tokens == tokens
 
 
 def test_a_stop_token_ends_its_row_only(generator: Generator) -> None:
@@ -131,15 +132,16 @@ def test_int8_caches_stay_close_and_take_a_third(generator: Generator) -> None:
     from lm import caches
 
     cfg = merge(BASE, {"d_model": 128, "head_dim": 32}, "model")
-    plain, small = caches.init(cfg, 1, 100), caches.init(cfg, 1, 100, quantize="int8")
+    plain, small = caches.init(cfg, 1, 100), caches.init(merge(cfg, INT8, "model"), 1, 100)
     assert caches.n_bytes(small) < 0.34 * caches.n_bytes(plain)
     text = jnp.asarray([np.random.default_rng(2).integers(0, V, 24)])
     tree = weights(BASE)
     for change in (MODELS["full"], MODELS["lm_infinite"]):
         cfg = merge(BASE, change, "model")
-        run = jax.jit(lambda p, t, i, c, cfg=cfg: Decoder(cfg).apply({"params": p}, t, index_BT=i, cache=c))
-        want = Decoder(cfg).apply({"params": tree}, text).logits_BTV
-        cache = caches.init(cfg, 1, 24, quantize="int8")
+        model = DecoderModel(cfg)
+        run = jax.jit(lambda p, t, i, c, model=model: model.apply(p, Inputs(t, index_BT=i), c))
+        want = model.apply(tree, Inputs(text)).logits_BTV
+        cache = caches.init(merge(cfg, INT8, "model"), 1, 24)
         out = []
         for at in (slice(0, 8), slice(8, 16), *(slice(i, i + 1) for i in range(16, 24))):
             index = jnp.arange(at.start, at.stop, dtype=jnp.int32)[None]
@@ -169,8 +171,9 @@ def test_what_cannot_be_generated_is_refused(generator: Generator, args: dict[st
 
 def test_prompts_that_do_not_fit_are_refused() -> None:
     tree = weights(BASE)
+    small = merge(BASE, {"cache": {"name": "full", "capacity": 20}}, "model")
     with pytest.raises(UserError, match=r"the longest has 9 tokens, .* more than the cache of 20"):
-        Generator(BASE, tree, Full(20))([[1] * 9], GREEDY, max_new_tokens=8)
+        Generator(DecoderModel(small), tree)([[1] * 9], GREEDY, max_new_tokens=8)
     cfg = merge(BASE, MODELS["learned"], "model")
     with pytest.raises(UserError, match="60 tokens and 8 new ones, the model has 64 positions"):
-        Generator(cfg, weights(cfg))([[1] * 60], GREEDY, max_new_tokens=8)
+        Generator(DecoderModel(cfg), weights(cfg))([[1] * 60], GREEDY, max_new_tokens=8)

@@ -60,8 +60,8 @@ def test_formula(name: str, bias: bool) -> None:
     module = plug("lm.ffn", {"name": name, "bias": bias}, "ffn").module(CFG)
     shapes_of = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, D)))["params"]
     assert jax.tree.map(lambda a: a.shape, shapes_of) == jax.tree.map(lambda a: a.shape, p)
-    got = module.apply({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)}, jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(got, linear("down", inner), rtol=0, atol=1e-4)
+    out = module.apply({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)}, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(out.x, linear("down", inner), rtol=0, atol=1e-4)
 
 
 def test_the_gelus_differ_and_relu_has_no_gradient_at_rest() -> None:

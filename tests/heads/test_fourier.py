@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from lm.config import merge, model_config
 from lm.errors import UserError
+from lm.heads.base import Targets
 from lm.heads.fourier import autocorrelation, probabilities, roughness
 from lm.model import params as params_lib
 from lm.model.decoder import readout
-from lm.objectives.causal import head_loss
+from lm.model.language_model import DecoderModel
+from lm.objectives.likelihood import head_loss
 from lm.optimizers import TABLE as OPTIMIZERS
 from lm.train.config import TrainConfig
 from lm.train.step import gradients
@@ -221,7 +223,7 @@ def test_regulariser_reaches_the_training_loss(reg_on: str) -> None:
     targets, weights = jnp.asarray(rng.integers(0, V, (2, 9))), jnp.asarray(rng.choice([0.0, 1.0], (2, 9)), jnp.float32)
     plain, cfg = head(frequencies=5), head(frequencies=5, gamma=0.02, reg_on=reg_on)
     params = jax.tree.map(lambda x: 100 * x, params_lib.init(cfg, jax.random.key(5)))
-    base, base_sums = head_loss(plain, params, hidden, targets, weights)
+    base, base_sums = head_loss(DecoderModel(plain), params, Targets(hidden, targets, weights))
     re, im = cfg.head.module(cfg).apply({"params": params["head"]}, hidden, method="coefficients")
     a = np.asarray(re, np.float64) + 1j * np.asarray(im, np.float64)
     want = 0.0
@@ -230,7 +232,7 @@ def test_regulariser_reaches_the_training_loss(reg_on: str) -> None:
         c = c if reg_on == "raw" else c / (2 * c[0].real)
         want += float(weights[at]) * 0.02 * 2 * sum(2 * np.pi**2 * k**2 * abs(c[k]) ** 2 for k in range(6))
     for chunk in (4, 0):
-        loss, sums = head_loss(cfg, params, hidden, targets, weights, chunk=chunk)
+        loss, sums = head_loss(DecoderModel(cfg), params, Targets(hidden, targets, weights, chunk=chunk))
         np.testing.assert_allclose(sums["aux_fourier"], want, rtol=1e-5)
         np.testing.assert_allclose(loss, base + want, rtol=1e-5)
         np.testing.assert_allclose(sums["nll"], base_sums["nll"], rtol=1e-6)
@@ -284,7 +286,7 @@ def test_one_line_replaces_the_head() -> None:
     (value, _), grad = gradient(cfg)(tree)
     assert np.isfinite(value)
     for optimizer in OPTIMIZERS.values():
-        direction = optimizer().direction()
+        direction = optimizer().direction(params_lib.axes(cfg))
         updates, _ = direction.update(grad, direction.init(tree), tree)
         assert all(bool(jnp.isfinite(u).all()) for u in jax.tree.leaves(updates))
 

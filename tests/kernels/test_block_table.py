@@ -23,7 +23,7 @@ from kernels_pallas.flash.api import flash
 from kernels_pallas.flash.problem import Problem as FlashProblem
 from lm import caches, compat
 from lm.attention.attend import attend
-from lm.attention.branches import BlockBranch, Context, Tokens, merge
+from lm.attention.branches import BlockBranch, Context, Keys, Tokens, merge
 from lm.attention.masks import Causal
 from lm.config import merge as change
 from lm.errors import UserError
@@ -154,11 +154,11 @@ def test_longheads_of_its_own_choice(include_self: bool) -> None:
 
     @jax.jit
     def run(q: Any, k: Any, v: Any) -> Any:
-        ctx = Context(q, k, side, side, rope, jnp.float32(T), 8**-0.5, v_BSKd=v)
+        ctx = Context(q, side, (Keys(k, v, side),), rope, jnp.float32(T), 8**-0.5)
         branches = pattern.branches(ctx)
         listed = branches[-1]
         assert isinstance(listed, BlockBranch)
-        outs, lses = attend(ctx, v, branches[:-1], backend="dense")
+        outs, lses = attend(ctx, branches[:-1], backend="dense")
         first = listed.q_positions[:, 0, :, 0]  # of the query, for the first chunk listed; every later one is w nearer
         places = jnp.arange(n - 3)
         out, lse = block_table(
@@ -175,7 +175,7 @@ def test_longheads_of_its_own_choice(include_self: bool) -> None:
             how("interpret"),
         )
         found = merge([outs, out], [lses, lse])
-        return attend(ctx, v, branches, backend="dense"), found, (outs, lses), listed.ids_BHTn
+        return attend(ctx, branches, backend="dense"), found, (outs, lses), listed.ids_BHTn
 
     want, found, without, ids = run(*qkv(T, T))
     assert rms_ratio(found, want) <= 1e-6

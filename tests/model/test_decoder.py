@@ -7,6 +7,7 @@ import functools
 import math
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +16,17 @@ import pytest
 
 from configs.bases import llama2_7b
 from lm.config import ModelConfig, merge, model_config
+from lm.layer import LayerInputs, LayerOut
+from lm.mixers.softmax import SoftmaxAttention
 from lm.model import params as params_lib
 from lm.model.decoder import Decoder, readout
+from lm.model.inputs import Inputs
 from lm.plug import table
+from lm.watch import Watch
 
 BASE = model_config({"vocab_size": 29, "d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24, "max_positions": 32})
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 29, (2, 11)))
+PLAIN, STREAM = Watch(), Watch(taps=("stream",))
 LLAMA = [
     "blocks/attn/k/kernel",
     "blocks/attn/o/kernel",
@@ -50,13 +56,12 @@ def parameters(cfg: ModelConfig) -> Any:
 
 
 @functools.cache
-def forward(cfg: ModelConfig, **flags: bool) -> Any:
-    return jax.jit(lambda params, inputs: Decoder(cfg).apply({"params": params}, **inputs, **flags))
+def forward(cfg: ModelConfig, watch: Watch) -> Any:
+    return jax.jit(lambda params, inputs: Decoder(cfg).apply({"params": params}, inputs, watch=watch))
 
 
-def run(cfg: ModelConfig, tokens: Any = TOKENS, params: Any = None, **inputs: Any) -> Any:
-    flags = {k: inputs.pop(k) for k in ("logits", "taps") if k in inputs}
-    return forward(cfg, **flags)(parameters(cfg) if params is None else params, {"tokens_BT": tokens, **inputs})
+def run(cfg: ModelConfig, tokens: Any = TOKENS, params: Any = None, watch: Watch = PLAIN, **inputs: Any) -> Any:
+    return forward(cfg, watch)(parameters(cfg) if params is None else params, Inputs(tokens, **inputs))
 
 
 def test_parameter_names_of_a_stacked_model() -> None:
@@ -87,8 +92,8 @@ def test_layers_of_unequal_shapes_are_kept_apart() -> None:
     assert sorted(names) == sorted([f"blocks_{i}/{n}" for i in (0, 1) for n in one] + ends)
     assert names["blocks_0/ffn/up/kernel"].shape == (16, 24)
     assert names["blocks_1/ffn/up/kernel"].shape == (16, 8)
-    out = run(cfg, taps=True)
-    assert out.logits_BTV.shape == (2, 11, 29) and out.taps_LBTD.shape == (2, 2, 11, 16)
+    out = run(cfg, watch=STREAM)
+    assert out.logits_BTV.shape == (2, 11, 29) and [x.shape for x in out.tap("stream")] == 2 * [(2, 11, 16)]
 
 
 def test_unstacked_layers_compute_what_stacked_ones_do() -> None:
@@ -126,21 +131,33 @@ def test_every_parameter_has_axes_of_its_rank(ffn: str, norm: str, bias: bool) -
         "head": {"name": "linear", "tie": not bias, "bias": bias},
     }
     for more in ({}, {"layer_overrides": [{"layers": "0", "d_ff": 5}]}):
-        tree = params_lib.abstract(merge(BASE, {**changes, **more}, "model"))
-        axes = params_lib.names(tree), params_lib.axes(tree)
-        for path, leaf in axes[0].items():
-            found: Any = axes[1]
-            for part in path.split("/"):
-                found = found[part]
+        cfg = merge(BASE, {**changes, **more}, "model")
+        axes = params_lib.axes(cfg)
+        for path, leaf in params_lib.names(params_lib.abstract(cfg)).items():
+            found = axes[path]
             assert len(found) == leaf.ndim, path
             assert (found[0] == "layers") == path.startswith("blocks/"), path
             size = {"embed": 16, "vocab": 29, "head_dim": 4, "heads": 4, "kv_heads": 2, "layers": 2, "positions": 8}
             assert all(n == size.get(a, n) for a, n in zip(found, leaf.shape, strict=True)), path
 
 
+class Undeclared(nn.Module):
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layer: LayerInputs, cache: Any) -> LayerOut:
+        return LayerOut(x * self.param("kernel2", nn.initializers.ones, (x.shape[-1],)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Careless(SoftmaxAttention):
+    def module(self, cfg: Any, name: str | None = None) -> nn.Module:
+        return Undeclared(cfg, name=name)
+
+
 def test_a_parameter_without_axes_is_refused_by_name() -> None:
-    with pytest.raises(KeyError, match="blocks/attn/gate/kernel2"):
-        params_lib.axes({"blocks": {"attn": {"gate": {"kernel2": jnp.ones(3)}}}})
+    with pytest.raises(KeyError, match="blocks/attn/kernel2"):
+        params_lib.axes(dataclasses.replace(BASE, mixer=Careless()))
 
 
 def test_llama_2_7b_has_its_published_size() -> None:
@@ -216,17 +233,17 @@ def test_layer_norm_bias_and_scale_in_numpy() -> None:
 
 
 def test_taps_are_the_residual_stream() -> None:
-    out = run(BASE, taps=True)
-    assert out.taps_LBTD.shape == (2, 2, 11, 16)
-    last = BASE.norm.module("float32").apply({"params": parameters(BASE)["final_norm"]}, out.taps_LBTD[-1])
+    out = run(BASE, watch=STREAM)
+    assert [x.shape for x in out.tap("stream")] == 2 * [(2, 11, 16)]
+    last = BASE.norm.module("float32").apply({"params": parameters(BASE)["final_norm"]}, out.tap("stream")[-1])
     np.testing.assert_allclose(last, out.hidden_BTD, rtol=0, atol=1e-6)
-    unrolled = run(dataclasses.replace(BASE, scan_layers=False), taps=True)
-    np.testing.assert_allclose(unrolled.taps_LBTD, out.taps_LBTD, rtol=0, atol=1e-5)
-    assert run(BASE).taps_LBTD is None
+    unrolled = run(dataclasses.replace(BASE, scan_layers=False), watch=STREAM)
+    np.testing.assert_allclose(unrolled.tap("stream"), out.tap("stream"), rtol=0, atol=1e-5)
+    assert run(BASE).tap("stream") == []
     # The first tap is what the model with its second block silenced ends in.
     silent = jax.tree.map(lambda p: p.at[1].set(0.0), parameters(BASE)["blocks"])
-    shorter = run(BASE, params={**parameters(BASE), "blocks": silent}, taps=True)
-    np.testing.assert_allclose(shorter.taps_LBTD[1], out.taps_LBTD[0], rtol=0, atol=1e-6)
+    shorter = run(BASE, params={**parameters(BASE), "blocks": silent}, watch=STREAM)
+    np.testing.assert_allclose(shorter.tap("stream")[1], out.tap("stream")[0], rtol=0, atol=1e-6)
 
 
 def test_embeddings_in_place_of_tokens() -> None:
@@ -243,7 +260,7 @@ def test_hidden_states_and_the_head_alone() -> None:
         params = parameters(cfg)
         if head.get("bias"):
             params = {**params, "head": {**params["head"], "bias": jnp.linspace(-5.0, 5.0, 29)}}
-        whole, without = run(cfg, params=params), run(cfg, params=params, logits=False)
+        whole, without = run(cfg, params=params), run(cfg, params=params, watch=Watch(logits=False))
         assert without.logits_BTV is None
         np.testing.assert_array_equal(without.hidden_BTD, whole.hidden_BTD)
         np.testing.assert_allclose(readout(cfg, params, whole.hidden_BTD), whole.logits_BTV, rtol=0, atol=1e-6)
@@ -296,8 +313,8 @@ def test_progress_is_called_after_every_layer(scan: bool) -> None:
     calls: list[int] = []
     cfg = dataclasses.replace(BASE, n_layers=3, scan_layers=scan)
     params = jax.tree.map(lambda p: p[jnp.asarray([0, 1, 0])], parameters(BASE)["blocks"])
-    tick = jax.jit(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False, on_layer=lambda: calls.append(1)))
-    tick({**parameters(BASE), "blocks": params}, TOKENS).hidden_BTD.block_until_ready()
+    watch = Watch(logits=False, on_layer=lambda: calls.append(1))
+    run(cfg, params={**parameters(BASE), "blocks": params}, watch=watch).hidden_BTD.block_until_ready()
     jax.effects_barrier()
     assert len(calls) == 3
 
@@ -309,11 +326,15 @@ def test_progress_is_called_after_every_layer(scan: bool) -> None:
         ({"tokens_BT": TOKENS, "embeddings_BTD": jnp.zeros((2, 11, 16))}, "either tokens_BT or embeddings_BTD"),
         ({"tokens_BT": TOKENS, "cache": ()}, "index_BT is needed"),
         ({"tokens_BT": TOKENS, "cache": (), "index_BT": TOKENS, "segments_BT": TOKENS}, "not supported"),
+        ({"tokens_BT": TOKENS, "ancestors_BTT": TOKENS}, "read behind a cache, with commit=False"),
+        ({"tokens_BT": TOKENS, "index_BT": TOKENS, "ancestors_BTT": TOKENS, "cache": ()}, "with commit=False"),
+        ({"tokens_BT": TOKENS, "commit": False}, "no cache that could keep the tokens"),
     ],
 )
 def test_calls_that_mean_nothing_are_refused(inputs: Any, text: str) -> None:
+    cache, commit = inputs.pop("cache", None), inputs.pop("commit", True)
     with pytest.raises(ValueError, match=text):
-        Decoder(BASE).apply({"params": parameters(BASE)}, **inputs)
+        Decoder(BASE).apply({"params": parameters(BASE)}, Inputs(**inputs), cache, PLAIN, commit)
 
 
 def test_initial_values() -> None:
@@ -354,6 +375,6 @@ def test_one_tree_per_layer_is_the_stack() -> None:
     assert {f"blocks_{i}" for i in range(BASE.n_layers)} < set(apart) and "blocks" not in apart
     assert params_lib.unstack(apart) is apart
     assert params_lib.count(apart) == params_lib.count(parameters(BASE))
-    axes = jax.tree.leaves(params_lib.axes(apart), is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.leaves(params_lib.axes(BASE).tree(apart), is_leaf=lambda x: isinstance(x, tuple))
     assert [len(a) for a in axes] == [leaf.ndim for leaf in jax.tree.leaves(apart)]
     np.testing.assert_allclose(run(BASE, params=apart).logits_BTV, run(BASE).logits_BTV, atol=1e-6)

@@ -16,10 +16,15 @@ from cases.objective_case import ObjectiveCase
 from lm import compat
 from lm.config import ModelConfig, merge, model_config, plug
 from lm.errors import UserError
+from lm.heads.base import Head, Targets
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder, readout
+from lm.model.decoder import readout
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 from lm.objectives import TABLE
-from lm.objectives.causal import head_loss
+from lm.objectives.base import LossOut
+from lm.objectives.forward import HIDDEN, Forward
+from lm.objectives.likelihood import head_loss
 
 B, T, V = 3, 13, 37
 CFG = model_config({"vocab_size": V, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 24, "max_positions": 32})
@@ -32,12 +37,12 @@ HEADS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class PlainHead:
+class PlainHead(Head):
     """A head without a fused loss: what any new head plug looks like to an objective."""
 
     inner: Any
 
-    def module(self, cfg: ModelConfig, name: str | None = None) -> Any:
+    def module(self, cfg: Any, name: str | None = None) -> Any:
         return self.inner.module(dataclasses.replace(cfg, head=self.inner), name)
 
 
@@ -74,6 +79,11 @@ def _by_definition(cfg: ModelConfig, params: Any, hidden: Any, batch: dict[str, 
     return (w * (nll + z_loss * log_z**2)).sum(), sums
 
 
+def _loss(objective: Any, cfg: ModelConfig, params: Any, batch: Any) -> LossOut:
+    out: LossOut = objective.loss(Forward(DecoderModel(cfg), params), batch)
+    return out
+
+
 def _gradients(f: Any, params: Any) -> Any:
     return jax.jit(jax.value_and_grad(f, has_aux=True))(params)
 
@@ -90,7 +100,9 @@ def test_fused_and_generic_loss_equal_the_definition(head: dict[str, Any], z_los
     @jax.jit
     def run(params: Any, hidden: Any) -> Any:
         def loss(args: Any, model: Any, chunk: int) -> Any:
-            return head_loss(model, *args, batch["targets"], batch["weights"], z_loss, chunk)
+            params, hidden = args
+            over = Targets(hidden, batch["targets"], batch["weights"], z_loss, chunk)
+            return head_loss(DecoderModel(model), params, over)
 
         def definition(args: Any) -> Any:
             return _by_definition(cfg, *args, batch, z_loss)
@@ -112,8 +124,8 @@ def test_fused_and_generic_loss_equal_the_definition(head: dict[str, Any], z_los
 
 def test_the_value_is_the_same_with_and_without_a_gradient() -> None:
     params, batch, objective = _params(CFG), _batch(), TABLE["causal"](z_loss=1e-3, chunk=8)
-    loss, sums = jax.jit(lambda p: objective.loss(CFG, p, batch))(params)
-    (with_grad, sums_too), _ = _gradients(lambda p: objective.loss(CFG, p, batch), params)
+    loss, sums = jax.jit(lambda p: _loss(objective, CFG, p, batch))(params)
+    (with_grad, sums_too), _ = _gradients(lambda p: _loss(objective, CFG, p, batch), params)
     np.testing.assert_allclose(loss, with_grad, rtol=1e-6)
     for name, value in sums.items():
         np.testing.assert_allclose(value, sums_too[name], rtol=1e-6)
@@ -124,11 +136,11 @@ def test_gradient_scales_with_the_loss() -> None:
     params, batch, objective = _params(CFG), _batch(), TABLE["causal"](chunk=8)
 
     def mean(p: Any) -> Any:
-        loss, sums = objective.loss(CFG, p, batch)
+        loss, sums = _loss(objective, CFG, p, batch)
         return loss / sums["weight"] + 0.1 * jnp.square(p["embed"]).sum(), sums
 
     def definition(p: Any) -> Any:
-        hidden = Decoder(CFG).apply({"params": p}, batch["inputs"], logits=False).hidden_BTD
+        hidden = DecoderModel(CFG).apply(p, Inputs(batch["inputs"]), watch=HIDDEN).hidden_BTD
         loss, sums = _by_definition(CFG, p, hidden, batch, 0.0)
         return loss / sums["weight"] + 0.1 * jnp.square(p["embed"]).sum(), sums
 
@@ -149,7 +161,7 @@ def test_packed_rows_are_their_documents_alone() -> None:
         out = {"inputs": tokens[:, a:b], "targets": tokens[:, a + 1 : b + 1], "weights": weights[:, a:b], **more}
         return {k: jnp.asarray(v, jnp.float32 if k == "weights" else jnp.int32) for k, v in out.items()}
 
-    run = jax.jit(lambda b: jax.value_and_grad(lambda p: objective.loss(CFG, p, b), has_aux=True)(params))
+    run = jax.jit(lambda b: jax.value_and_grad(lambda p: _loss(objective, CFG, p, b), has_aux=True)(params))
     (packed, _), g_packed = run(batch(0, T, segments=segments, index=index))
     alone = [run(batch(0, cut)), run(batch(cut, T))]
     np.testing.assert_allclose(packed, sum(loss for (loss, _), _ in alone), rtol=2e-6)
@@ -164,7 +176,7 @@ def test_no_array_holds_all_logits(model: ModelConfig) -> None:
 
     def largest(chunk: int) -> int:
         objective = TABLE["causal"](chunk=chunk)
-        jaxpr = jax.make_jaxpr(jax.grad(lambda p: objective.loss(model, p, batch)[0]))(params)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda p: _loss(objective, model, p, batch)[0]))(params)
         return max(_sizes(jaxpr.jaxpr))
 
     assert largest(12) < B * T * 8 * V <= largest(0)
@@ -191,7 +203,8 @@ def test_bfloat16_hidden_states() -> None:
 
     def run(dtype: Any) -> Any:
         def f(h: Any, t: Any) -> Any:
-            return head_loss(CFG, {"embed": t}, h.astype(dtype), batch["targets"], batch["weights"], chunk=12)[0]
+            over = Targets(h.astype(dtype), batch["targets"], batch["weights"], chunk=12)
+            return head_loss(DecoderModel(CFG), {"embed": t}, over)[0]
 
         return jax.value_and_grad(f, (0, 1))(hidden, table)
 
@@ -208,7 +221,7 @@ def test_one_device_equals_eight() -> None:
     batch = {k: jnp.concatenate([v, v, v[:2]]) for k, v in _batch().items()}
     spread = jax.device_put(batch, jax.sharding.NamedSharding(mesh, spec("data")))
     params, objective = _params(CFG), TABLE["causal"](z_loss=1e-3, chunk=16)
-    run = jax.jit(jax.value_and_grad(lambda p, b: objective.loss(CFG, p, b), has_aux=True))
+    run = jax.jit(jax.value_and_grad(lambda p, b: _loss(objective, CFG, p, b), has_aux=True))
     (want, _), g_want = run(params, batch)
     (got, _), g_got = run(jax.device_put(params, jax.sharding.NamedSharding(mesh, spec())), spread)
     np.testing.assert_allclose(got, want, rtol=2e-6)

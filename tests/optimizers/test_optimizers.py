@@ -12,17 +12,20 @@ import numpy as np
 import optax
 import pytest
 
-from lm import optimizers
 from lm.config import build, model_config, plug
 from lm.errors import UserError
 from lm.model import params
-from lm.optimizers import schedules
+from lm.model.params import Axes
+from lm.optimizers import TABLE, schedules
+from lm.optimizers.base import make, n_bytes
 from lm.optimizers.plain import SGD, AdamW
 from lm.optimizers.sgd_sai import SGDSaI, g_snr
 from lm.train.config import TrainConfig
 
 CFG = model_config({"vocab_size": 24, "d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24})
 ALWAYS = optax.constant_schedule(1.0)
+AXES = params.axes(CFG)
+NO_AXES = Axes({})  # of trees that are no model's
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def sai_in_numpy(p: Any, grads: list[Any], lr: list[float], wd: float, mu: float
 
 def test_sgd_sai_is_the_published_rule_on_every_named_tensor(weights: Any) -> None:
     factor = schedules.Cosine(warmup=2).factor(4)
-    tx = optimizers.make(SGDSaI(learning_rate=0.03, weight_decay=0.2), factor)
+    tx = make(SGDSaI(learning_rate=0.03, weight_decay=0.2), factor, AXES)
     grads = [gradients(weights, seed) for seed in range(4)]
     found = params.names(params.unstack(walk(tx, weights, grads)))
     apart = [params.names(params.unstack(g)) for g in grads]
@@ -93,10 +96,10 @@ def test_g_snr_at_its_edges() -> None:
 
 def test_scale_one_is_sgd_with_momentum(weights: Any) -> None:
     grads = [gradients(weights, seed) for seed in range(3)]
-    one = walk(optimizers.make(SGDSaI(0.01, 0.1, scale="one"), ALWAYS), weights, grads)
-    plain = walk(optimizers.make(SGD(0.01, 0.1), ALWAYS), weights, grads)
+    one = walk(make(SGDSaI(0.01, 0.1, scale="one"), ALWAYS, AXES), weights, grads)
+    plain = walk(make(SGD(0.01, 0.1), ALWAYS, AXES), weights, grads)
     jax.tree.map(np.testing.assert_array_equal, one, plain)
-    control = walk(optimizers.make(SGDSaI(0.01, 0.0, scale="sqrt_numel"), ALWAYS), weights, grads[:1])
+    control = walk(make(SGDSaI(0.01, 0.0, scale="sqrt_numel"), ALWAYS, AXES), weights, grads[:1])
     np.testing.assert_allclose(
         control["embed"], weights["embed"] - 0.01 * (24 * 16) ** 0.5 * grads[0]["embed"], atol=1e-6
     )
@@ -106,15 +109,15 @@ def test_a_tensor_without_a_first_gradient_never_trains_unless_refreshed() -> No
     p = {"a": jnp.ones(4), "b": jnp.ones(4)}
     first = {"a": jnp.zeros(4), "b": jnp.arange(4.0)}
     grads = [first, {"a": jnp.arange(4.0), "b": jnp.arange(4.0)}]
-    published = walk(optimizers.make(SGDSaI(0.1, 0.0), ALWAYS), p, grads)
+    published = walk(make(SGDSaI(0.1, 0.0), ALWAYS, NO_AXES), p, grads)
     np.testing.assert_array_equal(published["a"], p["a"])
-    refreshed = walk(optimizers.make(SGDSaI(0.1, 0.0, refresh="first_nonzero"), ALWAYS), p, grads)
+    refreshed = walk(make(SGDSaI(0.1, 0.0, refresh="first_nonzero"), ALWAYS, NO_AXES), p, grads)
     assert np.abs(refreshed["a"] - p["a"]).max() > 0.1
     np.testing.assert_array_equal(published["b"], refreshed["b"])
 
 
 def test_the_scale_is_taken_once(weights: Any) -> None:
-    tx = SGDSaI().direction()
+    tx = SGDSaI().direction(AXES)
     state = tx.init(weights)
     scales = []
     for seed in range(3):
@@ -124,9 +127,9 @@ def test_the_scale_is_taken_once(weights: Any) -> None:
     np.testing.assert_array_equal(scales[0], scales[2])
 
 
-@pytest.mark.parametrize("name", sorted(optimizers.TABLE))
+@pytest.mark.parametrize("name", sorted(TABLE))
 def test_stacked_layers_are_updated_as_separate_ones(weights: Any, name: str) -> None:
-    tx = optimizers.make(optimizers.TABLE[name](weight_decay=0.1), ALWAYS, clip=1.0)
+    tx = make(TABLE[name](weight_decay=0.1), ALWAYS, AXES, clip=1.0)
     grads = [gradients(weights, seed) for seed in range(2)]
     stacked = params.unstack(walk(tx, weights, grads))
     apart = walk(tx, params.unstack(weights), [params.unstack(g) for g in grads])
@@ -137,8 +140,8 @@ def test_stacked_layers_are_updated_as_separate_ones(weights: Any, name: str) ->
 
 def test_state_sizes(weights: Any) -> None:
     n, size = params.count(weights), {}
-    for name, cls in optimizers.TABLE.items():
-        size[name] = optimizers.n_bytes(optimizers.make(cls(), ALWAYS), weights) / 4
+    for name, cls in TABLE.items():
+        size[name] = n_bytes(make(cls(), ALWAYS, AXES), weights) / 4
     tensors = 2 + 9 * CFG.n_layers
     assert size["adamw"] == 2 * n + 2  # two moments, two step counts
     assert size["lion"] == n + 2
@@ -151,8 +154,9 @@ def test_what_sgd_sai_saves_on_llama_2_7b() -> None:
     """The paper says 25.15 GB in float32 (GiB, as it turns out)."""
     from configs.bases import llama2_7b
 
-    tree = params.abstract(model_config(llama2_7b.model()))
-    adam, sai = (optimizers.n_bytes(optimizers.make(plug(), ALWAYS), tree) for plug in (AdamW, SGDSaI))
+    cfg = model_config(llama2_7b.model())
+    tree, axes = params.abstract(cfg), params.axes(cfg)
+    adam, sai = (n_bytes(make(plug(), ALWAYS, axes), tree) for plug in (AdamW, SGDSaI))
     assert (adam - sai) / 2**30 == pytest.approx(25.1, abs=0.05)
 
 
@@ -165,13 +169,13 @@ def test_adamw_is_torchs() -> None:
     for g in grads:
         theirs.grad = torch.tensor(g)
         adam.step()
-    tx = optimizers.make(AdamW(0.01, 0.1), ALWAYS)
+    tx = make(AdamW(0.01, 0.1), ALWAYS, NO_AXES)
     ours = walk(tx, {"w": jnp.asarray(p)}, [{"w": jnp.asarray(g)} for g in grads])
     np.testing.assert_allclose(ours["w"], theirs.detach().numpy(), atol=1e-6)
 
 
 def test_muon_orthogonalises_every_layers_matrix(weights: Any) -> None:
-    tx = optimizers.TABLE["muon"](nesterov=False).direction()
+    tx = TABLE["muon"](nesterov=False).direction(AXES)
     direction, _ = tx.update(gradients(weights, 3), tx.init(weights), weights)
     for layer in range(CFG.n_layers):
         k = np.asarray(direction["blocks"]["attn"]["k"]["kernel"][layer]).reshape(16, -1)
@@ -186,7 +190,7 @@ def test_muon_orthogonalises_every_layers_matrix(weights: Any) -> None:
 def test_decay_leaves_vectors_alone_unless_told(weights: Any) -> None:
     zero = jax.tree.map(jnp.zeros_like, weights)
     for decay, norm_moves in (("matrices", False), ("all", True)):
-        out = walk(optimizers.make(AdamW(0.1, 0.5, decay), ALWAYS), weights, [zero])
+        out = walk(make(AdamW(0.1, 0.5, decay), ALWAYS, AXES), weights, [zero])
         assert np.allclose(out["blocks"]["attn"]["q"]["kernel"], 0.95 * weights["blocks"]["attn"]["q"]["kernel"])
         assert np.allclose(out["embed"], 0.95 * weights["embed"])
         assert np.allclose(out["blocks"]["attn_norm"]["scale"], 0.95 if norm_moves else 1.0)
@@ -195,7 +199,7 @@ def test_decay_leaves_vectors_alone_unless_told(weights: Any) -> None:
 def test_clipping_is_by_the_global_norm() -> None:
     p = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
     g = {"a": jnp.full(3, 3.0), "b": jnp.full(4, 4.0)}
-    tx = optimizers.make(SGD(1.0), ALWAYS, clip=0.5)
+    tx = make(SGD(1.0), ALWAYS, NO_AXES, clip=0.5)
     out = walk(tx, p, [g])
     norm = math.sqrt(3 * 9 + 4 * 16)
     np.testing.assert_allclose(out["b"], -4.0 * 0.5 / norm, rtol=1e-6)
@@ -234,5 +238,5 @@ def test_mistakes_name_the_key(change: dict[str, Any], words: str) -> None:
 
 
 def test_decay_has_two_values() -> None:
-    with pytest.raises(UserError, match=r"train\.optimizer\.decay: found 'some'; valid: matrices, all"):
-        optimizers.make(plug("lm.optimizers", {"name": "adamw", "decay": "some"}, "train.optimizer"), ALWAYS)
+    with pytest.raises(UserError, match=r"train\.optimizer\.decay: unknown name 'some'; valid: all, matrices"):
+        plug("lm.optimizers", {"name": "adamw", "decay": "some"}, "train.optimizer")

@@ -13,7 +13,7 @@ import pytest
 from cases.attention import BACKENDS, D, H, K, draw
 
 from lm.attention.attend import attend
-from lm.attention.branches import Context, Tokens
+from lm.attention.branches import Context, Keys, Tokens
 from lm.patterns import TABLE
 from lm.positions.alibi import Alibi, slopes
 from lm.positions.rope import Rope
@@ -52,8 +52,8 @@ def test_inserted_tokens_take_their_constant_distance(positions: Any, distance: 
 
     @functools.partial(jax.jit, static_argnums=3)
     def run(q: Any, k: Any, v: Any, backend: str) -> Any:
-        ctx = Context(q, k, side, side, positions, jnp.asarray(float(T)), D**-0.5)
-        return attend(ctx, v, pattern.branches(ctx), softcap=1e4, backend=backend, block_q=8, block_k=8)[0]
+        ctx = Context(q, side, (Keys(k, v, side),), positions, jnp.asarray(float(T)), D**-0.5)
+        return attend(ctx, pattern.branches(ctx), softcap=1e4, backend=backend, block_q=8, block_k=8)[0]
 
     want = oracles.attention(q[0], k[0], v[0], pairs, slopes=slopes(H) if alibi else None)
     for backend in BACKENDS:
@@ -65,10 +65,10 @@ def test_a_ceiling_need_not_be_a_whole_number() -> None:
     q, k, v = draw(np.random.default_rng(2), 24, 24)
     pattern = TABLE["lm_infinite"](window=9, sinks=2, ceiling=4.5)
     side = Tokens(jnp.arange(24, dtype=jnp.int32)[None], jnp.arange(24.0)[None], contiguous=True)
-    ctx = Context(q, k, side, side, Rope(trained=64), jnp.asarray(24.0), D**-0.5)
+    ctx = Context(q, side, (Keys(k, v, side),), Rope(trained=64), jnp.asarray(24.0), D**-0.5)
     want = oracles.attention(
         q[0], k[0], v[0], lambda t, h: [(j, min(t - j, 4.5)) for j in range(t + 1) if t - j < 9 or j < 2]
     )
-    both = jax.jit(lambda: [attend(ctx, v, pattern.branches(ctx), backend=b, block_q=8, block_k=8) for b in BACKENDS])
+    both = jax.jit(lambda: [attend(ctx, pattern.branches(ctx), backend=b, block_q=8, block_k=8) for b in BACKENDS])
     for out, _ in both():
         np.testing.assert_allclose(out[0], want, rtol=0, atol=2e-6)

@@ -16,14 +16,16 @@ from cases.model import BASE, TOKENS, forward, logits, parameters, rms_ratio
 from lm import caches
 from lm.attention import blocks
 from lm.attention.attend import attend
-from lm.attention.backends import listed as block_gather
-from lm.attention.branches import BlockBranch, Context, Tokens
+from lm.attention.backends import listed
+from lm.attention.branches import BlockBranch, Context, Keys, Tokens
 from lm.attention.masks import Causal
 from lm.config import merge, model_config
 from lm.errors import UserError
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 from lm.patterns import TABLE
 from lm.positions.rope import Rope
+from lm.watch import Watch
 
 H, K, D, T = 4, 2, 8, 75
 W, N = 4, 6
@@ -98,10 +100,10 @@ def whole(pattern: Any, backend: str) -> Any:
     @jax.jit
     def run(q: Any, k: Any, v: Any) -> Any:
         side = tokens(0, q.shape[1])
-        ctx = Context(q, k, side, side, Rope(trained=A), jnp.asarray(1.0 * T), D**-0.5, v_BSKd=v)
+        ctx = Context(q, side, (Keys(k, v, side),), Rope(trained=A), jnp.asarray(1.0 * T), D**-0.5)
         branches = pattern.branches(ctx)
-        out = attend(ctx, v, branches, backend=backend, block_q=16, block_k=8)[0]
-        return out[0], pattern.records(ctx, branches)["blocks"][0]
+        out = attend(ctx, branches, backend=backend, block_q=16, block_k=8)[0]
+        return out[0], pattern.taps(ctx, branches)["blocks"][0]
 
     return run
 
@@ -114,18 +116,23 @@ def cached(pattern: Any) -> Any:
     def run(state: Any, q: Any, k: Any, v: Any, side: Tokens) -> Any:
         rope, length = Rope(trained=A), jnp.asarray(1.0 * T)
         k = rope.rotate(k, state.places(side)[:, :, None], length)
-        state, k, v, keys = state.extend(k, v, side)
-        ctx = Context(q, k, side, keys, rope, length, D**-0.5, True, v)
-        state, ctx = state.summarise(ctx)
+        state, sources = state.extend(Keys(k, v, side, state.rotated))
+        state, ctx = state.prepare(Context(q, side, sources, rope, length, D**-0.5))
         branches = pattern.branches(ctx)
-        out = attend(ctx, v, branches, block_q=16, block_k=8)[0]
-        return state, out[0], pattern.records(ctx, branches)["blocks"][0]
+        out = attend(ctx, branches, block_q=16, block_k=8)[0]
+        return state, out[0], pattern.taps(ctx, branches)["blocks"][0]
 
     return run
 
 
+def memory(pattern: Any, quantize: str | None = None) -> Any:
+    """The empty state of one row with room for `T` tokens."""
+    cfg = dataclasses.replace(BASE, n_heads=H, n_kv_heads=K, head_dim=D, pattern=pattern)
+    return caches.TABLE["block_memory"](quantize).init(cfg, 1, T)
+
+
 def through(pattern: Any, pieces: list[int], quantize: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-    state = caches.TABLE["block_memory"](T, H, pattern.summary, quantize).init(1, K, D, jnp.float32)
+    state = memory(pattern, quantize)
     outs, ids, at = [], [], 0
     for n in pieces:
         side = dataclasses.replace(tokens(at, n), contiguous=False)
@@ -220,8 +227,8 @@ def test_all_blocks_listed_is_causal_attention() -> None:
     q, k, v = (jnp.asarray(x) for x in draw())
     side = tokens(0, T)
     rope = Rope(trained=A)
-    ctx = Context(q, k, side, side, rope, jnp.asarray(1.0 * T), D**-0.5, v_BSKd=v)
-    want = attend(ctx, v, TABLE["causal"]().branches(ctx), backend="dense")
+    ctx = Context(q, side, (Keys(k, v, side),), rope, jnp.asarray(1.0 * T), D**-0.5)
+    want = attend(ctx, TABLE["causal"]().branches(ctx), backend="dense")
     n = -(-T // W)
     t = jnp.arange(T)
     every = jnp.broadcast_to(jnp.arange(n), (1, H, T, n))
@@ -231,7 +238,7 @@ def test_all_blocks_listed_is_causal_attention() -> None:
         places = (end[..., None] - jnp.arange(n) * W)[:, :1]
         branch = BlockBranch(Causal(), W, jnp.arange(n)[None] * W, ids, places, (side.index_BT % W).astype(jnp.float32))
         for backend in ("dense", "blocked"):
-            got = attend(ctx, v, (branch,), backend=backend)
+            got = attend(ctx, (branch,), backend=backend)
             for a, b in zip(got, want, strict=True):
                 np.testing.assert_allclose(a, b, rtol=0, atol=5e-6)
     np.testing.assert_array_equal(starts[0, 0, T - 1], np.arange(n) * W)
@@ -242,7 +249,7 @@ def test_what_is_not_chosen_does_not_matter() -> None:
     """Other keys and values in the chunks that no head of the last query chose, their vectors kept, change nothing."""
     pattern = LongHeads(W, A)
     q, k, v = draw()
-    state = caches.TABLE["block_memory"](T, H, pattern.summary).init(1, K, D, jnp.float32)
+    state = memory(pattern)
     state, *_ = cached(pattern)(state, q[:, :-1], k[:, :-1], v[:, :-1], dataclasses.replace(tokens(0, T - 1)))
     last = [x[:, -1:] for x in (q, k, v)]
     _, want, ids = cached(pattern)(state, *last, tokens(T - 1, 1))
@@ -267,14 +274,13 @@ def test_no_distance_reaches_the_attention_length(rule: str) -> None:
 
     @jax.jit
     def step(state: Any, q: Any, k: Any, v: Any, side: Tokens) -> Any:
-        state, keys, values, known = state.extend(k, v, side)
-        ctx = Context(q, keys, side, known, Rope(trained=A), jnp.asarray(1.0), 1.0, True, values)
-        state, ctx = state.summarise(ctx)
+        state, sources = state.extend(Keys(k, v, side, state.rotated))
+        state, ctx = state.prepare(Context(q, side, sources, Rope(trained=A), jnp.asarray(1.0), 1.0))
         (branch,) = pattern.branches(ctx)
         assert isinstance(branch, BlockBranch)
         return state, jnp.where(branch.ids_BHTn >= 0, branch.q_positions, jnp.nan)
 
-    state = caches.TABLE["block_memory"](T, H, pattern.summary).init(1, K, D, jnp.float32)
+    state = memory(pattern)
     seen = []
     for t in range(T):
         side = dataclasses.replace(tokens(t, 1), contiguous=False)
@@ -282,7 +288,8 @@ def test_no_distance_reaches_the_attention_length(rule: str) -> None:
         seen.append((np.nanmin(places), np.nanmax(places)))
     # The reference rule's query shares its newest key's position, and never has a whole chunk of n behind it.
     assert min(low for low, _ in seen) >= 0 and max(high for _, high in seen) == A - (2 if rule == "reference" else 1)
-    whole_ctx = Context(q, k, tokens(0, T), tokens(0, T), Rope(trained=A), jnp.asarray(1.0), 1.0, v_BSKd=v)
+    side = tokens(0, T)
+    whole_ctx = Context(q, side, (Keys(k, v, side),), Rope(trained=A), jnp.asarray(1.0), 1.0)
     near, first, middle = pattern.branches(whole_ctx)
     index = np.arange(T)
     visible = np.asarray(near.mask(index[:, None], index[None]))  # type: ignore[union-attr]
@@ -324,15 +331,15 @@ def test_sorted_equals_direct(tile: int) -> None:
     starts = jnp.asarray([[0, 7, 15, 20, 33, 41, 50, 66, -1]], jnp.int32)
     places = jnp.asarray(rng.integers(0, 50, (1, H, T, 5)), jnp.float32)
     side = tokens(0, T)
-    ctx = Context(q, k, side, side, Rope(trained=A), jnp.asarray(1.0), D**-0.5, v_BSKd=v)
+    ctx = Context(q, side, (Keys(k, v, side),), Rope(trained=A), jnp.asarray(1.0), D**-0.5)
     branch = BlockBranch(Causal(), 9, starts, ids, places, jnp.zeros((1, T)))
 
     def two(q: Any, k: Any, v: Any) -> Any:
-        c = dataclasses.replace(ctx, q_BTHd=q, k_BSKd=k)
-        s, values = block_gather.direct(branch, c, v, 5.0)
+        c = dataclasses.replace(ctx, q_BTHd=q, sources=(Keys(k, v, side),))
+        s, values = listed.direct(branch, c, 5.0)
         p = jnp.exp(s - jax.nn.logsumexp(s, -1, keepdims=True)) * (s > -1e29)
         want = jnp.einsum("bhtn,bhtnd->bhtd", p, values)
-        return want, block_gather.by_block(branch, c, v, 5.0, tile)[0]
+        return want, listed.by_block(branch, c, 5.0, tile)[0]
 
     want, got = jax.jit(two)(q, k, v)
     np.testing.assert_allclose(got, want, rtol=0, atol=3e-6)
@@ -344,12 +351,12 @@ def test_sorted_equals_direct(tile: int) -> None:
 def test_groups_sort_the_same_in_both_ways() -> None:
     group = jnp.asarray(np.random.default_rng(0).integers(0, 8, 500), jnp.int32)
     for groups in (7, 2**31 // 250):  # small enough to pack, and not
-        order, ordered = jax.jit(block_gather._sorted, static_argnums=1)(group, groups)
+        order, ordered = jax.jit(listed._sorted, static_argnums=1)(group, groups)
         np.testing.assert_array_equal(order, np.argsort(group, stable=True))
         np.testing.assert_array_equal(ordered, np.sort(group))
 
 
-def test_records_of_the_decoder() -> None:
+def test_taps_of_the_decoder() -> None:
     """Ids per layer, cut to the last tokens; layers stacked or not, cached or not."""
     cfg = merge(BASE, {"pattern": {"name": "longheads", "chunk": 4, "attention_length": 16}}, "model")
     text = jnp.asarray(TOKENS)
@@ -357,11 +364,12 @@ def test_records_of_the_decoder() -> None:
 
     @functools.cache
     def run(cfg: Any) -> Any:
-        return jax.jit(lambda **inputs: Decoder(cfg).apply({"params": params}, records=5, **inputs))
+        watch = Watch(taps=("attn/blocks",), last=5)
+        return jax.jit(lambda cache=None, **rows: DecoderModel(cfg).apply(params, Inputs(**rows), cache, watch))
 
     got, plain = run(cfg)(tokens_BT=text), forward(cfg)(params, tokens_BT=text)
     np.testing.assert_array_equal(got.logits_BTV, plain.logits_BTV)
-    assert plain.records is None and len(got.records) == 2
+    assert plain.taps == ({}, {}) and len(got.taps) == 2
     unrolled = merge(cfg, {"scan_layers": False}, "model")
     other = run(unrolled)(tokens_BT=text)
     index = jnp.broadcast_to(jnp.arange(TOKENS.shape[1], dtype=jnp.int32), TOKENS.shape)
@@ -369,15 +377,15 @@ def test_records_of_the_decoder() -> None:
     for a, b in ((0, 39), (39, 44)):
         out = run(cfg)(tokens_BT=text[:, a:b], index_BT=index[:, a:b], cache=cache)
         cache = out.cache
-        seen.append(out.records)
-    for layer, same, last in zip(got.records, other.records, seen[1], strict=True):
-        ids = layer["attn"]["blocks"]
+        seen.append(out.taps)
+    for layer, same, last in zip(got.taps, other.taps, seen[1], strict=True):
+        ids = layer["attn/blocks"]
         assert ids.shape == (2, 5, 4, 4) and ids.dtype == jnp.int32
-        np.testing.assert_array_equal(ids, same["attn"]["blocks"])
-        np.testing.assert_array_equal(ids, last["attn"]["blocks"])
+        np.testing.assert_array_equal(ids, same["attn/blocks"])
+        np.testing.assert_array_equal(ids, last["attn/blocks"])
         assert bool((ids[..., 0] == 0).all() and (ids[:, 1:, :, -2:] == jnp.asarray([9, 10])).all())
     causal = run(BASE)(tokens_BT=text)
-    assert causal.records == ({}, {})
+    assert causal.taps == ({}, {})
 
 
 BAD = {
@@ -436,8 +444,10 @@ def test_an_interpolated_model_knows_more_positions() -> None:
 
 
 def test_a_cache_without_summaries_is_refused() -> None:
-    cfg = model_config({"pattern": {"name": "longheads", "chunk": 4, "attention_length": 16}})
+    pattern = {"name": "longheads", "chunk": 4, "attention_length": 16}
     with pytest.raises(UserError, match="Full keeps no ChunkFeature"):
-        caches.init(cfg, 1, 64, caches.TABLE["full"](64))
+        model_config({"pattern": pattern, "cache": "full"})
     with pytest.raises(UserError, match="needs a pattern with block summaries"):
-        caches.TABLE["block_memory"](64).init(1, 1, 8, jnp.float32)
+        model_config({"cache": "block_memory"})
+    with pytest.raises(UserError, match="needs a pattern with block summaries"):
+        caches.TABLE["block_memory"]().init(BASE, 1, 64)

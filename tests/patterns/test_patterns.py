@@ -12,7 +12,7 @@ import oracles
 import pytest
 
 from lm.attention.attend import attend
-from lm.attention.branches import NEG, Branch, Context, Tokens, merge
+from lm.attention.branches import NEG, Branch, Context, Keys, Tokens, merge
 from lm.attention.masks import Causal, Not
 from lm.patterns import TABLE
 from lm.positions.alibi import Alibi, slopes
@@ -36,7 +36,7 @@ def _draw(T: int, S: int, seed: int = 0, heads: int = H, kv: int = K, d: int = D
     return tuple(rng.normal(size=(1, n, h, d)).astype(np.float32) for n, h in ((T, heads), (S, kv), (S, kv)))  # type: ignore[return-value]
 
 
-def _context(q: Any, k: Any, positions: Any, shift: float = 0.0) -> Context:
+def _context(q: Any, k: Any, v: Any, positions: Any, shift: float = 0.0) -> Context:
     """The queries are the last T of S tokens."""
     T, S = q.shape[1], k.shape[1]
     sides = []
@@ -44,7 +44,8 @@ def _context(q: Any, k: Any, positions: Any, shift: float = 0.0) -> Context:
         index = jnp.arange(first, first + n, dtype=jnp.int32)[None]
         sides.append(Tokens(index, index.astype(jnp.float32) + shift, contiguous=T == S))
     scale = q.shape[-1] ** -0.5
-    return Context(jnp.asarray(q), jnp.asarray(k), sides[0], sides[1], positions, jnp.asarray(float(S)), scale)
+    keys = Keys(jnp.asarray(k), jnp.asarray(v), sides[1])
+    return Context(jnp.asarray(q), sides[0], (keys,), positions, jnp.asarray(float(S)), scale)
 
 
 def _run(pattern: Any, q: Any, k: Any, v: Any, positions: Any = None, shift: float = 0.0) -> list[np.ndarray]:
@@ -53,9 +54,9 @@ def _run(pattern: Any, q: Any, k: Any, v: Any, positions: Any = None, shift: flo
 
     @jax.jit
     def both(q: Any, k: Any, v: Any) -> list[Any]:
-        ctx = _context(q, k, positions, shift)
+        ctx = _context(q, k, v, positions, shift)
         branches = pattern.branches(ctx)
-        return [attend(ctx, v, branches, backend=b, block_q=8, block_k=16)[0][0] for b in ("dense", "blocked")]
+        return [attend(ctx, branches, backend=b, block_q=8, block_k=16)[0][0] for b in ("dense", "blocked")]
 
     return [np.asarray(y, np.float64) for y in both(q, k, v)]
 
@@ -208,8 +209,8 @@ def test_a_row_without_keys_is_zero_and_has_no_nan_gradient() -> None:
     for backend in ("dense", "blocked"):
 
         def f(q: Any, k: Any, v: Any, backend: str = backend) -> Any:
-            ctx = _context(q, k, Rope(trained=64))
-            out, lse = attend(ctx, v, nothing, backend=backend, block_q=8, block_k=8)
+            ctx = _context(q, k, v, Rope(trained=64))
+            out, lse = attend(ctx, nothing, backend=backend, block_q=8, block_k=8)
             return out.sum() + 1e-30 * lse.sum(), (out, lse)
 
         (_, (out, lse)), grads = jax.value_and_grad(f, (0, 1, 2), has_aux=True)(q, k, v)
@@ -226,9 +227,9 @@ def test_gradients_through_output_and_log_sum_exp(softcap: float | None, positio
 
     def loss(backend: str) -> Any:
         def f(q: Any, k: Any, v: Any) -> Any:
-            ctx = _context(q, k, positions)
+            ctx = _context(q, k, v, positions)
             branches = pattern.branches(ctx)
-            out, lse = attend(ctx, v, branches, backend=backend, softcap=softcap, block_q=8, block_k=16)
+            out, lse = attend(ctx, branches, backend=backend, softcap=softcap, block_q=8, block_k=16)
             return jnp.sin(3 * out).sum() + jnp.cos(lse).sum()
 
         return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(q, k, v)

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import apply
 
 from lm.config import build, model_config
 from lm.errors import UserError
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
 from lm.positions.augmentation import E2LLM
 from lm.train import loop
 from lm.train.config import TrainConfig
@@ -73,7 +73,7 @@ def test_offsets_leave_relations_behind_the_first_tokens_alone() -> None:
     def run(t: float) -> np.ndarray:
         index = jnp.arange(16.0)[None]
         positions = (index + jnp.where(index >= 4, t, 0.0)) / 2
-        out = Decoder(CFG).apply({"params": params}, tokens, segments_BT=segments, positions_BT=positions)
+        out = apply(CFG, params, tokens_BT=tokens, segments_BT=segments, positions_BT=positions)
         return np.asarray(out.logits_BTV)
 
     np.testing.assert_allclose(run(11.0)[0, 4:], run(0.0)[0, 4:], atol=2e-4)
@@ -84,8 +84,8 @@ def test_reading_at_scale_g_is_linear_interpolation() -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 258, (2, 40)))
     scaled = model_config({**SMALL, "positions": {"name": "rope", "scaling": {"name": "linear", "factor": 4.0}}})
     positions = jnp.broadcast_to(jnp.arange(40.0) / 4, (2, 40))
-    got = Decoder(CFG).apply({"params": params}, tokens, positions_BT=positions).logits_BTV
-    want = Decoder(scaled).apply({"params": params}, tokens).logits_BTV
+    got = apply(CFG, params, tokens_BT=tokens, positions_BT=positions).logits_BTV
+    want = apply(scaled, params, tokens_BT=tokens).logits_BTV
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -121,9 +121,9 @@ def test_scale_1_and_offset_0_is_plain_training_bit_for_bit(tmp_path: Path) -> N
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "scale": ({"scale": 0}, {}, "scale: must be at least 1, found 0"),
+    "scale": ({"scale": 0}, {}, "scale: must be at least 1 or None, found 0"),
     "g_max": ({"g_max": 0}, {}, "g_max: must be at least 1"),
-    "offset": ({"max_offset": -1}, {}, "max_offset: must be at least 0"),
+    "offset": ({"max_offset": -1}, {}, "max_offset: must be at least 0 or None"),
     "offset beyond": (
         {"g_max": 2, "max_offset": 17},
         {},

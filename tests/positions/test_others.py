@@ -45,4 +45,4 @@ def test_what_moves_nothing() -> None:
         plug = TABLE[name]()
         assert plug.rotate(x, jnp.zeros((2, 3)), 1.0) is x
     assert TABLE["nope"]().bias(jnp.zeros(2), jnp.zeros(2), 4) is None
-    assert TABLE["learned"](size=7).table_size == 7
+    assert TABLE["learned"](size=7).limit == 7

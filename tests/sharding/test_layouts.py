@@ -18,6 +18,7 @@ from lm.sharding import AXES, RULES, Layout, constrain
 from lm.train import step
 from lm.train.config import TrainConfig
 from lm.train.placement import Placement
+from lm.train.step import ALONE
 
 SIZES = {"vocab_size": 32, "d_model": 16, "n_layers": 2, "n_heads": 4, "d_ff": 32, "max_positions": 16}
 MODELS: dict[str, dict[str, Any]] = {
@@ -96,7 +97,7 @@ def rows() -> dict[str, np.ndarray]:
 
 def initial(name: str) -> Any:
     whole, settings = params.init(model(name), jax.random.key(1)), train()
-    return step.initial(whole, settings, 0 if step.draws(model(name), settings) else None)
+    return step.initial(model(name), settings, whole, 0 if step.draws(model(name), settings) else None)
 
 
 @functools.cache
@@ -113,7 +114,7 @@ def test_a_layout_gives_the_step_of_one_device(name: str, layout: str) -> None:
     state = initial(name)
     where = place.shardings(state)
     spread, batch = jax.device_put(state, where), place.batch(rows())
-    after, metrics = place.compile(spread, batch)(spread, batch, None)
+    after, metrics = place.compile(spread, batch)(spread, batch, ALONE)
     want, want_metrics = alone(name)
     assert float(metrics["loss"]) == pytest.approx(float(want_metrics["loss"]), rel=1e-6)
     assert float(metrics["grad_norm"]) == pytest.approx(float(want_metrics["grad_norm"]), rel=1e-5)
@@ -187,13 +188,9 @@ def test_rows_and_tokens_that_do_not_spread_are_refused() -> None:
 
 def test_the_layout_is_no_part_of_a_runs_identity() -> None:
     assert train().determines() == train(fsdp=8).determines()
-    assert set(RULES) == {name for names in params.AXES.values() for name in names} | {
-        "batch",
-        "length",
-        "layers",
-        "slots",
-        "stream",
-    }
+    declared = {axis for name in MODELS for axis in params.axes(model(name)).used()}
+    assert set(RULES) - {"batch", "length", "slots", "stream"} <= declared
+    assert {axis for axis in declared if Layout().axes_of(axis)} == set(RULES) & declared  # others: whole everywhere
     assert all(set(axes) <= set(AXES) for axes in RULES.values())
 
 
@@ -212,7 +209,7 @@ def test_what_an_optimizer_keeps_of_a_parameter_lies_with_it(name: str) -> None:
     train = build(TrainConfig, settings, "train")
     place = Placement(cfg, train, jax.devices())
     whole = params.abstract(cfg)
-    state = jax.eval_shape(lambda p: step.initial(p, train), whole)
+    state = jax.eval_shape(lambda p: step.initial(cfg, train, p), whole)
     cut = {leaf.shape: x.spec for leaf, x in zip(*map(jax.tree.leaves, (whole, place.shardings(whole))), strict=True)}
     kept = list(zip(*map(jax.tree.leaves, (state["opt"], place.shardings(state["opt"]))), strict=True))
     found = [(leaf.shape, x.spec) for leaf, x in kept if leaf.shape in cut]

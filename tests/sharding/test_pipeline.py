@@ -15,7 +15,9 @@ from lm.aot.hlo import collectives
 from lm.config import build, model_config
 from lm.errors import UserError
 from lm.model import params
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
+from lm.objectives.forward import HIDDEN
 from lm.sharding import Layout, run_stack
 from lm.sharding.layout import using
 from lm.sharding.pipeline import bubble, check
@@ -88,10 +90,10 @@ def test_a_stage_holds_its_layers_and_passes_on_its_rows() -> None:
     assert shares == {1}
 
     def hidden(p: Any, tokens: jax.Array) -> jax.Array:
-        return Decoder(cfg).apply({"params": p}, tokens, logits=False).hidden_BTD
+        return DecoderModel(cfg).apply(p, Inputs(tokens), watch=HIDDEN).hidden_BTD
 
     assert place.rows.shard_shape((8, 8)) == (2, 8)  # rows outside the stages are cut over them
-    with using(place.outside, place.mesh):
+    with using(place.layout_around_stages, place.mesh):
         fn = jax.jit(hidden, in_shardings=(where, place.rows))
         text = fn.lower(whole, jax.ShapeDtypeStruct((8, 8), "int32")).compile().as_text()
     permutes = [c for c in collectives(text, 8) if c.kind == "collective-permute"]
@@ -110,8 +112,8 @@ def test_the_layout_of_a_published_pipeline_divides() -> None:
     to the next multiple of the stages, and so its bubble."""
     base = mt_nlg_530b_pipeline
     cfg, settings = model_config(base.model()), build(TrainConfig, base.train(), "train")
-    shapes = {name: leaf.shape for name, leaf in params.names(params.abstract(cfg)).items()}
-    names = {name: (shape, params.logical_of(name)) for name, shape in shapes.items()}
+    axes = params.axes(cfg)
+    names = {name: (leaf.shape, axes[name]) for name, leaf in params.names(params.abstract(cfg)).items()}
     layout, sizes = settings.mesh, settings.mesh.sizes(chips.count(base.POD))
     M = layout.in_flight(35)
     assert (sizes["data"], sizes["stage"], sizes["tensor"], M) == (8, 35, 8, 245)

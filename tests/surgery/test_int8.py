@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases.model import Params
+from cases.model import Params, densified
 from cases.surgery_case import SurgeryCase
 
 from experiments.commands.generate import surgery_of
@@ -15,7 +15,8 @@ from lm.config import ModelConfig, build, model_config
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 from lm.surgery.int8 import Int8
 from lm.train.config import TrainConfig
 
@@ -24,7 +25,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 13)))
 
 
 def logits(cfg: object, params: object) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p: Decoder(cfg).apply({"params": p}, TOKENS).logits_BTV)(params))  # type: ignore[arg-type]
+    return np.asarray(jax.jit(lambda p: DecoderModel(cfg).apply(p, Inputs(TOKENS)).logits_BTV)(params))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n_in, table", [(1, False), (2, False), (1, True)])
@@ -56,7 +57,7 @@ def test_it_computes_with_the_rounded_model(head: dict[str, object]) -> None:
     cfg = model_config({**SMALL, "head": head})
     params = params_lib.init(cfg, jax.random.key(0))
     _, made = Int8().apply(cfg, params)
-    rounded = weights.densify(made)
+    rounded = densified(made)
     for name, leaf in params_lib.names(params).items():
         matrix = name.endswith("kernel") or name == "embed"
         assert weights.special(params_lib.names(made)[name]) == matrix, name
@@ -77,8 +78,8 @@ def test_kept_names_stay_and_generation_reads_it() -> None:
     kinds = {name: weights.special(leaf) for name, leaf in params_lib.names(made).items()}
     assert not kinds["embed"] and not kinds["blocks/ffn/up/kernel"] and kinds["blocks/attn/o/kernel"]
     prompts, greedy = [[3, 4, 5], [7, 8]], Sampling(temperature=0.0)
-    got = Generator(cfg, made)(prompts, greedy, max_new_tokens=6)
-    want = Generator(cfg, weights.densify(made))(prompts, greedy, max_new_tokens=6)
+    got = Generator(DecoderModel(cfg), made)(prompts, greedy, max_new_tokens=6)
+    want = Generator(DecoderModel(cfg), densified(made))(prompts, greedy, max_new_tokens=6)
     assert [r[0].tokens for r in got] == [r[0].tokens for r in want]
 
 

@@ -22,7 +22,9 @@ from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
 from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
+from lm.objectives.forward import Forward
 from lm.surgery.lora import LoRA
 from lm.train import loop, step
 from lm.train.config import TrainConfig
@@ -48,7 +50,7 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 258, (2, 21)))
 
 
 def logits(cfg: ModelConfig, params: Any) -> np.ndarray:
-    out = jax.jit(lambda p: Decoder(cfg).apply({"params": p}, TOKENS).logits_BTV)(params)
+    out = jax.jit(lambda p: DecoderModel(cfg).apply(p, Inputs(TOKENS)).logits_BTV)(params)
     return np.asarray(out)
 
 
@@ -102,7 +104,10 @@ def test_gradients_are_those_of_the_merged_model() -> None:
     after = moved(adapters)
 
     def gradient(use: Any) -> Any:
-        return jax.jit(jax.grad(lambda t: objective.loss(CFG, use(CFG, base, t), rows)[0]))(after)
+        def loss(t: Any) -> Any:
+            return objective.loss(Forward(DecoderModel(CFG), use(CFG, base, t)), rows).loss
+
+        return jax.jit(jax.grad(loss))(after)
 
     got, want = (params_lib.names(gradient(use)) for use in (EVERYTHING.attach, EVERYTHING.merge))
     for name, g in want.items():
@@ -136,7 +141,7 @@ def test_accumulated_gradients_are_the_big_batchs() -> None:
 
     def gradient(**change: Any) -> Any:
         train = build(TrainConfig, {"surgery": "lora", "batch": 2, **change}, "train")
-        return jax.jit(lambda t: step.gradients(CFG, train, t, rows, base)[0])(after)
+        return jax.jit(lambda t: step.gradients(CFG, train, t, rows, step.Beside(base))[0])(after)
 
     for a, b in zip(*(jax.tree.leaves(gradient(**c)) for c in ({}, {"accumulate": 2})), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)

@@ -74,7 +74,7 @@ def test_packed_documents_train_as_separate_rows(weights: Any) -> None:
 @pytest.mark.smoke
 def test_remat_and_jit_change_nothing(weights: Any) -> None:
     rows = batch()
-    state = step.initial(weights, TRAIN)
+    state = step.initial(CFG, TRAIN, weights)
     plain, metrics = step.step(CFG, TRAIN, state, rows)
     compiled, compiled_metrics = jax.jit(lambda s, b: step.step(CFG, TRAIN, s, b))(state, rows)
     remat = dataclasses.replace(CFG, remat=True)
@@ -88,7 +88,7 @@ def test_remat_and_jit_change_nothing(weights: Any) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_only_the_counters(weights: Any, bad: float) -> None:
     rows = batch()
-    state = step.initial(weights, TRAIN)
+    state = step.initial(CFG, TRAIN, weights)
     run = jax.jit(lambda s, b: step.step(CFG, TRAIN, s, b))
     state, _ = run(state, rows)
     poisoned = {**rows, "weights": rows["weights"].at[0, 0].set(bad)}
@@ -115,7 +115,7 @@ def test_it_learns_what_can_be_learned() -> None:
         "train",
     )
     run = jax.jit(lambda s, b: step.step(CFG, train, s, b), donate_argnums=0)
-    state = step.initial(params.init(CFG, jax.random.key(0)), train)
+    state = step.initial(CFG, train, params.init(CFG, jax.random.key(0)))
     rng, losses = np.random.default_rng(0), []
     for _ in range(150):
         rows = [rng.integers(0, 29, 8)]
@@ -130,7 +130,7 @@ def test_it_learns_what_can_be_learned() -> None:
 
 def test_bfloat16_compute_keeps_float32_parameters(weights: Any) -> None:
     half = dataclasses.replace(CFG, dtype="bfloat16")
-    state = step.initial(weights, TRAIN)
+    state = step.initial(CFG, TRAIN, weights)
     after, metrics = jax.jit(lambda s, b: step.step(half, TRAIN, s, b))(state, batch())
     full, full_metrics = jax.jit(lambda s, b: step.step(CFG, TRAIN, s, b))(state, batch())
     assert {x.dtype for x in jax.tree.leaves(after["params"])} == {jnp.dtype("float32")}

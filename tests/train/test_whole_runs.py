@@ -214,7 +214,7 @@ def test_a_run_of_them_stops_with_the_last_good_state(
     kept = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
     train = tiny_run.settings(texts, steps=60, max_skipped=4)
     cfg = tiny_run.model_config(tiny_run.MODEL)
-    like = jax.eval_shape(lambda: step.initial(params.init(cfg, jax.random.key(0)), train))
+    like = jax.eval_shape(lambda: step.initial(cfg, train, params.init(cfg, jax.random.key(0))))
     found = kept.newest(like, lambda about: None, lambda text: None)
     kept.close()
     assert found is not None and all(np.isfinite(x).all() for x in jax.tree.leaves(found[1]["params"]))

@@ -11,7 +11,7 @@ import pytest
 from cases.attention import BACKENDS, D, H, draw
 
 from lm.attention.attend import attend
-from lm.attention.branches import Branch, Context, Tokens
+from lm.attention.branches import Branch, Context, Keys, Tokens
 from lm.attention.masks import Causal
 from lm.patterns import TABLE
 from lm.positions.nope import NoPE
@@ -24,11 +24,11 @@ def test_logits_of_any_size() -> None:
     q, k = 100 * q, 100 * k
     index = jnp.arange(20, dtype=jnp.int32)[None]
     side = Tokens(index, index.astype(jnp.float32), contiguous=True)
-    ctx = Context(q, k, side, side, NoPE(), jnp.asarray(20.0), D**-0.5)
+    ctx = Context(q, side, (Keys(k, v, side),), NoPE(), jnp.asarray(20.0), D**-0.5)
     s = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, 2, 2))
     best = jnp.where(index[0][:, None] >= index, s, -jnp.inf).argmax(-1)[0]
     want = np.stack([np.asarray(v)[0, best[h], h // 2] for h in range(H)], 1)
-    both = jax.jit(lambda: [attend(ctx, v, (Branch(Causal()),), backend=b, block_q=8, block_k=8) for b in BACKENDS])
+    both = jax.jit(lambda: [attend(ctx, (Branch(Causal()),), backend=b, block_q=8, block_k=8) for b in BACKENDS])
     for out, lse in both():
         assert float(jnp.abs(lse).max()) > 1e4
         np.testing.assert_allclose(out[0], want, rtol=0, atol=1e-3)
@@ -62,8 +62,8 @@ def test_the_blocked_program_holds_no_square(pattern: Any) -> None:
 
     def loss(q: Any, k: Any, v: Any, index: Any, backend: str) -> Any:
         side = Tokens(index, index.astype(jnp.float32), contiguous=True)
-        ctx = Context(q, k, side, side, positions, jnp.asarray(float(T)), D**-0.5)
-        out, lse = attend(ctx, v, pattern.branches(ctx), backend=backend, block_q=block, block_k=block)
+        ctx = Context(q, side, (Keys(k, v, side),), positions, jnp.asarray(float(T)), D**-0.5)
+        out, lse = attend(ctx, pattern.branches(ctx), backend=backend, block_q=block, block_k=block)
         return out.sum() + lse.sum()
 
     def program(backend: str) -> list[Any]:
@@ -87,4 +87,4 @@ def test_the_blocked_program_holds_no_square(pattern: Any) -> None:
 def _context_of(T: int, positions: Any) -> Context:
     x, index = jnp.zeros((1, T, 2, D)), jnp.arange(T, dtype=jnp.int32)[None]
     side = Tokens(index, index.astype(jnp.float32), contiguous=True)
-    return Context(x, x, side, side, positions, jnp.asarray(float(T)), 1.0)
+    return Context(x, side, (Keys(x, x, side),), positions, jnp.asarray(float(T)), 1.0)

@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases.model import BASE, TOKENS, T, forward, gradient, logits, parameters, rms_ratio
+from cases.model import BASE, TOKENS, T, apply, forward, gradient, logits, parameters, rms_ratio
 
 from kernels_pallas import common
 from kernels_pallas.check import COMPILER_ALONE
 from lm import caches
 from lm.attention.attend import attend
-from lm.attention.branches import NEG, Branch, Context, Tokens
+from lm.attention.branches import NEG, Branch, Context, Keys, Tokens
 from lm.attention.masks import Causal, Sinks, Window
 from lm.config import merge, model_config
 from lm.errors import UserError
-from lm.model.decoder import Decoder
 from lm.patterns import TABLE
+from lm.patterns.base import Pattern
+from lm.positions.base import Positions
 from lm.positions.rope import Rope
 from lm.sharding.layout import Layout, using
 
@@ -75,22 +76,15 @@ def _two_ranges(backend: str, q: Any, k: Any, v: Any) -> Any:
     T = q.shape[1]
     index = jnp.arange(T, dtype=jnp.int32)[None]
     own = index.astype(jnp.float32)
-    ctx = Context(
-        q,
-        k,
-        Tokens(index, own, contiguous=True),
-        Tokens(index, own, contiguous=True),
-        Rope(trained=64),
-        jnp.float32(T),
-        0.3,
-    )
+    side = Tokens(index, own, contiguous=True)
+    ctx = Context(q, side, (Keys(k, v, side),), Rope(trained=64), jnp.float32(T), 0.3)
     far = Causal() & ~Window(12)
     branches = (
         Branch(Causal() & Window(12)),
         Branch(far & ~Sinks(1), q_positions=own // 2 + 6, k_positions=own // 2),
         Branch(far & Sinks(1), q_positions=12.0, k_positions=0.0),
     )
-    return attend(ctx, v, branches, softcap=9.0, backend=backend, block_q=16, block_k=8)
+    return attend(ctx, branches, softcap=9.0, backend=backend, block_q=16, block_k=8)
 
 
 def test_two_ranges_of_positions_equal_the_dense_union() -> None:
@@ -115,12 +109,12 @@ def test_training_matches_dense_step_by_step() -> None:
     update = optax.adam(1e-2)
 
     def train(backend: str) -> tuple[list[float], Any]:
-        model = Decoder(merge(cfg, {"mixer": {"backend": backend, "block_q": 16, "block_k": 8}}, "model"))
+        chosen = merge(cfg, {"mixer": {"backend": backend, "block_q": 16, "block_k": 8}}, "model")
 
         @jax.jit
         def step(params: Any, state: Any) -> Any:
             def loss(params: Any) -> jax.Array:
-                out = model.apply({"params": params}, tokens[:, :-1]).logits_BTV
+                out = apply(chosen, params, tokens_BT=tokens[:, :-1]).logits_BTV
                 return optax.softmax_cross_entropy_with_integer_labels(out, tokens[:, 1:]).mean()
 
             value, grads = jax.value_and_grad(loss)(params)
@@ -148,7 +142,7 @@ def test_rows_spread_over_8_devices() -> None:
     params = parameters(BASE)
 
     def loss(params: Any, tokens: Any) -> jax.Array:
-        return jnp.sin(5 * Decoder(cfg).apply({"params": params}, tokens).logits_BTV).mean()
+        return jnp.sin(5 * apply(cfg, params, tokens_BT=tokens).logits_BTV).mean()
 
     want = jax.jit(jax.value_and_grad(loss))(params, jnp.asarray(tokens))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -176,7 +170,7 @@ def test_compiled_for_the_chips_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> 
     chosen = merge(_on("auto", PLUGS["lm_infinite"]), {"mixer": {"block_q": None, "block_k": None}}, "model")
 
     def loss(params: Any, tokens: Any) -> jax.Array:
-        return Decoder(chosen).apply({"params": params}, tokens).logits_BTV.mean()
+        return apply(chosen, params, tokens_BT=tokens).logits_BTV.mean()
 
     with using(Layout(), mesh):
         program = jax.jit(jax.grad(loss)).trace(params, tokens)
@@ -193,19 +187,17 @@ def test_patterns_that_list_keys_are_refused_by_name(pattern: dict[str, Any]) ->
 
 
 def test_a_bias_the_kernel_does_not_know_is_refused() -> None:
-    class Square:
-        def rotate(self, x: Any, *_: Any) -> Any:
-            return x
-
+    class Square(Positions):
         def bias(self, q: Any, k: Any, n: int) -> Any:
             return -((q[..., None, :, None] - k[..., None, None, :]) ** 2)
 
     index = jnp.arange(9, dtype=jnp.int32)[None]
     side, x = Tokens(index, index.astype(jnp.float32), contiguous=True), jnp.ones((1, 9, 2, 8))
+    ctx = Context(x, side, (Keys(x, x, side),), Square(), jnp.float32(9), 1.0)
     with pytest.raises(UserError, match=r"Square is not; valid: auto"):
-        attend(Context(x, x, side, side, Square(), jnp.float32(9), 1.0), x, (Branch(Causal()),), backend="pallas")
+        attend(ctx, (Branch(Causal()),), backend="pallas")
 
 
 def test_one_convention_for_rows_without_keys() -> None:
     assert common.NEG == NEG
-    assert {name for name, plug in TABLE.items() if getattr(plug, "lists_keys", False)} == {"lm_infinite"}
+    assert {name for name, plug in TABLE.items() if plug.lists_keys is not Pattern.lists_keys} == {"lm_infinite"}

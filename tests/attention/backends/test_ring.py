@@ -13,7 +13,7 @@ import pytest
 from lm.aot.hlo import collectives
 from lm.attention.attend import attend
 from lm.attention.backends.ring import meetings
-from lm.attention.branches import Branch, Context, Tokens
+from lm.attention.branches import Branch, Context, Keys, Tokens
 from lm.attention.masks import Causal as CausalMask
 from lm.attention.masks import Full, Mask, Sinks, Window
 from lm.config import build, model_config
@@ -84,8 +84,8 @@ def program(pattern: Any, positions: Any, options: dict[str, Any], packed: bool)
     def both(q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> Any:
         def run(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
             known = tokens(packed)
-            ctx = Context(q, k, known, known, positions, jnp.float32(T), D**-0.5, v_BSKd=v)
-            return attend(ctx, v, pattern.branches(ctx), **options)
+            ctx = Context(q, known, (Keys(k, v, known),), positions, jnp.float32(T), D**-0.5)
+            return attend(ctx, pattern.branches(ctx), **options)
 
         out, pull = jax.vjp(run, q, k, v)
         return out, pull((d_out, d_lse))
@@ -150,7 +150,7 @@ def test_a_step_sends_parts_of_keys_and_gathers_none() -> None:
     texts = {}
     for way in ("ring", "gather"):
         place = Placement(cfg, settings(data=2, sequence=4, attention=way))
-        state = jax.eval_shape(lambda p=place: step.initial(params.init(cfg, jax.random.key(0)), p.train))
+        state = jax.eval_shape(lambda p=place: step.initial(cfg, p.train, params.init(cfg, jax.random.key(0))))
         batch = {k: jax.ShapeDtypeStruct((4, 32), t) for k, t in (("inputs", "int32"), ("targets", "int32"))}
         batch["weights"] = jax.ShapeDtypeStruct((4, 32), "float32")
         texts[way] = place.compile(state, batch).as_text()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from lm.aot.hlo import collectives
+from lm.attention.branches import Tokens
 from lm.config import ModelConfig, model_config
 from lm.errors import UserError
-from lm.ffn.context import Call
+from lm.layer import LayerInputs
 from lm.sharding import Layout
 from lm.sharding.layout import using
 
@@ -29,21 +30,26 @@ def layer(**ffn: Any) -> ModelConfig:
     return model_config({"d_model": D, "n_layers": 1, "n_heads": 4, "d_ff": 16, "ffn": ffn})
 
 
+def inputs(index_BT: jax.Array, key: Any = None) -> LayerInputs:
+    """What the layer may look at."""
+    return LayerInputs(Tokens(index_BT, index_BT.astype(jnp.float32)), jnp.ones(()), key=key)
+
+
 def program(cfg: ModelConfig) -> Any:
     """Output, report, and gradients of parameters and input; in training, where the capacity is."""
-    call = Call(jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)), key=jax.random.key(2))
+    layer = inputs(jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T)), jax.random.key(2))
 
     def run(p: Any, x: jax.Array) -> Any:
-        y, report = cfg.ffn.module(cfg).apply({"params": p}, x, call)
-        return (jnp.sin(y).sum() + report["loss"]), (y, report)
+        out = cfg.ffn.module(cfg).apply({"params": p}, x, layer)
+        return (jnp.sin(out.x).sum() + out.report["loss"]), (out.x, out.report)
 
     return lambda p, x: jax.value_and_grad(run, (0, 1), has_aux=True)(p, x)
 
 
 def both(cfg: ModelConfig, **mesh: Any) -> tuple[Any, Any, str]:
     x = jax.random.normal(jax.random.key(0), (B, T, D))
-    call = Call(jnp.zeros((B, T), jnp.int32))
-    p = jax.jit(lambda: cfg.ffn.module(cfg).init(jax.random.key(1), x, call)["params"])()
+    empty = inputs(jnp.zeros((B, T), jnp.int32))
+    p = jax.jit(lambda: cfg.ffn.module(cfg).init(jax.random.key(1), x, empty)["params"])()
     p["router"]["kernel"] = 40.0 * p["router"]["kernel"]  # some experts are asked for more than others
     p["experts"] = jax.tree.map(lambda w: 10.0 * w, p["experts"])
     layout = Layout(**mesh)

@@ -10,18 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases.model import BASE, TOKENS, forward, logits, parameters
+from cases.model import BASE, TOKENS, densified, forward, logits, parameters
 from cases.plug_case import PlugCase
 
 from lm import caches, weights
+from lm.attention.branches import Tokens
 from lm.config import ModelConfig, build, merge
 from lm.decoding import Generator
 from lm.errors import UserError
-from lm.ffn.context import Call
 from lm.ffn.moe.grouped import mixture
+from lm.layer import LayerInputs
 from lm.model import params as params_lib
 from lm.model import reports
 from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 from lm.plug import table
 from lm.surgery.int8 import Int8
 from lm.surgery.lora import LoRA
@@ -142,19 +145,19 @@ def test_the_loss_is_the_mean_over_layers() -> None:
     tree, tokens = parameters(REPORTING), jnp.asarray(TOKENS)
     weights_BT = jnp.ones(TOKENS.shape).at[0, :7].set(0)
     batch = {"inputs": tokens, "targets": jnp.roll(tokens, -1, 1), "weights": weights_BT}
-    total, sums = jax.jit(lambda p, b: TRAIN.objective.loss(REPORTING, p, b))(tree, batch)
+    total, sums = jax.jit(lambda p, b: step.objective(REPORTING, TRAIN, p, b))(tree, batch)
     extra = np.mean([float(r["loss"]) for r in forward(REPORTING)(tree, tokens_BT=tokens).reports])
     n = float(weights_BT.sum())
     assert float(sums["weight"]) == n and extra > 0.05
     assert float(total - sums["nll"]) / n == pytest.approx(extra, rel=1e-3)
-    own = reports.add(({}, {"loss": jnp.float32(3)}, {"loss": jnp.float32(1)}), jnp.float32(5), {"weight": 4.0})
+    own = reports.add([({}, {"loss": jnp.float32(3)}, {"loss": jnp.float32(1)})], jnp.float32(5), {"weight": 4.0})
     assert float(own[0]) == 5 + 4 * 2 and own[1] == {"weight": 4.0}
 
 
 def test_the_bias_moves_against_the_load_and_by_nothing_else() -> None:
     cfg = moe(router={"name": "deepseek_v3", "bias_rate": 0.25}, load_balance_loss=0.0)
     train = dataclasses.replace(TRAIN, optimizer=dataclasses.replace(TRAIN.optimizer, decay="all"), accumulate=2)
-    state = step.initial(params_lib.init(cfg, jax.random.key(0)), train, 0)
+    state = step.initial(cfg, train, params_lib.init(cfg, jax.random.key(0)), 0)
 
     def bias(state: Any) -> np.ndarray:
         return np.asarray(state["params"]["blocks"]["ffn"]["router"]["bias"])
@@ -188,7 +191,7 @@ def train_step(cfg: ModelConfig) -> Any:
 
 def test_random_routers_draw_by_seed_and_step() -> None:
     cfg = moe(router={"name": "gshard"})
-    state = step.initial(parameters(cfg), TRAIN, 0)
+    state = step.initial(cfg, TRAIN, parameters(cfg), 0)
     changes: tuple[dict[str, Any], ...] = ({}, {"seed": state["seed"] + 1}, {"step": state["step"] + 1}, {})
     a, b, later, again = (float(train_step(cfg)({**state, **c}, rows())[1]["loss"]) for c in changes)
     assert len({a, b, later}) == 3 and a == again
@@ -197,14 +200,11 @@ def test_random_routers_draw_by_seed_and_step() -> None:
 def test_a_step_whose_router_gives_no_numbers_is_refused() -> None:
     """Counted, and nothing moves; ten in a row end the run (tests/train/test_whole_runs.py)."""
     cfg = moe(router={"name": "gshard"})
-    state = step.initial(
-        _with_experts(
-            params_lib.init(cfg, jax.random.key(0)),
-            lambda f: {**f, "router": {"kernel": f["router"]["kernel"].at[:, 0, 0].set(np.nan)}},
-        ),
-        TRAIN,
-        0,
+    tree = _with_experts(
+        params_lib.init(cfg, jax.random.key(0)),
+        lambda f: {**f, "router": {"kernel": f["router"]["kernel"].at[:, 0, 0].set(np.nan)}},
     )
+    state = step.initial(cfg, TRAIN, tree, 0)
     after, metrics = train_step(cfg)(state, rows())
     assert not bool(metrics["ok"]) and int(after["skipped"]) == 1
     jax.tree.map(np.testing.assert_array_equal, after["params"], state["params"])
@@ -220,7 +220,8 @@ def test_adapters_and_int8_on_a_mixture() -> None:
     want = logits(cfg, tokens_BT=TOKENS)
     np.testing.assert_array_equal(logits(cfg, lora.attach(cfg, tree, adapters), tokens_BT=TOKENS), want)
     train = dataclasses.replace(TRAIN, surgery=lora)
-    after, metrics = jax.jit(lambda s, b: step.step(cfg, train, s, b, tree))(step.initial(adapters, train, 0), rows())
+    state = step.initial(cfg, train, adapters, 0)
+    after, metrics = jax.jit(lambda s, b: step.step(cfg, train, s, b, step.Beside(tree)))(state, rows())
     assert bool(metrics["ok"]) and jax.tree.structure(after["params"]) == jax.tree.structure(adapters)
     moved = jax.tree.map(lambda p: p + 0.1 * jnp.sin(jnp.arange(p.size)).reshape(p.shape), after["params"])
     merged = logits(cfg, lora.merge(cfg, tree, moved), tokens_BT=TOKENS)
@@ -232,7 +233,7 @@ def test_adapters_and_int8_on_a_mixture() -> None:
         n.split("/", 1)[1] for n, leaf in params_lib.names(made).items() if weights.special(leaf) and "/ffn/" in n
     }
     assert rounded == {f"ffn/shared/{n}/kernel" for n in ("gate", "up", "down")}
-    got, want = (logits(cfg, t, tokens_BT=TOKENS) for t in (made, weights.densify(made)))
+    got, want = (logits(cfg, t, tokens_BT=TOKENS) for t in (made, densified(made)))
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -290,7 +291,7 @@ def test_a_mistake_is_refused_before_anything_is_built(case: str) -> None:
 )
 def test_generation_that_would_be_wrong_is_refused_with_the_reason(change: dict[str, Any], reason: str) -> None:
     cfg = moe(**change)
-    for attempt in (lambda: Generator(cfg, {}), lambda: caches.init(cfg, 1, 8)):
+    for attempt in (lambda: Generator(DecoderModel(cfg), {}), lambda: caches.init(cfg, 1, 8)):
         with pytest.raises(UserError, match=r"model\.ffn: layer 0 cannot generate or decode with a cache") as e:
             attempt()
         assert reason in str(e.value)
@@ -311,7 +312,7 @@ def test_hash_needs_token_ids() -> None:
     cfg = moe(router="hash")
     tree = params_lib.init(cfg, jax.random.key(0))
     with pytest.raises(ValueError, match="goes by token ids"):
-        Decoder(cfg).apply({"params": tree}, embeddings_BTD=jnp.zeros((1, 4, 32)))
+        Decoder(cfg).apply({"params": tree}, Inputs(embeddings_BTD=jnp.zeros((1, 4, 32))))
 
 
 def test_dispatch_holds_memory_in_proportion_to_tokens() -> None:
@@ -326,10 +327,11 @@ def test_dispatch_holds_memory_in_proportion_to_tokens() -> None:
         )
         module = cfg.ffn.module(cfg)
         x = jax.ShapeDtypeStruct((1, tokens, 32), jnp.float32)
-        call = Call(jax.ShapeDtypeStruct((1, tokens), jnp.int32), jax.ShapeDtypeStruct((1, tokens), jnp.int32))
-        p = jax.eval_shape(module.init, jax.random.key(0), x, call)
-        run = jax.jit(lambda p, x, call: jax.grad(lambda p: module.apply(p, x, call)[0].sum())(p))
-        return run.lower(p, x, call).compile().memory_analysis().temp_size_in_bytes
+        ids, positions = (jax.ShapeDtypeStruct((1, tokens), kind) for kind in (jnp.int32, jnp.float32))
+        layer = LayerInputs(Tokens(ids, positions), jax.ShapeDtypeStruct((), jnp.float32), ids)  # type: ignore[arg-type]
+        p = jax.eval_shape(module.init, jax.random.key(0), x, layer)
+        run = jax.jit(lambda p, x, layer: jax.grad(lambda p: module.apply(p, x, layer).x.sum())(p))
+        return run.lower(p, x, layer).compile().memory_analysis().temp_size_in_bytes
 
     base = temporary(1024, 8)
     assert temporary(4096, 8) < 4.6 * base

@@ -11,10 +11,15 @@ import moe_reference as ref
 import numpy as np
 import pytest
 
+from lm.attention.branches import Tokens
 from lm.config import ModelConfig, merge, model_config
-from lm.ffn.context import Call
+from lm.ffn.moe.plug import MoE
+from lm.ffn.moe.routers import Hash
 from lm.ffn.moe.routing import TokenChoice, balanced_assignment, limit, sinkhorn
+from lm.layer import LayerInputs
+from lm.model.taps import named
 from lm.plug import table
+from lm.watch import Watch
 
 E, T, D, F, V = 6, 26, 8, 10, 40
 BASE = model_config({"vocab_size": V, "d_model": D, "n_heads": 1, "d_ff": F})
@@ -28,16 +33,34 @@ def model(**ffn: Any) -> ModelConfig:
     return merge(BASE, {"ffn": {"name": "moe", "experts": E, **ffn}}, "model")
 
 
+def inputs(index_BT: Any, ids_BT: Any, key: Any = None) -> LayerInputs:
+    """What the layer may look at; all that it hands out is watched."""
+    index, ids = (jnp.asarray(a, jnp.int32) for a in (index_BT, ids_BT))
+    return LayerInputs(Tokens(index, index.astype(jnp.float32)), jnp.ones(()), ids, key, Watch(("*",)))
+
+
+def moe(cfg: ModelConfig) -> MoE:
+    """The mixture of a model."""
+    assert isinstance(cfg.ffn, MoE)
+    return cfg.ffn
+
+
 @functools.cache
 def shapes_of(cfg: ModelConfig) -> Any:
-    call = Call(jnp.zeros((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32))
-    return jax.eval_shape(cfg.ffn.module(cfg).init, jax.random.key(0), jnp.zeros((1, 1, D)), call)["params"]
+    layer = inputs(np.zeros((1, 1)), np.zeros((1, 1)))
+    return jax.eval_shape(cfg.ffn.module(cfg).init, jax.random.key(0), jnp.zeros((1, 1, D)), layer)["params"]
 
 
 @functools.cache
 def program(cfg: ModelConfig) -> Any:
-    """Jitted ``(params, x[B, T, D], call) -> (y, report)``; the tests of this file share it."""
-    return jax.jit(lambda p, x, call: cfg.ffn.module(cfg).apply({"params": p}, x, call))
+    """Jitted ``(params, x[B, T, D], layer) -> (y, report)``, what was watched being ``report["taps"]``; the tests of
+    this file share it."""
+
+    def run(p: Any, x: jax.Array, layer: LayerInputs) -> tuple[jax.Array, Any]:
+        out, made = cfg.ffn.module(cfg).apply({"params": p}, x, layer, mutable=["taps"])
+        return out.x, {**out.report, "taps": named(made["taps"])}
+
+    return jax.jit(run)
 
 
 def weights(cfg: ModelConfig, seed: int = 0) -> Any:
@@ -57,8 +80,7 @@ def weights(cfg: ModelConfig, seed: int = 0) -> Any:
 def run(cfg: ModelConfig, p: Any, x: np.ndarray = X, key: Any = None, ids: Any = IDS, index: Any = None) -> Any:
     """Output ``[T, D]`` and report for one row."""
     index = np.arange(len(x)) if index is None else index
-    call = Call(jnp.asarray(index)[None], jnp.asarray(ids)[None], key, taps=True)
-    y, report = program(cfg)(p, jnp.asarray(x, jnp.float32)[None], call)
+    y, report = program(cfg)(p, jnp.asarray(x, jnp.float32)[None], inputs(index[None], ids[None], key))
     return np.asarray(y[0], np.float64), report
 
 
@@ -136,7 +158,9 @@ def test_hash_goes_by_the_id_alone(kind: str, k: int) -> None:
     want = ref.combine(X, [[(e, 1 / k) for e in row] for row in rows.tolist()], experts)
     np.testing.assert_allclose(y, want, rtol=0, atol=2e-4)
     np.testing.assert_array_equal(run(cfg, p, x=X + 1)[1]["taps"]["experts"][0], rows)
-    every = cfg.ffn.router.experts_of(V, E)
+    router = moe(cfg).router
+    assert isinstance(router, Hash)
+    every = router.experts_of(V, E)
     assert np.ptp(np.bincount(every[:, 0], minlength=E)) <= 1  # all experts serve as many ids
 
 
@@ -176,7 +200,7 @@ def test_capacity_for_all_is_dropless() -> None:
         got, report = run(model(capacity=float(E), dispatch=dispatch), p, key=KEY)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
         assert report["sums"]["kept"] == report["sums"]["chosen"] == 2 * T
-    assert model(capacity=0.1).ffn.places(T, False) is None  # eval_capacity None: no limit
+    assert moe(model(capacity=0.1)).places(T, False) is None  # eval_capacity None: no limit
 
 
 def test_capacity_without_k_drops_three_quarters_of_second_choices() -> None:
@@ -187,7 +211,7 @@ def test_capacity_without_k_drops_three_quarters_of_second_choices() -> None:
     experts = jnp.asarray(np.stack([first, (first + 3) % n], 1), jnp.int32)
     choice = TokenChoice(experts, jnp.ones((t, 2)), jnp.ones((t, n)))
     cfg = merge(BASE, {"ffn": {"name": "moe", "experts": n, "capacity": 1.25, "capacity_counts_k": False}}, "model")
-    places = cfg.ffn.places(t, True)
+    places = moe(cfg).places(t, True)
     assert places == 20
     kept = np.asarray(limit(choice, jnp.ones(t, bool), places, "choice"))
     assert kept[:, 0].all() and kept[:, 1].mean() == 0.25
@@ -210,10 +234,10 @@ def test_padding_takes_no_place_and_counts_for_nothing() -> None:
 def test_rows_compete_in_a_batch_and_not_in_a_sequence() -> None:
     alone, _ = run(model(**LIMITED), weights(model())[0])
     x = jnp.asarray(np.stack([X, X[::-1]]), jnp.float32)
-    call = Call(jnp.broadcast_to(jnp.arange(T), (2, T)), jnp.asarray(np.stack([IDS, IDS[::-1]])))
+    layer = inputs(np.broadcast_to(np.arange(T), (2, T)), np.stack([IDS, IDS[::-1]]))
     for group in ("batch", "sequence"):
         cfg = model(**LIMITED, group=group)
-        y, _ = program(cfg)(weights(cfg)[0], x, call)
+        y, _ = program(cfg)(weights(cfg)[0], x, layer)
         assert np.allclose(y[0], alone, atol=1e-5) == (group == "sequence")
 
 
@@ -252,11 +276,11 @@ def test_what_leaks_says_so(ffn: dict[str, Any], training: bool) -> None:
         got, _ = run(cfg, p, x=other, key=key, ids=ids)
         found |= np.abs(got - want)[:cut].max() > 1e-5
         assert np.abs(got - want)[cut:].max() > 1e-3
-    assert found == cfg.ffn.leaks(training)
+    assert found == moe(cfg).leaks(training)
     if not training and not cfg.ffn.uncached:
         alone = np.concatenate([run(cfg, p, x=X[t : t + 1], ids=IDS[t : t + 1])[0] for t in range(5)])
         np.testing.assert_allclose(alone, run(cfg, p)[0][:5], rtol=0, atol=1e-5)
-    assert bool(cfg.ffn.uncached) >= cfg.ffn.leaks(False)
+    assert bool(cfg.ffn.uncached) >= moe(cfg).leaks(False)
 
 
 @pytest.mark.parametrize(
@@ -310,13 +334,13 @@ def test_the_bias_balances_a_collapsed_router() -> None:
 def test_losses_of_a_uniform_router_and_gradient_of_the_probabilities() -> None:
     cfg = model(load_balance_loss=1.0, router_z_loss=0.5)
     p, _ = weights(cfg)
-    call = Call(jnp.arange(T)[None], jnp.asarray(IDS)[None])
+    layer = inputs(np.arange(T)[None], IDS[None])
     x = jnp.asarray(X, jnp.float32)[None]
 
     @jax.jit
     @jax.value_and_grad
     def loss(kernel: jax.Array) -> jax.Array:
-        return cfg.ffn.module(cfg).apply({"params": {**p, "router": {"kernel": kernel}}}, x, call)[1]["loss"]
+        return program(cfg)({**p, "router": {"kernel": kernel}}, x, layer)[1]["loss"]
 
     k = p["router"]["kernel"]
     assert float(loss(0 * k)[0]) == pytest.approx(1.0 + 0.5 * np.log(E) ** 2, rel=1e-5)
@@ -366,8 +390,8 @@ def test_balance_by_sequence_is_the_mean_of_rows() -> None:
     cfg = model(load_balance_loss=1.0, balance_over="sequence")
     p, _ = weights(cfg)
     x = np.stack([X, X[::-1] * 0.5 + 1])
-    call = Call(jnp.broadcast_to(jnp.arange(T), (2, T)), jnp.asarray(np.stack([IDS, IDS])))
-    report = program(cfg)(p, jnp.asarray(x, jnp.float32), call)[1]
+    layer = inputs(np.broadcast_to(np.arange(T), (2, T)), np.stack([IDS, IDS]))
+    report = program(cfg)(p, jnp.asarray(x, jnp.float32), layer)[1]
     rows = [float(run(cfg, p, x=row)[1]["loss"]) for row in x]
     assert float(report["loss"]) == pytest.approx(np.mean(rows), rel=1e-5)
     assert rows[0] != pytest.approx(rows[1], rel=1e-2)

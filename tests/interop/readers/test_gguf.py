@@ -19,7 +19,8 @@ from lm import interop
 from lm.config import ModelConfig, model_config, plug
 from lm.errors import UserError
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 
 DIMS = {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_positions": 128}
 
@@ -213,7 +214,7 @@ def test_pretrained_model_continues_a_story() -> None:
     tokenizer = checkpoint.tokenizer
     assert tokenizer is not None
     ids = tokenizer.encode("Once upon a time, there was a little girl who")
-    step = jax.jit(lambda p, t, n: Decoder(checkpoint.config).apply({"params": p}, t).logits_BTV[0, n])
+    step = jax.jit(lambda p, t, n: DecoderModel(checkpoint.config).apply(p, Inputs(t)).logits_BTV[0, n])
     size = len(ids) + 30
     while len(ids) < size:
         padded = jnp.asarray([ids + [0] * (size - len(ids))])

@@ -14,7 +14,8 @@ import pytest
 from lm import interop
 from lm.config import model_config
 from lm.interop import families
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 
 torch = pytest.importorskip("torch", reason="the PyTorch oracles need torch (CPU build, Python 3.11)")
 transformers = pytest.importorskip("transformers")
@@ -137,7 +138,7 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     with torch.no_grad():
         want = model(torch.as_tensor(ids)).logits.numpy()
     checkpoint = interop.load(str(tmp_path))
-    apply = jax.jit(lambda p, t: Decoder(checkpoint.config).apply({"params": p}, t).logits_BTV)
+    apply = jax.jit(lambda p, t: DecoderModel(checkpoint.config).apply(p, Inputs(t)).logits_BTV)
     got = np.asarray(apply(checkpoint.params, jnp.asarray(ids)))
     assert want.std() > 0.1, "the logits must vary for the comparison to mean anything"
     assert np.abs(got - want).max() <= 2e-4

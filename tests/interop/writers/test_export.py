@@ -20,7 +20,8 @@ from lm.errors import UserError
 from lm.interop.readers import run_folder
 from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 
 LLAMA = {
     "vocab_size": 258,
@@ -146,9 +147,9 @@ def test_transformers_loads_it_to_the_same_logits_and_text(name: str, tmp_path: 
     with torch.no_grad():
         want = theirs(ids).logits.numpy()
         text = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
-    ours = Decoder(cfg).apply({"params": weights}, jnp.asarray([TEXT])).logits_BTV
+    ours = DecoderModel(cfg).apply(weights, Inputs(jnp.asarray([TEXT]))).logits_BTV
     np.testing.assert_allclose(ours, want, atol=2e-4)
-    answer = Generator(cfg, weights)([TEXT], Sampling(temperature=0.0), max_new_tokens=12)[0][0]
+    answer = Generator(DecoderModel(cfg), weights)([TEXT], Sampling(temperature=0.0), max_new_tokens=12)[0][0]
     assert answer.tokens == text[len(TEXT) :]
 
 

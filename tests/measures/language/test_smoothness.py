@@ -13,7 +13,8 @@ from lm.errors import UserError
 from lm.measures import TABLE, Subject
 from lm.measures.language.smoothness import in_order, smoothness
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 
 ALPHA = np.array([6 / (np.pi**2 * s**2) for s in range(1, 101)])
 
@@ -70,12 +71,12 @@ def test_measure_reads_the_models_distributions() -> None:
     cfg = model_config({"vocab_size": 258, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16})
     params = jax.tree.map(lambda x: 20 * x, params_lib.init(cfg, jax.random.key(0)))
     plug = TABLE["smoothness"](texts=("python-docs:in", "python-docs:pass"), tokens=24, skip=4, bin=5)
-    done = plug.run(Subject(cfg, params, ByteTokenizer()), lambda fraction, text: None)
+    done = plug.run(Subject(DecoderModel(cfg), params, ByteTokenizer()), lambda fraction, text: None)
     from lm.data.texts import documents
 
     for spec, got in zip(plug.texts, done.samples["smoothness"], strict=True):
         ids = list(documents(spec)[0].text.encode())[:24]
-        logits = Decoder(cfg).apply({"params": params}, np.array([ids])).logits_BTV[0, 4:]
+        logits = DecoderModel(cfg).apply(params, Inputs(np.array([ids]))).logits_BTV[0, 4:]
         want = np.mean([by_definition(np.asarray(row, np.float64)) for row in jax.nn.softmax(logits)[:2]])
         assert want > 0
         np.testing.assert_allclose(got, smoothness(jax.nn.softmax(logits)).mean(), rtol=1e-4)
@@ -103,7 +104,7 @@ def test_mistakes_are_named(fields: dict[str, int], message: str) -> None:
 
 def test_short_documents_are_refused() -> None:
     cfg = model_config({"vocab_size": 258, "d_model": 16, "n_layers": 1, "n_heads": 2, "d_ff": 16})
-    subject = Subject(cfg, params_lib.init(cfg, jax.random.key(0)), ByteTokenizer())
+    subject = Subject(DecoderModel(cfg), params_lib.init(cfg, jax.random.key(0)), ByteTokenizer())
     with pytest.raises(UserError, match=r"measures\.smoothness\.tokens: 100000 asked for, document 'pass'"):
         TABLE["smoothness"](texts=("python-docs:pass",), tokens=100000).run(subject, lambda fraction, text: None)
 

@@ -16,8 +16,10 @@ from lm.errors import UserError
 from lm.measures import Subject
 from lm.measures.routing.routing import information
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 from lm.plug import table
+from lm.watch import Watch
 
 TEXTS = ("python-docs:pass", "python-docs:in")
 
@@ -29,7 +31,7 @@ def model(**ffn: Any) -> Any:
 
 def subject(cfg: Any, run: Path | None = None) -> Subject:
     tree = jax.tree.map(lambda x: 8 * x if x.ndim > 2 else x, params_lib.init(cfg, jax.random.key(0)))
-    return Subject(cfg, tree, ByteTokenizer(), run=run)
+    return Subject(DecoderModel(cfg), tree, ByteTokenizer(), run=run)
 
 
 def measure(name: str, **fields: Any) -> Any:
@@ -77,8 +79,8 @@ def test_drops_by_position_are_those_of_the_layers() -> None:
     made = measure("routing", bin=4).run(who, quiet)
     ids = [list(d.text.encode())[: 8 * 32] for d in _documents()]
     rows = jnp.asarray(np.array(ids).reshape(-1, 32))
-    reports = Decoder(cfg).apply({"params": who.params}, rows, taps=True).reports
-    lost = 1 - np.stack([np.asarray(r["taps"]["kept"]) for r in reports]).mean((0, 1, 3))
+    out = who.model.apply(who.params, Inputs(rows), watch=Watch(taps=("ffn/*",)))
+    lost = 1 - np.stack([np.asarray(kept) for kept in out.tap("ffn/kept")]).mean((0, 1, 3))
     np.testing.assert_allclose(made.curves["dropped"]["y"], lost.reshape(8, 4).mean(1), atol=1e-6)
     s = {k: v[0] for k, v in made.samples.items()}
     assert s["dropped"] == pytest.approx(lost.mean()) and s["dropped"] >= 0.5
@@ -109,15 +111,15 @@ class Kept:
 def test_history_finds_when_choices_were_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     cfg = model(router={"name": "switch"})
     who = subject(cfg, tmp_path)
-    monkeypatch.setattr("lm.measures.routing.routing.reader", lambda path: Kept(who.params))
+    monkeypatch.setattr("lm.measures.routing.routing.Run", lambda path, reader: Kept(who.params))
     made = measure("routing_history", early=0.3).run(who, quiet)
     s = {k: v[0] for k, v in made.samples.items()}
     # the first layer's experts are renumbered in a circle: none is kept; the second layer sees another input
     assert made.curves["overlap"]["x"] == [2, 4, 6] and made.curves["overlap"]["y"][1:] == [1.0, 1.0]
     assert s["overlap_early"] == 1.0 and s["overlap_first"] < 0.4 and made.notes["early step"] == 4
     rows = jnp.asarray(np.array([list(d.text.encode())[: 8 * 32] for d in _documents()]).reshape(-1, 32))
-    reports = Decoder(cfg).apply({"params": who.params}, rows, taps=True).reports
-    loads = [np.bincount(np.asarray(r["taps"]["experts"]).ravel(), minlength=4) / rows.size for r in reports]
+    out = who.model.apply(who.params, Inputs(rows), watch=Watch(taps=("ffn/*",)))
+    loads = [np.bincount(np.asarray(chosen).ravel(), minlength=4) / rows.size for chosen in out.tap("ffn/experts")]
     assert s["overlap_chance"] == pytest.approx(np.mean([(p * p).sum() for p in loads]), abs=1e-6)
 
 

@@ -13,13 +13,14 @@ from lm.measures import TABLE, Subject
 from lm.measures.language.smoothness import smoothness
 from lm.measures.tasks import density_tasks as tasks
 from lm.measures.tasks.density import scaling_law
+from lm.model.language_model import DecoderModel
 
 LINEAR = {"name": "linear", "tie": False, "bias": True}
 
 
 def measure(head: dict[str, Any], seed: int = 0, **fields: Any) -> Any:
     plug = TABLE["conditional_density"](**{"samples": 400, "epochs": 3, "bins": 20, "hidden": (16, 12), **fields})
-    return plug.run(Subject(model_config({"head": head}), None, None, seed), lambda fraction, text: None)
+    return plug.run(Subject(DecoderModel(model_config({"head": head})), None, None, seed), lambda fraction, text: None)
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
@@ -130,4 +131,4 @@ def test_orders_of_another_size_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.head\.order: 3 bins, but model\.vocab_size = 20"):
         plug = TABLE["conditional_density"](samples=100, epochs=1, bins=20, batch=8)
         head = model_config({"vocab_size": 3, "head": {"name": "fourier", "order": (2, 0, 1)}})
-        plug.run(Subject(head, None, None, 0), lambda fraction, text: None)
+        plug.run(Subject(DecoderModel(head), None, None, 0), lambda fraction, text: None)

@@ -16,6 +16,7 @@ from lm.errors import UserError
 from lm.measures import TABLE, Subject
 from lm.measures.tasks.forecast import score
 from lm.model import params as params_lib
+from lm.model.language_model import DecoderModel
 
 FIELDS: dict[str, Any] = {"season": 6, "context": 12, "horizon": 5, "history": 30, "windows": 3, "paths": 4}
 
@@ -33,7 +34,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(subject: Subject | None, series: str, **fields: Any) -> Any:
-    nobody = Subject(model_config({}), None, None)
+    nobody = Subject(DecoderModel(model_config({})), None, None)
     plug = TABLE["forecast"](series=series, **{**FIELDS, **fields})
     return plug.run(subject or nobody, lambda fraction, text: None)
 
@@ -85,7 +86,7 @@ def test_models_paths_are_scaled_back(table: Path) -> None:
     cfg = model_config({"vocab_size": 16, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 8, "head": head})
     params = params_lib.init(cfg, jax.random.key(0))
     params["head"]["bias"] = params["head"]["bias"].at[9].set(50.0)
-    subject = Subject(cfg, params, tokenizer)
+    subject = Subject(DecoderModel(cfg), params, tokenizer)
     got = run(subject, f"{table}#noisy", windows=2).samples
     values = np.loadtxt(table, delimiter=",", skiprows=1)[:, 1]
     errors = []
@@ -100,14 +101,16 @@ def test_paths_depend_on_the_seed_alone(table: Path) -> None:
     tokenizer = ValueTokenizer(bins=16, context=12, low=0.0, high=2.0)
     cfg = model_config({"vocab_size": 16, "d_model": 8, "n_layers": 1, "n_heads": 2, "d_ff": 8, "head": "fourier"})
     params = params_lib.init(cfg, jax.random.key(0))
-    one, two, other = (run(Subject(cfg, params, tokenizer, seed), f"{table}#noisy").samples for seed in (0, 0, 1))
+    one, two, other = (
+        run(Subject(DecoderModel(cfg), params, tokenizer, seed), f"{table}#noisy").samples for seed in (0, 0, 1)
+    )
     assert one == two and one != other
 
 
 def test_foreign_tokenizers_are_refused(table: Path) -> None:
     for tokenizer in (None, ByteTokenizer(), ValueTokenizer(16, 11, 0.0, 2.0)):
         with pytest.raises(UserError, match=r"measures\.forecast\.context: .*values:BINS:12"):
-            run(Subject(model_config({}), None, tokenizer), f"{table}#noisy")
+            run(Subject(DecoderModel(model_config({})), None, tokenizer), f"{table}#noisy")
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
