@@ -73,7 +73,7 @@ def materials(folder: Path, prefill: int) -> tuple[dict[str, Path], Path]:
     from benchmarks.decode_worker import PROMPT
     from lm import interop
     from lm.data import texts
-    from lm.interop import to_huggingface
+    from lm.interop.writers import to_huggingface
 
     found = interop.load("smollm2-135m")
     gguf = interop.find("smollm2-135m")

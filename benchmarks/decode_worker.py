@@ -26,12 +26,13 @@ class Ours:
     def __init__(self, options: argparse.Namespace) -> None:
         from lm import interop
         from lm.decoding import Generator, Sampling
+        from lm.model.language_model import DecoderModel
         from lm.surgery import TABLE
 
         found = interop.load(str(options.weights))
         plug = TABLE["int8" if options.kind == "ours-int8" else "none"]()
         self.cfg, self.params = plug.apply(found.config, found.params)
-        self.generator, self.greedily = Generator(self.cfg, self.params), Sampling(temperature=0.0)
+        self.generator, self.greedily = Generator(DecoderModel(self.cfg), self.params), Sampling(temperature=0.0)
 
     def greedy(self, prompt: list[int], n: int) -> list[int]:
         return self.generator([prompt], self.greedily, max_new_tokens=n)[0][0].tokens
@@ -43,11 +44,12 @@ class Ours:
         from lm.config import merge
         from lm.measures import Subject
         from lm.measures.cost.decode_cost import DecodeCost
+        from lm.model.language_model import DecoderModel
 
         settings: dict[str, Any] = {"name": pattern}
         if pattern == "lm_infinite":
             settings |= {"window": self.cfg.max_positions, "ceiling": float(self.cfg.max_positions)}
-        subject = Subject(merge(self.cfg, {"pattern": settings}, "model"), self.params, None, 0)
+        subject = Subject(DecoderModel(merge(self.cfg, {"pattern": settings}, "model")), self.params, None, 0)
         done = DecodeCost((length,), steps).run(subject, lambda fraction, text: None)
         return {"ms": done.samples[f"ms@{length}"], "cache_mib": done.samples[f"cache_mib@{length}"][0]}
 

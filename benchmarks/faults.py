@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from experiments import run
-from experiments.environment import describe
+from experiments.running.environment import describe
 from lm.config import build, model_config
 from lm.errors import UserError
 from lm.model import params
@@ -234,7 +234,7 @@ def damages(folder: Path, rng: random.Random) -> dict[str, Any]:
     source = (training(folder / "sound") or folder) / "checkpoints"
     about = json.loads((source / "12" / "about" / "metadata").read_text())
     cfg, train = model_config(about["model"]), build(TrainConfig, about["train"], "train")
-    like = jax.eval_shape(lambda: initial(params.init(cfg, jax.random.key(0)), train))
+    like = jax.eval_shape(lambda: initial(cfg, train, params.init(cfg, jax.random.key(0))))
     kept = Checkpoints(source)
     found = kept.newest(like, lambda about: None, print)
     kept.close()

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments import certified_text, cli, step
+from experiments import cli
+from experiments.certificates import command as step
+from experiments.certificates import text as certified_text
 from lm.aot import certificate, chips
 from lm.aot.estimate import estimate
 from lm.config import ModelConfig

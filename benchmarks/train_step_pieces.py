@@ -16,16 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.attention.attend import attend
-from lm.attention.branches import Context, Tokens
+from lm.attention.branches import Context, Keys, Tokens
 from lm.config import ModelConfig
-from lm.objectives.causal import head_loss
+from lm.heads.base import Targets
+from lm.layer import LayerInputs
+from lm.model.language_model import DecoderModel
+from lm.objectives.likelihood import head_loss
 
 
 def measure(cfg: ModelConfig, params: Any, update: Callable[[], Any], batch: int, length: int, rounds: int = 9) -> Any:
     """``{piece: milliseconds per step}``, medians over turns that all pieces take; `update` is the optimizer alone."""
     rng = np.random.default_rng(0)
     B, T, D, L = batch, length, cfg.d_model, cfg.n_layers
-    K, d = cfg.n_kv_heads or cfg.n_heads, cfg.head_dim or D // cfg.n_heads
+    K, d = cfg.kv_heads, cfg.head_width
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape), jnp.dtype(cfg.dtype))
@@ -37,20 +40,20 @@ def measure(cfg: ModelConfig, params: Any, update: Callable[[], Any], batch: int
     positions = cfg.positions.bind(cfg)
 
     def softmax(q: Any, k: Any, v: Any) -> Any:
-        ctx = Context(q, k, tokens, tokens, positions, end, d**-0.5)
-        return attend(ctx, v, cfg.pattern.branches(ctx))[0]
+        ctx = Context(q, tokens, (Keys(k, v, tokens),), positions, end, d**-0.5)
+        return attend(ctx, cfg.pattern.branches(ctx))[0]
 
     def attention(p: Any, x: Any) -> Any:
-        return cfg.mixer.module(cfg).apply({"params": p}, x, tokens, end)[0]
+        return cfg.mixer.module(cfg).apply({"params": p}, x, LayerInputs(tokens, end)).x
 
     def ffn(p: Any, x: Any) -> Any:
-        return cfg.ffn.module(cfg).apply({"params": p}, x)
+        return cfg.ffn.module(cfg).apply({"params": p}, x, LayerInputs(tokens, end)).x
 
     def norm(p: Any, x: Any) -> Any:
         return cfg.norm.module(cfg.param_dtype).apply({"params": p}, x)
 
     def head(p: Any, x: Any) -> Any:
-        return head_loss(cfg, p, x, ids, jnp.ones((B, T)))[0]
+        return head_loss(DecoderModel(cfg), p, Targets(x, ids, jnp.ones((B, T))))[0]
 
     top = {name: params[name] for name in ("embed", "head") if name in params}
     pieces: dict[str, tuple[int, Any, tuple[Any, ...]]] = {

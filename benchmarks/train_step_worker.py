@@ -39,7 +39,7 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
     from lm.optimizers.schedules import Constant
     from lm.train.config import TrainConfig
     from lm.train.placement import Placement
-    from lm.train.step import initial
+    from lm.train.step import ALONE, initial
 
     changes = {"dtype": options.dtype, "scan_layers": bool(options.scan)}
     loaded = interop.load(str(options.weights), overrides=changes)
@@ -49,7 +49,7 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
     if options.kind == "pieces":
         _pieces(loaded.config, params, train)
     place = Placement(loaded.config, train)
-    state = initial(params, train)
+    state = initial(loaded.config, train, params)
     held = [jax.device_put(state, place.shardings(state))]
     del state
     del params
@@ -60,7 +60,7 @@ def ours(options: argparse.Namespace) -> Callable[[np.ndarray], float]:
         data = place.batch(rows)
         if not run:
             run.append(place.compile(held[0], data))
-        held[0], metrics = run[0](held[0], data, None)
+        held[0], metrics = run[0](held[0], data, ALONE)
         return float(metrics["loss"])
 
     return one
@@ -74,7 +74,7 @@ def _pieces(cfg: Any, params: Any, train: Any) -> NoReturn:
     from benchmarks.train_step_pieces import measure
     from lm.train.step import transformation
 
-    tx = transformation(train)
+    tx = transformation(cfg, train)
     held = [params, tx.init(params)]
     grads = jax.tree.map(lambda p: 0.01 * p, params)
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from lm.errors import Terminated, TrainingStopped, UserError, nearest
@@ -17,6 +17,7 @@ from lm.errors import Terminated, TrainingStopped, UserError, nearest
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
 
 Command = Callable[[Sequence[str]], int | None]
+Documented = Callable[[Sequence[str], str | None], int | None]
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,29 +61,64 @@ def main(fn: Command, argv: Sequence[str] | None = None) -> int:
         return 0
 
 
+def command(fn: Documented, doc: str | None) -> Callable[..., int]:
+    """``main(argv=None)`` of a command: ``fn(argv, doc)`` by `main`; `doc` is what ``--help`` prints."""
+    return lambda argv=None: main(lambda words: fn(words, doc), argv)
+
+
+_LAST: list[Callable[[], None]] = []  # what is still to be done when a signal ends the process
+_PATIENCE = 10.0  # seconds that it may take
+
+
+@contextlib.contextmanager
+def before_the_end(fn: Callable[[], None]) -> Iterator[None]:
+    """A signal that ends the process meanwhile (`enter`) calls `fn` first, in another thread."""
+    _LAST.append(fn)
+    try:
+        yield
+    finally:
+        _LAST.remove(fn)
+
+
 def enter(fn: Callable[[], int]) -> NoReturn:
-    """Runs a command as the whole process, which an interrupt ends at once, even inside a compiled computation.
+    """Runs a command as the whole process, which SIGINT and SIGTERM end at once, even inside a compiled computation.
 
     Python runs signal handlers between byte codes of the main thread: that thread may wait minutes for a computation,
     or be inside a callback of one, where JAX turns the exception into another. So the handler does nothing, and a
     thread that reads the wake-up descriptor (written at once, in C) ends the process. No moment is a bad one: files
-    are written whole or not at all.
+    are written whole or not at all. A training that handles SIGTERM itself, to save first, is left to do so.
     """
     read, write = socket.socketpair()
     write.setblocking(False)
 
+    def nothing(number: int, frame: object) -> None:
+        pass
+
     def watch() -> None:
-        while read.recv(1) != bytes([signal.SIGINT]):
-            pass
+        number = 0
+        while number != signal.SIGINT and not (
+            number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is nothing
+        ):
+            number = read.recv(1)[0]
+        last = threading.Thread(target=_last_words, daemon=True)
+        last.start()
+        last.join(_PATIENCE)
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.flush()
             print(f"\n{INTERRUPTED}" if sys.stderr.isatty() else INTERRUPTED, file=sys.stderr, flush=True)
-        os._exit(130)
+        os._exit(128 + number)
 
     threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, lambda number, frame: None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, nothing)
     signal.set_wakeup_fd(write.fileno(), warn_on_full_buffer=False)
     sys.exit(fn())
+
+
+def _last_words() -> None:
+    for fn in list(_LAST):
+        with contextlib.suppress(Exception):
+            fn()
 
 
 def aligned(rows: Sequence[Sequence[str]], indent: str = "") -> str:

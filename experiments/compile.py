@@ -22,35 +22,10 @@ ranks those that fit. The exit code is 1 for a step that does not fit. Needs the
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from experiments import cli
+from experiments.certificates.compile import run
 
-from experiments import certificates, cli, registry, step
-from experiments.run import split_overrides
-from lm.errors import UserError
-
-
-def run(argv: Sequence[str]) -> int:
-    """Raises `UserError` for any mistake in the input."""
-    rest, overrides = split_overrides(argv)
-    args = step.parse(rest, __doc__)
-    if args.all:
-        return certificates.make(args.only, args.missing)
-    if args.out is not None and args.out.exists():
-        raise UserError(f"--out: {args.out} is there already; valid: a new file")
-    if args.base is not None:
-        raw, pod = step.base(args.base)
-        args.topology = args.topology or pod
-    elif args.topology is None:
-        raise UserError("--topology: not given; valid: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, …")
-    else:
-        raw = registry.find(args.config)[1]
-    content, good = step.report(raw, overrides, args)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return 0 if good else 1
-
+main = cli.command(run, __doc__)
 
 if __name__ == "__main__":
-    cli.enter(lambda: cli.main(run))
+    cli.enter(main)

@@ -9,91 +9,10 @@ files of your own, which may read local data. Results are printed as the harness
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import sys
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 from experiments import cli
-from experiments.cache import write_json
-from experiments.generate import model_of
-from experiments.results import clean
-from experiments.settings import Text
-from lm import interop
-from lm.errors import UserError, nearest
-from lm.interop.tensors import check
+from experiments.commands.evaluate import run
 
-PROG = "python -m experiments.evaluate"
-
-
-def run(argv: Sequence[str]) -> int:
-    overrides = {w.partition("=")[0][2:]: Text(w.partition("=")[2]) for w in argv if w.startswith("--model.")}
-    p = cli.Parser(PROG, __doc__)
-    p.add_argument("--checkpoint", required=True, help="a name, a Hugging Face folder, a GGUF file, a run's folder")
-    p.add_argument("--tasks", required=True, help="names of the harness, separated by commas")
-    p.add_argument("--include", help="a folder with task files of your own")
-    p.add_argument("--pattern", help="attention pattern, for example lm_infinite")
-    p.add_argument("--limit", type=int, help="documents per task")
-    p.add_argument("--shots", type=int, help="examples before each question")
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--max-length", type=int, help="tokens of context (default: the trained length)")
-    p.add_argument("--chat", action="store_true", help="through the checkpoint's chat template")
-    p.add_argument("--out", type=Path, help="write results as JSON; must not exist")
-    args, rest = p.parse_known_args([w for w in argv if not w.startswith("--model.")])
-    p.refuse(rest)
-    if args.out is not None and args.out.exists():
-        raise UserError(f"--out: {args.out} exists already; valid: a new file")
-    for name in ("limit", "batch_size", "max_length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("evaluate needs the lm-evaluation-harness; get it with: pip install 'decoder-lab[eval]'")
-    header = interop.load(args.checkpoint, load_params=False)
-    cfg = model_of(header.config, args.pattern, overrides)
-    made = evaluate(args, cfg)
-    if args.out is not None:
-        write_json(args.out, clean(made))
-    return 0
-
-
-def evaluate(args: Any, cfg: Any) -> dict[str, Any]:
-    """The harness's results; raises `UserError` for tasks that it does not have."""
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
-
-    from lm.interop.harness import DecoderLM
-
-    manager = TaskManager(include_path=args.include)
-    tasks = [t.strip() for t in args.tasks.split(",")]
-    for task in tasks:
-        if task not in manager.all_tasks:
-            raise UserError(
-                f"--tasks: unknown name {task!r}{nearest(task, manager.all_tasks)}; valid: lm_eval --tasks list"
-            )
-    checkpoint = interop.load(args.checkpoint)
-    check(cfg, checkpoint.params, args.checkpoint)
-    model = DecoderLM(checkpoint, cfg, max_length=args.max_length, batch_size=args.batch_size)
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=tasks,
-        task_manager=manager,
-        limit=args.limit,
-        num_fewshot=args.shots,
-        apply_chat_template=args.chat,
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
-    print(make_table(found))
-    kept = {k: found[k] for k in ("results", "versions", "n-shot", "n-samples") if k in found}
-    return json.loads(json.dumps({**kept, "checkpoint": args.checkpoint, "identity": checkpoint.identity}, default=str))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.main(run, argv)
-
+main = cli.command(run, __doc__)
 
 if __name__ == "__main__":
-    cli.enter(lambda: main(sys.argv[1:]))
+    cli.enter(main)

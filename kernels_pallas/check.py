@@ -65,7 +65,7 @@ def lower_for_gpu(case: Case) -> str:
     return "lowered"
 
 
-def rms_ratio(got: Any, want: Any) -> float:
+def rms_ratio(got: object, want: object) -> float:
     """Root mean square of the error over that of `want`, over all arrays; NaN counts as infinite."""
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
     a, b = (np.concatenate([np.asarray(p[i], np.float64).ravel() for p in pairs]) for i in (0, 1))

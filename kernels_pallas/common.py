@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from lm.errors import UserError, unknown
 
 NEG = -1e30  # finite stand-in for -inf: exp(NEG - x) is 0 and NEG - NEG is 0, never NaN
 MIB = 2**20
+STATIC = {"static": True}  # metadata of a field that is no array, in a dataclass that is a pytree
 
-# "auto": see `run`. "tpu": Mosaic TPU. "gpu": Mosaic GPU, for Hopper. "cudnn": NVIDIA's library, where it serves.
-# "interpret", "interpret_gpu": the TPU and the GPU kernel interpreted, slowly. "xla": plain XLA operations.
-# "reference": the truth, in float32. A kernel has those of its `forms`.
+Index = jax.Array | int  # a number that is known, or is known when the program runs
+Pair = tuple[jax.Array, jax.Array]  # of queries, of keys
+Axes = str | tuple[str, ...] | None  # axes of a mesh
+Sizes = tuple[tuple[str, int], ...]  # block sizes by name
+Interpret = bool | pltpu.InterpretParams
+
+
+class Shaped(Protocol):
+    """An array, or the shape and dtype of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+
+class View(Protocol):
+    """``ref.at``: indexed, it is a part of the reference."""
+
+    def __getitem__(self, index: object, /) -> Ref: ...
+
+
+class Ref(Protocol):
+    """A reference in a kernel body: memory that is read, written and cut, or a barrier."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    @property
+    def at(self) -> View: ...
+
+    def __getitem__(self, index: object, /) -> jax.Array: ...
+
+    def __setitem__(self, index: object, value: object, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -63,7 +105,7 @@ KINDS = {
 }
 
 
-def chip(device: Any) -> str | None:
+def chip(device: jax.Device) -> str | None:
     """The name in `CHIPS` or `GPUS` of a device, a mesh's abstract one too, or None. For callers, not for kernels."""
     if device.platform == "gpu":
         capability = getattr(device, "compute_capability", None)
@@ -121,18 +163,82 @@ def blocks(kernel: str, chip: str | None = None, **given: int | None) -> dict[st
     return out
 
 
+@dataclass(frozen=True)
+class How:
+    """How a kernel runs. No field changes what it computes, but for rounding.
+
+    `implementation`: one of these names; a kernel has those of its `forms`.
+
+    - ``auto``: see `run`.
+    - ``tpu``: Mosaic TPU. ``gpu``: Mosaic GPU, for Hopper. ``cudnn``: NVIDIA's library, where it serves.
+    - ``interpret``, ``interpret_gpu``: the TPU and the GPU kernel interpreted, slowly.
+    - ``xla``: plain XLA operations. ``reference``: the truth, in float32.
+
+    `chip`: a row of `BLOCKS`. `sizes` win over that row; `sized` makes them. `interpret`: what `pallas_call` takes
+    under ``interpret``, `strict()` for instance; an implementation that is called by itself is compiled if it is False.
+
+    With a `mesh` the call sits in `jax.shard_map`: rows of the batch over `batch_axis`, heads over `head_axis` (a name,
+    several, or None). Only kernels of `MAPPED` take one.
+    """
+
+    implementation: str = "auto"
+    chip: str | None = None
+    sizes: Sizes = ()
+    interpret: Interpret = True
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None = None
+    batch_axis: Axes = "data"
+    head_axis: Axes = None
+
+    @property
+    def compiled(self) -> How:
+        """The same, not interpreted."""
+        return dataclasses.replace(self, interpret=False)
+
+    @property
+    def hopper(self) -> str:
+        """The chip if it is a GPU, else the GPU that the kernels are written for."""
+        return self.chip if self.chip in GPUS else "h100"
+
+    def size(self, name: str) -> int | None:
+        """The block size that the caller gave, or None."""
+        return dict(self.sizes).get(name)
+
+    def blocks(self, kernel: str, chip: str | None) -> dict[str, int]:
+        """Block sizes of `kernel` on `chip`. Sizes given for another kind of chip are left out."""
+        row = blocks(kernel, chip)
+        return row | {name: size for name, size in self.sizes if name in row}
+
+
+AUTO = How()
+MAPPED = ("flash", "branches", "block_table")  # kernels that map themselves over a mesh
+
+
+def sized(**sizes: int | None) -> Sizes:
+    """`How.sizes` by name; None leaves a size to the table."""
+    return tuple((name, size) for name, size in sizes.items() if size is not None)
+
+
 def vmem(chip: str | None) -> int | None:
     """`vmem_limit_bytes` on `chip`, or the compiler's own limit."""
     return CHIPS[chip].vmem if chip in CHIPS else None
 
 
-def check_chip(kernel: str, chip: str | None) -> None:
-    """The chip's name selects block sizes; it is said, never looked up, because programs are compiled elsewhere."""
-    if chip is not None and chip not in CHIPS and chip not in GPUS:
-        raise unknown(f"{kernel}: chip", chip, (*CHIPS, *GPUS))
+def check_how(kernel: str, how: How) -> None:
+    """The chip, the names of block sizes and the mesh.
+
+    The chip's name selects block sizes. It is said, never looked up, because programs are compiled elsewhere.
+    """
+    if how.chip is not None and how.chip not in CHIPS and how.chip not in GPUS:
+        raise unknown(f"{kernel}: chip", how.chip, (*CHIPS, *GPUS))
+    names = sorted({name for row in BLOCKS[kernel].values() for name in row})
+    for name, _ in how.sizes:
+        if name not in names:
+            raise unknown(f"{kernel}: sizes", name, names)
+    if how.mesh is not None and kernel not in MAPPED:
+        raise UserError(f"{kernel}: a mesh; valid: none, and jax.shard_map around the call")
 
 
-def known_dtype(kernel: str, **arrays: Any) -> None:
+def known_dtype(kernel: str, **arrays: Shaped) -> None:
     """Every array is bfloat16 or float32, all of them the same."""
     kinds = {name: str(a.dtype) for name, a in arrays.items()}
     if len(set(kinds.values())) > 1 or not set(kinds.values()) <= {"bfloat16", "float32"}:
@@ -140,26 +246,27 @@ def known_dtype(kernel: str, **arrays: Any) -> None:
         raise UserError(f"{kernel}: found {found}; valid: all bfloat16 or all float32")
 
 
-def precision(dtype: Any) -> jax.lax.Precision:
+def precision(dtype: DTypeLike) -> jax.lax.Precision:
     """Products of float32 arrays are float32 products, on a TPU too."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 def run(
     kernel: str,
-    implementation: str,
+    how: How,
     forms: Mapping[str, Callable[..., Any]],
     refusals: Mapping[str, str | None],
-    *args: Any,
-    chip: str | None = None,
+    *args: object,
 ) -> Any:
     """Calls the implementation named, or for 'auto' the best one that serves the call.
 
-    `forms`: functions of `args` by name, 'xla' among them; `refusals` says of a form why it cannot serve the call.
-    'auto' becomes 'tpu' where the program is lowered for a TPU, whatever machine lowers it; where for CUDA, 'cudnn',
-    else 'gpu' if `chip` is one it is written for; and 'xla' elsewhere and in place of what is refused.
+    `forms`: functions of `args` by name, 'xla' among them. `refusals` says of a form why it cannot serve the call.
+    'auto' becomes 'tpu' where the program is lowered for a TPU, whatever machine lowers it. Where it is lowered for
+    CUDA, 'auto' becomes 'cudnn', else 'gpu' if the chip is one it is written for. It becomes 'xla' elsewhere, and in
+    place of what is refused.
     Raises UserError for an unknown name, or a form asked for by name that cannot serve the call.
     """
+    implementation = how.implementation
     if implementation not in ("auto", *forms):
         raise unknown(f"{kernel}: implementation", implementation, ("auto", *forms))
     if reason := refusals.get(implementation):
@@ -170,10 +277,27 @@ def run(
     def first(*names: str) -> Callable[..., Any]:
         return next((forms[name] for name in names if name in forms and not refusals.get(name)), forms["xla"])
 
-    tpu, cuda = first("tpu"), first("cudnn", *(("gpu",) if chip in GPUS else ()))
+    tpu, cuda = first("tpu"), first("cudnn", *(("gpu",) if how.chip in GPUS else ()))
     if tpu is cuda is forms["xla"]:
         return tpu(*args)
     return jax.lax.platform_dependent(*args, tpu=tpu, cuda=cuda, default=forms["xla"])
+
+
+def kernel_forms(
+    tpu: Callable[..., Any], gpu: Callable[..., Any], how: How, refusals: tuple[str | None, str | None]
+) -> tuple[dict[str, Callable[..., Any]], dict[str, str | None]]:
+    """Forms and refusals of the two kernels, compiled and interpreted, for `run`.
+
+    `tpu` and `gpu` take `how` by name, besides the arguments of the call. `refusals`: of the TPU's, of the GPU's.
+    """
+    on_tpu, on_gpu = refusals
+    forms: dict[str, Callable[..., Any]] = {
+        "tpu": functools.partial(tpu, how=how.compiled),
+        "interpret": functools.partial(tpu, how=how),
+        "gpu": functools.partial(gpu, how=how.compiled),
+        "interpret_gpu": functools.partial(gpu, how=how),
+    }
+    return forms, {"tpu": on_tpu, "interpret": on_tpu, "gpu": on_gpu, "interpret_gpu": on_gpu}
 
 
 def strict() -> pltpu.InterpretParams:
@@ -205,8 +329,16 @@ class Case:
     draw: Callable[[np.random.Generator, tuple[Any, ...]], tuple[Any, ...]] = field(default=normal)
 
 
-def mapped(fn: Any, mesh: Any, in_specs: Any, out_specs: Any) -> Any:
-    """`fn` for the part of every device of `mesh`: `jax.shard_map` over all axes that are not taken already, for around
-    a kernel none may be left to the compiler."""
-    free = set(mesh.axis_names) - set(getattr(mesh, "manual_axes", ()))
+def mapped(
+    fn: Callable[..., Any],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    in_specs: Iterable[object],
+    out_specs: Iterable[object],
+) -> Callable[..., Any]:
+    """`fn` for the part of every device of `mesh`: `jax.shard_map` over all axes that are not taken already.
+
+    Around a kernel no axis may be left to the compiler. The specs are one tree of `PartitionSpec` per argument and
+    result of `fn`.
+    """
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
     return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=free, check_vma=False)

@@ -1,10 +1,10 @@
 """What the Mosaic GPU kernels share: operands of the matrix unit, layouts in registers, and how they are interpreted.
 
-A kernel body takes an `Ops`: compiled, the operations of `jax.experimental.pallas.mosaic_gpu`. Interpreted on a
-CPU, threads, barriers, copies and the indices of everything are simulated by jax's interpreter, which looks for races;
-it has no word for transposed operands, accumulators that go on, and layouts: there a product is `jnp.dot` of what the
-references hold, and a layout is nothing. So the interpreter checks what is computed from what, and in which order; that
-layouts and tilings fit is checked by the lowering, which needs no GPU either.
+A kernel body takes an `Ops`. Compiled, its operations are those of `jax.experimental.pallas.mosaic_gpu`. Interpreted on
+a CPU, jax's interpreter simulates threads, barriers, copies and the indices of everything, and looks for races. The
+interpreter has no transposed operands, no accumulators that go on and no layouts. There a product is `jnp.dot` of what
+the references hold, and a layout is nothing. So the interpreter checks what is computed from what, and in which order.
+The lowering checks that layouts and tilings fit; it needs no GPU either.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
+from kernels_pallas.common import Ref
 from lm.compat import compile_interpreted_threads_once, gpu_load, gpu_transposed
 
-WARPGROUP = 128  # threads of one; the matrix unit multiplies 64 rows for each
 SWIZZLE = 128  # bytes of a row of a tile in shared memory
+Operand = Ref | jax.Array | Callable[[], jax.Array]  # of the matrix unit; a function makes a tile in registers
 
 
 def params(interpret: bool) -> Any:
@@ -36,7 +38,30 @@ def params(interpret: bool) -> Any:
     return InterpretGPUParams(detect_races=True, num_tma_threads_per_device=16)
 
 
-def smem(shape: tuple[int, ...], dtype: Any, swizzle: int = SWIZZLE) -> Any:
+def copy_in(source: Ref, target: Ref, barrier: Ref) -> None:
+    """Starts a copy of global to shared memory; `barrier` counts its arrival."""
+    plgpu.copy_gmem_to_smem(source, target, barrier)  # type: ignore[arg-type]
+
+
+def copy_out(source: Ref, target: Ref) -> None:
+    """Starts a copy of shared to global memory."""
+    plgpu.copy_smem_to_gmem(source, target)  # type: ignore[arg-type]
+
+
+def wait(barrier: Ref) -> None:
+    plgpu.barrier_wait(barrier)  # type: ignore[arg-type]
+
+
+def arrive(barrier: Ref) -> None:
+    plgpu.barrier_arrive(barrier)  # type: ignore[arg-type]
+
+
+def _multiply(acc: Ref, a: Ref | jax.Array, b: Ref) -> None:
+    """The matrix unit begins ``acc += a @ b``."""
+    plgpu.wgmma(acc, a, b)  # type: ignore[arg-type]
+
+
+def smem(shape: tuple[int, ...], dtype: DTypeLike, swizzle: int = SWIZZLE) -> Any:
     """Shared memory for an operand of the matrix unit: tiles of 8 rows by `swizzle` bytes (128, 64, 32), swizzled."""
     columns = swizzle // jnp.dtype(dtype).itemsize
     tiled = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
@@ -49,8 +74,8 @@ class Ops:
 
     interpret: bool = False
 
-    def cast(self, x: jax.Array, layout: Any) -> jax.Array:
-        return x if self.interpret else plgpu.layout_cast(x, layout)
+    def cast(self, x: jax.Array, layout: object) -> jax.Array:
+        return x if self.interpret else plgpu.layout_cast(x, layout)  # type: ignore[arg-type]
 
     def tile(self, x: jax.Array) -> jax.Array:
         """A tile in the layout of products."""
@@ -67,11 +92,11 @@ class Ops:
     def iota(self, shape: tuple[int, ...], axis: int) -> jax.Array:
         return self.tile(jax.lax.broadcasted_iota(jnp.int32, shape, axis))
 
-    def load(self, ref: Any, index: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    def load(self, ref: Ref, index: object, layout: object, *, optimized: bool = True) -> jax.Array:
         """``ref[index]`` of shared memory, or (not `optimized`) of global memory, in a layout."""
         return ref[index] if self.interpret else gpu_load(ref, index, layout=layout, optimized=optimized)
 
-    def load_transposed(self, ref: Any) -> jax.Array:
+    def load_transposed(self, ref: Ref) -> jax.Array:
         """``ref[...].T`` of swizzled shared memory; `tile` makes it an operand once it has 16 bits."""
         if self.interpret:
             return ref[...].T
@@ -79,12 +104,12 @@ class Ops:
 
     def dot(
         self,
-        a: Any,
-        b: Any,
+        a: Ref | jax.Array,
+        b: Ref,
         *,
         transpose_a: bool = False,
         transpose_b: bool = False,
-        acc: Any = None,
+        acc: jax.Array | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> jax.Array:
         """``acc + a @ b``: `a` in shared memory (a reference) or a tile in registers, `b` in shared memory.
@@ -104,54 +129,54 @@ class Ops:
         if transpose_b:
             b = gpu_transposed(b)
 
-        def issue(ref: Any) -> None:
-            plgpu.wgmma(ref, a, b)
+        def issue(ref: Ref) -> None:
+            _multiply(ref, a, b)
             if meanwhile is not None:
                 meanwhile()
 
         if acc is not None:
             return pl.run_state(issue)(plgpu.ACC.init(acc))
 
-        def alone(ref: Any) -> jax.Array:
+        def alone(ref: Ref) -> jax.Array:
             issue(ref)
             return ref[...]
 
         return pl.run_scoped(alone, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
-    def pair(self, a: Any, b: Any, c: Any, d: Any, between: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
+    def pair(self, a: Ref, b: Ref, c: Ref, d: Ref, between: Callable[[jax.Array], Any]) -> tuple[Any, jax.Array]:
         """``between(a @ b.T), c @ d.T``: `between` runs while the second product is under way."""
         if self.interpret:
             return between(self.dot(a, b, transpose_b=True)), self.dot(c, d, transpose_b=True)
 
-        def both(first: Any, second: Any) -> tuple[Any, jax.Array]:
-            plgpu.wgmma(first, a, gpu_transposed(b))
-            plgpu.wgmma(second, c, gpu_transposed(d))
+        def both(first: Ref, second: Ref) -> tuple[Any, jax.Array]:
+            _multiply(first, a, gpu_transposed(b))
+            _multiply(second, c, gpu_transposed(d))
             got = between(plgpu.wgmma_accumulator_load(first, wait_n=1))
             return got, second[...]
 
         shapes = ((a.shape[0], b.shape[0]), (c.shape[0], d.shape[0]))
         return pl.run_scoped(both, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
-    def add(self, *terms: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, ...]:
+    def add(self, *terms: tuple[jax.Array, Operand, Ref]) -> tuple[jax.Array, ...]:
         """``acc + a @ b`` of each term `(acc, a, b)`; an `a` that is a function runs when those before do."""
         if self.interpret:
             return tuple(self.dot(a() if callable(a) else a, b, acc=acc) for acc, a, b in terms)
 
-        def issue(refs: Any) -> None:
+        def issue(refs: Sequence[Ref]) -> None:
             for ref, (_, a, b) in zip(refs, terms, strict=True):
-                plgpu.wgmma(ref, a() if callable(a) else a, b)
+                _multiply(ref, a() if callable(a) else a, b)
 
         return tuple(pl.run_state(issue)(tuple(plgpu.ACC.init(acc) for acc, _, _ in terms)))
 
-    def dots(self, pairs: Sequence[tuple[Any, Any]], *, transpose_b: bool = False) -> jax.Array:
+    def dots(self, pairs: Sequence[tuple[Ref | jax.Array, Ref]], *, transpose_b: bool = False) -> jax.Array:
         """The sum of ``a @ b`` over `pairs`, in one accumulator; operands as of `dot`."""
         if self.interpret:
             return sum(self.dot(a, b, transpose_b=transpose_b) for a, b in pairs)  # type: ignore[return-value]
         pairs = [(a, gpu_transposed(b) if transpose_b else b) for a, b in pairs]
 
-        def together(ref: Any) -> jax.Array:
+        def together(ref: Ref) -> jax.Array:
             for a, b in pairs:
-                plgpu.wgmma(ref, a, b)
+                _multiply(ref, a, b)
             return ref[...]
 
         return pl.run_scoped(together, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32))

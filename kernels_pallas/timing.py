@@ -18,7 +18,10 @@ Forms = Mapping[str, Callable[[], Any]]
 
 
 def main(
-    kernel: str, base: str, forms: Callable[[bool, str | None], Iterable[tuple[str, Forms]]], argv: Any = None
+    kernel: str,
+    base: str,
+    forms: Callable[[bool, str | None], Iterable[tuple[str, Forms]]],
+    argv: Sequence[str] | None = None,
 ) -> None:
     """Times the cases of ``forms(small, chip)``: names, and forms with `base` among them. Prints, and writes JSON."""
     parser = argparse.ArgumentParser(prog=f"python -m kernels_pallas.{kernel}.bench")
@@ -53,8 +56,11 @@ def seconds(forms: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, f
 
 
 def report(kernel: str, rows: Sequence[Mapping[str, Any]], base: str, path: Path | None) -> None:
-    """Prints a row per case (milliseconds, and base/form: above 1 is faster than `base`, or, where that was not run,
-    than the first form); writes JSON."""
+    """Prints a row per case, and writes JSON.
+
+    A cell is the milliseconds of a form, and the time of `base` over its own: above 1 the form is faster. Where `base`
+    was not run, the first form takes its place.
+    """
     device = jax.devices()[0].device_kind
     forms = list(dict.fromkeys(name for row in rows for name in row["seconds"]))
     print(f"{kernel} on {device} (jax {jax.__version__}); in brackets: times faster than {base}")

@@ -7,17 +7,28 @@ The dataclass is the schema: unknown keys, wrong types and unknown names are ref
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
+from ml_collections import ConfigDict
+
+from lm.caches.base import Cache
 from lm.errors import UserError, nearest, unknown
-from lm.plug import Table, socket, table
+from lm.ffn.base import FFN
+from lm.heads.base import Head
+from lm.mixers.base import Mixer
+from lm.norms import Norm
+from lm.patterns.base import Pattern
+from lm.plug import Model, Table, check_bounds, socket, table
+from lm.positions.base import Positions
 
 # What the layers of one decoder have in common: the residual stream, and what is before and after the blocks.
 _SHARED = ("vocab_size", "d_model", "n_layers", "dtype", "head", "embed_scale", "scan_layers")
+_TYPES = ("float32", "bfloat16", "float16")
 
 
 class LayerOverride(dict[str, Any]):
@@ -28,7 +39,7 @@ class LayerOverride(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Model):
     """Everything the decoder needs to know. Widths are numbers of channels, lengths are tokens.
 
     `max_positions` is the length the parameters were (or will be) trained at. `n_kv_heads=None` means `n_heads`;
@@ -36,63 +47,43 @@ class ModelConfig:
     ``{"layers": "start:stop:step", <field>: value}``; later entries win.
     """
 
-    vocab_size: int = 256
-    d_model: int = 64
-    n_layers: int = 2
-    n_heads: int = 4
-    n_kv_heads: int | None = None
-    head_dim: int | None = None
-    d_ff: int = 256
-    max_positions: int = 2048
-    norm: Any = socket("lm.norms", "rmsnorm")
-    mixer: Any = socket("lm.mixers", "softmax", saved="attention")
-    pattern: Any = socket("lm.patterns", "causal")
-    positions: Any = socket("lm.positions", "rope")
-    ffn: Any = socket("lm.ffn", "swiglu")
-    head: Any = socket("lm.heads", "linear")
-    parallel_residual: bool = False
-    embed_scale: float = 1.0
-    init_std: float = 0.02
-    scan_layers: bool = True
-    remat: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    layer_overrides: tuple[Any, ...] = ()
+    norm: Norm = socket("lm.norms", "rmsnorm")
+    mixer: Mixer = socket("lm.mixers", "softmax", saved="attention")
+    pattern: Pattern = socket("lm.patterns", "causal")
+    cache: Cache = socket("lm.caches", "auto", later=True)
+    positions: Positions = socket("lm.positions", "rope")
+    ffn: FFN = socket("lm.ffn", "swiglu")
+    head: Head = socket("lm.heads", "linear")
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "d_ff", "max_positions"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}: must be at least 1, found {getattr(self, name)}")
-        if self.n_kv_heads is None:
-            object.__setattr__(self, "n_kv_heads", self.n_heads)
-        n_kv_heads = self.n_kv_heads or 0
-        if n_kv_heads < 1 or self.n_heads % n_kv_heads:
+        check_bounds(self, "model")
+        if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise UserError(
-                f"model.n_kv_heads: {n_kv_heads} does not divide model.n_heads = {self.n_heads}; "
+                f"model.n_kv_heads: {self.kv_heads} does not divide model.n_heads = {self.n_heads}; "
                 f"valid: {', '.join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)}"
             )
-        if self.head_dim is None:
-            if self.d_model % self.n_heads:
-                raise UserError(
-                    f"model.d_model: {self.d_model} is not divisible by model.n_heads = {self.n_heads}; "
-                    "set model.head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.d_model // self.n_heads)
-        object.__setattr__(self, "layer_overrides", _frozen(self.layer_overrides))
-        if self.head_dim is not None and self.head_dim < 1:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise UserError(
+                f"model.d_model: {self.d_model} is not divisible by model.n_heads = {self.n_heads}; set model.head_dim"
+            )
+        if self.head_width < 1:
             raise UserError(f"model.head_dim: must be at least 1, found {self.head_dim}")
-        for key in ("dtype", "param_dtype"):
-            if getattr(self, key) not in ("float32", "bfloat16", "float16"):
-                raise unknown(f"model.{key}", getattr(self, key), ("float32", "bfloat16", "float16"))
-        for plug in (self.norm, self.mixer, self.pattern, self.positions, self.ffn, self.head):
-            check = getattr(plug, "check", None)
-            if check is not None:
-                check(self)
+        object.__setattr__(self, "n_kv_heads", self.kv_heads)
+        object.__setattr__(self, "head_dim", self.head_width)
+        object.__setattr__(self, "layer_overrides", _frozen(self.layer_overrides))
+        for key, value in (("dtype", self.dtype), ("param_dtype", self.param_dtype)):
+            if value not in _TYPES:
+                raise unknown(f"model.{key}", value, _TYPES)
+        for plug in (self.norm, self.mixer, self.pattern, self.cache, self.positions, self.ffn, self.head):
+            plug.check(self)
         if self.layer_overrides:
             self.layers()  # refuses impossible overrides now, not while tracing
 
     def layers(self) -> tuple[ModelConfig, ...]:
         """The configuration of every layer, overrides applied and per-layer plugs resolved."""
+        return _layers(self)
+
+    def _resolved(self) -> tuple[ModelConfig, ...]:
         out = []
         for i in range(self.n_layers):
             cfg = dataclasses.replace(self, layer_overrides=())
@@ -101,25 +92,36 @@ class ModelConfig:
                     changes = {k: v for k, v in dict(entry).items() if k != "layers"}
                     cfg = merge(cfg, changes, f"model.layer_overrides[{n}]")
                     for name in _SHARED:
-                        if getattr(cfg, name) != getattr(self, name):
+                        if vars(cfg)[name] != vars(self)[name]:
                             raise UserError(f"model.layer_overrides[{n}].{name}: cannot differ between layers")
-            own = {k: getattr(cfg, k).for_layer(i) for k in ("pattern", "ffn") if hasattr(getattr(cfg, k), "for_layer")}
-            out.append(dataclasses.replace(cfg, **own) if own else cfg)
+            pattern, ffn = cfg.pattern.for_layer(i), cfg.ffn.for_layer(i)
+            same = pattern is cfg.pattern and ffn is cfg.ffn
+            out.append(cfg if same else dataclasses.replace(cfg, pattern=pattern, ffn=ffn))
         return tuple(out)
+
+
+@functools.lru_cache(maxsize=256)
+def _layers(cfg: ModelConfig) -> tuple[ModelConfig, ...]:
+    return cfg._resolved()
 
 
 def _frozen(entries: tuple[Any, ...]) -> tuple[LayerOverride, ...]:
     for n, entry in enumerate(entries):
-        if not hasattr(entry, "items") or "layers" not in entry:
+        if not is_mapping(entry) or "layers" not in entry:
             raise UserError(
                 f"model.layer_overrides[{n}]: found {entry!r}; valid: a mapping with 'layers' and fields of the model"
             )
     return tuple(LayerOverride(_plain(entry)) for entry in entries)
 
 
-def _plain(value: Any) -> Any:
+def is_mapping(value: object) -> TypeGuard[Mapping[str, Any]]:
+    """Whether `value` is a mapping, or behaves as one (a ConfigDict)."""
+    return isinstance(value, (Mapping, ConfigDict))
+
+
+def _plain(value: object) -> Any:
     """A copy in plain dicts of what may be a ConfigDict of ConfigDicts."""
-    return {k: _plain(v) for k, v in value.items()} if hasattr(value, "items") else value
+    return {k: _plain(v) for k, v in value.items()} if is_mapping(value) else value
 
 
 def _layer_range(entry: Mapping[str, Any], n: int, key: str) -> range:
@@ -142,11 +144,16 @@ def model_config(cfg: Mapping[str, Any]) -> ModelConfig:
     return build(ModelConfig, cfg, "model")
 
 
-def build(cls: type, cfg: Any, key: str) -> Any:
+def build(cls: type, cfg: object, key: str) -> Any:
     """An instance of dataclass `cls` from mapping `cfg`; `key` is the dotted place for error messages."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return cfg
-    if not isinstance(cfg, Mapping) and not hasattr(cfg, "items"):
+    return cls(**checked(cls, cfg, key))
+
+
+def checked(cls: type, cfg: object, key: str) -> dict[str, Any]:
+    """The fields of dataclass `cls` that mapping `cfg` sets, each checked for itself, plugs built."""
+    if not is_mapping(cfg):
         raise UserError(f"{key}: expected a mapping, found {cfg!r}")
     fields, old = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls)
     hints = typing.get_type_hints(cls)
@@ -158,15 +165,15 @@ def build(cls: type, cfg: Any, key: str) -> Any:
         place = f"{key}.{name}"
         module = fields[name].metadata.get("socket")
         values[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
-    return cls(**values)
+    return values
 
 
-def plug(module: str, value: Any, key: str) -> Any:
+def plug(module: str, value: object, key: str) -> Any:
     """A plug instance from ``"name"`` or ``{"name": …, **fields}``."""
     options = table(module)
     if options.name_of(type(value)) is not None:
         return value
-    fields = {"name": value} if isinstance(value, str) else dict(value.items()) if hasattr(value, "items") else None
+    fields = {"name": value} if isinstance(value, str) else dict(value.items()) if is_mapping(value) else None
     if fields is None or "name" not in fields:
         raise UserError(f"{key}.name: missing in {value!r}; valid: {', '.join(sorted(options))}")
     name = fields.pop("name")
@@ -175,7 +182,7 @@ def plug(module: str, value: Any, key: str) -> Any:
     return build(options[name], fields, key)
 
 
-def coerce(value: Any, hint: Any, key: str) -> Any:
+def coerce(value: object, hint: Any, key: str) -> Any:
     """`value` as type `hint` or a `UserError`; an int is accepted where a float is asked, a list where a tuple is."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -202,42 +209,123 @@ def coerce(value: Any, hint: Any, key: str) -> Any:
         return float(value)
     elif hint in (bool, int, str) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
         return value
-    elif origin in (dict, Mapping) and hasattr(value, "items"):
+    elif origin in (dict, Mapping) and is_mapping(value):
         return dict(value.items())
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, key)
     raise UserError(f"{key}: expected {_show(hint)}, found {value!r} ({type(value).__name__})")
 
 
-def _show(hint: Any) -> str:
+def _show(hint: object) -> str:
     if hint is type(None):
         return "None"
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_show(a) for a in typing.get_args(hint))
-    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint)
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+class Dotted(dict[str, Any]):
+    """The change of one dotted key as nested mappings of one key each; a plug that it names starts over."""
+
+    @staticmethod
+    def of(path: Sequence[str], value: Any) -> Any:
+        """``a.b = value`` of ``("a", "b")``; `value` itself of no path."""
+        return Dotted({path[0]: Dotted.of(path[1:], value)}) if path else value
+
+
+Fit = Callable[[Any, Any, str], Any]  # (value, type, place) -> the value as that type, as `coerce`
+
+
+def overlay(
+    cls: type, under: Any, changes: Mapping[str, Any], key: str, base: Any = None, fit: Fit = coerce
+) -> dict[str, Any]:
+    """Settings of dataclass `cls`: `under` (a mapping, or an instance) with the nested mapping `changes` over it.
+
+    Names and types of changes are checked here, what they come to by `build`. Another plug by name replaces the old
+    one; a `Dotted` change that names one also where it is the same. `base`: of settings that are changes themselves, a
+    mapping or an instance that they change and that says which plug is meant where they name none; such settings name
+    a plug only where they replace it.
+    """
+    fields, old, hints = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls), typing.get_type_hints(cls)
+    out, below = _opened(under), _opened(base)
+    for given, value in changes.items():
+        name = old.get(given, given)
+        if name not in fields:
+            valid = ", ".join(sorted(fields)) or "none"
+            raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {valid}")
+        place, module = f"{key}.{name}", fields[name].metadata.get("socket")
+        at = next((k for k in out if old.get(k, k) == name), name)
+        deeper = None if base is None else below.get(name, {})
+        if module:
+            default, fresh = fields[name].metadata["default"], isinstance(changes, Dotted)
+            out[at] = overlay_plug(module, out.get(at), value, place, deeper, default, fresh, fit)
+        elif dataclasses.is_dataclass(hints[name]) and is_mapping(value):
+            out[at] = overlay(hints[name], out.get(at), value, place, deeper, fit)
+        elif isinstance(value, Dotted):
+            raise UserError(f"{place}.{next(iter(value))}: unknown key; {place} has no keys below it")
+        else:
+            out[at] = fit(value, hints[name], place)
+    return out
+
+
+def overlay_plug(
+    module: str,
+    now: Any,
+    value: Any,
+    place: str,
+    base: Any = None,
+    default: str | None = None,
+    fresh: bool = False,
+    fit: Fit = coerce,
+) -> Any:
+    """`overlay` of a plug of socket `module`. `default`: the plug's name where nothing says another. `fresh`: `value`
+    is all there is of it, and it starts over."""
+    options, inside = table(module), isinstance(value, Dotted)
+    value = value if inside else fit(value, Any, place)
+    if options.name_of(type(value)) is not None:
+        return value
+    named = value.get("name") if inside else None
+    if named is not None and not isinstance(named, Dotted):
+        value, inside, fresh = fit(named, Any, place), False, True
+    if isinstance(value, str) or (fresh and not inside):
+        if not is_mapping(value) and (not isinstance(value, str) or value not in options):
+            raise unknown(f"{place}.name", value, options)
+        try:
+            return to_dict(plug(module, value, place), options)
+        except TypeError:  # a field without a default: the keys that follow must set it
+            return {"name": value} if isinstance(value, str) else dict(value.items())
+    if not is_mapping(value):
+        return plug(module, value, place)  # raises
+    under, below = _opened(now, options), _opened(base, options)
+    rest = value if isinstance(value, Dotted) else dict(value.items())
+    own, given = under.pop("name", None), None if inside else rest.pop("name", None)
+    standing = own or below.pop("name", None) or default
+    name = standing if given is None else given
+    if not isinstance(name, str) or name not in options:
+        raise unknown(f"{place}.name", name, options)
+    if name != standing:
+        under = below = {}
+    below.pop("name", None)
+    out = overlay(options[name], under, rest, place, None if base is None else below, fit)
+    return {"name": name, **out} if base is None or own or given else out
+
+
+def _opened(value: Any, options: Table | None = None) -> dict[str, Any]:
+    """A node of settings as one mapping: of an instance, a plug's name, a mapping, or nothing."""
+    if isinstance(value, str):
+        return {"name": value}
+    if dataclasses.is_dataclass(value):
+        name = {} if options is None else {"name": options.name_of(type(value))}
+        return {**name, **{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}}
+    return {} if value is None else dict(value.items())
 
 
 def merge(base: Any, changes: Mapping[str, Any], key: str) -> Any:
     """`base` (a dataclass instance) with a nested mapping of changes; naming another plug replaces the old plug."""
-    fields, old = {f.name: f for f in dataclasses.fields(base)}, saved_names(type(base))
-    hints = typing.get_type_hints(type(base))
-    out = {}
-    for given, value in changes.items():
-        name = old.get(given, given)
-        if name not in fields:
-            raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
-        place, module = f"{key}.{name}", fields[name].metadata.get("socket")
-        if module and hasattr(value, "items"):
-            rest = dict(value.items())
-            named = rest.pop("name", None)
-            current = getattr(base, name)
-            same = named is None or table(module).get(named) is type(current)
-            out[name] = merge(current, rest, place) if same else plug(module, value, place)
-        elif dataclasses.is_dataclass(getattr(base, name)) and not module and hasattr(value, "items"):
-            out[name] = merge(getattr(base, name), value, place)
-        else:
-            out[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
-    return dataclasses.replace(base, **out)
+    cls = type(base)
+    touched = {saved_names(cls).get(name, name) for name in changes}
+    under = {name: value for name, value in _opened(base).items() if name in touched}
+    return dataclasses.replace(base, **checked(cls, overlay(cls, under, changes, key), key))
 
 
 def saved_names(cls: type) -> dict[str, str]:
@@ -245,7 +333,7 @@ def saved_names(cls: type) -> dict[str, str]:
     return {f.metadata["saved"]: f.name for f in dataclasses.fields(cls) if "saved" in f.metadata}
 
 
-def to_dict(cfg: Any, options: Table | None = None) -> Any:
+def to_dict(cfg: object, options: Table | None = None) -> Any:
     """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content. Fields
     are written under their saved names, so that what is addressed by its content keeps its address."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
@@ -253,9 +341,11 @@ def to_dict(cfg: Any, options: Table | None = None) -> Any:
         if options is not None:
             out["name"] = options.name_of(type(cfg))
         for f in dataclasses.fields(cfg):
-            module = f.metadata.get("socket")
-            out[f.metadata.get("saved", f.name)] = to_dict(getattr(cfg, f.name), table(module) if module else None)
+            value, module = vars(cfg)[f.name], f.metadata.get("socket")
+            if f.metadata.get("later") and value == (table(module)[f.metadata["default"]]() if module else {}):
+                continue
+            out[f.metadata.get("saved", f.name)] = to_dict(value, table(module) if module else None)
         return out
     if isinstance(cfg, (list, tuple)):
         return [to_dict(c) for c in cfg]
-    return {k: to_dict(v) for k, v in cfg.items()} if hasattr(cfg, "items") else cfg
+    return {k: to_dict(v) for k, v in cfg.items()} if is_mapping(cfg) else cfg

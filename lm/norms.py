@@ -3,47 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lm.plug import Table
-
-AXES = {"scale": ("embed",), "bias": ("embed",)}
+from lm.plug import Model, Plug, Table
+from lm.weights.weight import param
 
 
 @dataclass(frozen=True)
-class RMSNorm:
+class Norm(Plug):
+    """A normalisation layer; `eps` is added to what is divided by."""
+
+    KEY: ClassVar[str] = "model.norm"
+
+    eps: float = 1e-5
+
+    def check(self, cfg: Model) -> None:
+        """Raises `UserError` for a model that the norm does not fit."""
+
+    def module(self, param_dtype: DTypeLike, name: str | None = None, axis: str = "embed") -> nn.Module:
+        """A module that normalises the last axis of ``x[..., D]``, whose logical name is `axis`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class RMSNorm(Norm):
     """Root-mean-square norm (arXiv 1910.07467 eq. 4)."""
 
     eps: float = 1e-5
 
-    def module(self, param_dtype: Any, name: str | None = None) -> nn.Module:
-        return _Norm(self.eps, centre=False, param_dtype=param_dtype, name=name)
+    def module(self, param_dtype: DTypeLike, name: str | None = None, axis: str = "embed") -> nn.Module:
+        return _Norm(self.eps, False, param_dtype, axis, name=name)
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNorm(Norm):
     """Layer norm with scale and bias (arXiv 1607.06450)."""
 
     eps: float = 1e-5
 
-    def module(self, param_dtype: Any, name: str | None = None) -> nn.Module:
-        return _Norm(self.eps, centre=True, param_dtype=param_dtype, name=name)
+    def module(self, param_dtype: DTypeLike, name: str | None = None, axis: str = "embed") -> nn.Module:
+        return _Norm(self.eps, True, param_dtype, axis, name=name)
 
 
 class _Norm(nn.Module):
     eps: float
     centre: bool
     param_dtype: Any
+    axis: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalises the last axis of ``x[..., D]``; same shape and dtype."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype) if self.centre else None
+        shape, of = (x.shape[-1],), self.param_dtype
+        scale = param(self, "scale", nn.initializers.ones, shape, of, axes=(self.axis,))
+        bias = param(self, "bias", nn.initializers.zeros, shape, of, axes=(self.axis,)) if self.centre else None
 
         @jax.checkpoint  # the gradient keeps x alone: computing this again is cheaper than storing its steps
         def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array | None) -> jax.Array:

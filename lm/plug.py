@@ -1,15 +1,19 @@
-"""Sockets and plugs: a *socket* is a table ``NAME -> frozen dataclass``, a *plug* one of its rows.
+"""Sockets and plugs: a *socket* is a base class and a table ``NAME -> frozen dataclass``, a *plug* one of its rows.
 
 A table names its rows by place (``"streaming": "lm.patterns.streaming:Streaming"``) and imports a row when it is asked
-for, so that a program loads the plugs that it uses and no others.
+for, so that a program loads the plugs that it uses and no others. Everything that others may ask of a plug is a method
+of its base class, with the neutral answer as default.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lm.errors import UserError
 
 
 class Table(MutableMapping[str, type[Any]]):
@@ -22,7 +26,7 @@ class Table(MutableMapping[str, type[Any]]):
         row = self._rows[name]
         if isinstance(row, str):
             module, _, attribute = row.partition(":")
-            row = getattr(importlib.import_module(module), attribute)
+            row = vars(importlib.import_module(module))[attribute]
             assert isinstance(row, type)
             self._rows[name] = row
         return row
@@ -56,8 +60,83 @@ def socket(module: str, default: str, **metadata: Any) -> Any:
     """A dataclass field that holds a plug of ``module.TABLE``; `default` is a plug name with its own defaults.
 
     `metadata`: ``saved``, the name under which the field is written and may also be given (an older one, by which
-    results and checkpoints are addressed).
+    results and checkpoints are addressed); ``later``: True for a field that came after results had been addressed, and
+    is written only where it is not at its default.
     """
     return field(
         default_factory=lambda: table(module)[default](), metadata={"socket": module, "default": default, **metadata}
     )
+
+
+def bounded(default: Any, *, at_least: float, **metadata: Any) -> Any:
+    """A dataclass field of a number that must not be below `at_least`; None passes where the field allows None.
+
+    The bound is checked by `check_bounds`, which every `Plug` calls when it is made.
+    """
+    return field(default=default, metadata={"at_least": at_least, **metadata})
+
+
+def check_bounds(settings: Any, key: str) -> None:
+    """Raises `UserError` for the first field of a dataclass instance that is below its bound; `key` is its place."""
+    for f in dataclasses.fields(settings):
+        least = f.metadata.get("at_least")
+        value = settings.__dict__[f.name] if least is not None else None
+        if value is not None and not value >= least:
+            none = " or None" if "None" in str(f.type) else ""
+            raise UserError(f"{key}.{f.name}: must be at least {least}{none}, found {value}")
+
+
+class Plug:
+    """Base of every plug. A plug is a frozen dataclass whose fields are its settings: the keys of a config."""
+
+    KEY: ClassVar[str] = ""  # where a config names such plugs
+
+    def __post_init__(self) -> None:
+        check_bounds(self, self.KEY)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plug may read of the model that it is part of: sizes, types, and the model's other plugs.
+
+    Widths are numbers of channels, lengths are tokens. `lm.config.ModelConfig` is the model itself, with the table of
+    every socket; plugs know no more than this of it, so that no socket depends on another one's.
+    """
+
+    vocab_size: int = bounded(256, at_least=1)
+    d_model: int = bounded(64, at_least=1)
+    n_layers: int = bounded(2, at_least=1)
+    n_heads: int = bounded(4, at_least=1)
+    n_kv_heads: int | None = None
+    head_dim: int | None = None
+    d_ff: int = bounded(256, at_least=1)
+    max_positions: int = bounded(2048, at_least=1)
+    norm: Any = None
+    mixer: Any = None
+    pattern: Any = None
+    cache: Any = None
+    positions: Any = None
+    ffn: Any = None
+    head: Any = None
+    parallel_residual: bool = False
+    embed_scale: float = 1.0
+    init_std: float = 0.02
+    scan_layers: bool = True
+    remat: bool = False
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    layer_overrides: tuple[Any, ...] = ()
+
+    def layers(self) -> tuple[Model, ...]:
+        """The configuration of every layer."""
+        return (self,) * self.n_layers
+
+    @property
+    def kv_heads(self) -> int:
+        """`n_kv_heads`, or all heads where none are given."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """`head_dim`, or the model width over the heads where none is given."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from guards import experiments, models, programs
 
-from experiments import registry
+from experiments.spec import registry
 from lm.config import model_config
 from lm.interop import load
 from lm.model import params as params_lib
@@ -53,10 +53,12 @@ def test_axes_are_those_of_the_tables() -> None:
     found |= {f"trained {name}": model_config(changes) for name, changes in models.TRAINED.items()}
     for path in registry.files():
         for name, arm in experiments.planned(registry.load(path).settings("smoke")).arms.items():
-            found[f"{path.stem}:smoke {name}"] = arm.trained or arm.model
+            found[f"{path.stem}:smoke {name}"] = arm.trained or arm.config
     assert set(found) == set(kept["models"])
     for name, cfg in found.items():
-        assert params_lib.names_of_axes(params_lib.abstract(cfg)) == kept["tables"][kept["models"][name]], name
+        assert (
+            params_lib.described(params_lib.axes(cfg), params_lib.abstract(cfg)) == kept["tables"][kept["models"][name]]
+        ), name
 
 
 @pytest.mark.parametrize("name", ["moe", "lora"])

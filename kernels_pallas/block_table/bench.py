@@ -14,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernels_pallas import common, timing
-from kernels_pallas.block_table import gpu, tpu
+from kernels_pallas.block_table import gpu_plan, tpu
 from kernels_pallas.block_table.api import NAME, block_table
-from kernels_pallas.common import Case
+from kernels_pallas.block_table.problem import Problem
+from kernels_pallas.common import AUTO, Case, How, sized
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Size:
     H: int = 32
     K: int = 8
     d: int = 128
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     shared: bool = False
     turns: int = 0
     lead: bool = True
@@ -106,23 +108,23 @@ def draw(size: Size, rng: np.random.Generator, like: tuple[Any, ...]) -> tuple[A
     return *out, jnp.asarray(turn, jnp.int32), jnp.asarray(angles, jnp.float32)
 
 
-def attend(size: Size, *args: Any, **given: Any) -> Any:
+def attend(
+    size: Size, *args: jax.Array, how: How = AUTO, scale: float | None = None, softcap: float | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Output, and log-sum-exp with 0 in the place of -inf, so that errors are finite."""
     q, k, v, blocks, lengths, *turned = args
     turn, angles = turned or (None, None)
-    out, lse = block_table(
-        q,
-        k,
-        v,
-        blocks,
+    problem = Problem(
+        block_size=size.w,
+        q_block=size.q_block,
         lengths=lengths,
         turn=turn,
         angles=angles,
-        block_size=size.w,
-        q_block=size.q_block,
+        scale=scale,
+        softcap=softcap,
         heads_lead=size.lead,
-        **given,
     )
+    out, lse = block_table(q, k, v, blocks, problem, how)
     return out, jnp.where(lse == -jnp.inf, 0.0, lse)
 
 
@@ -138,7 +140,7 @@ def cases(chip: str) -> list[Case]:
     return [
         Case(
             str(size),
-            functools.partial(attend, size, implementation="tpu", chip=chip),
+            functools.partial(attend, size, how=How("tpu", chip)),
             shapes(size),
             _memory(size, chip),
             draw=functools.partial(draw, size),
@@ -149,19 +151,19 @@ def cases(chip: str) -> list[Case]:
 
 def small_cases() -> list[Case]:
     """Sizes an interpreter can run, with the reference they must equal."""
-    runs = [(size, {"implementation": "interpret", "entries": 2}) for size in SMALL]
-    runs += [(SMALL_GPU, {"implementation": "interpret_gpu", "fill": 4})]
+    runs = [(size, How("interpret", sizes=sized(entries=2))) for size in SMALL]
+    runs += [(SMALL_GPU, How("interpret_gpu", sizes=sized(fill=4)))]
     return [
         Case(
             f"{size}{', gpu' if size is SMALL_GPU else ''}",
-            functools.partial(attend, size, **given),
+            functools.partial(attend, size, how=how),
             shapes(size),
             0,
-            functools.partial(attend, size, implementation="reference"),
+            functools.partial(attend, size, how=How("reference")),
             1e-5 if size.dtype == jnp.float32 else 1e-2,
             functools.partial(draw, size),
         )
-        for size, given in runs
+        for size, how in runs
     ]
 
 
@@ -169,9 +171,11 @@ def gpu_cases() -> list[Case]:
     """Real sizes for Mosaic GPU, and the gather in XLA operations."""
     out = []
     for form, size in (("xla", REAL[1]), *(("gpu", size) for size in GPU)):
-        run = functools.partial(attend, size, implementation=form, chip="h100" if form == "gpu" else None)
+        run = functools.partial(attend, size, how=How(form, "h100" if form == "gpu" else None))
         args = shapes(size)
-        p = gpu.choose(args[0], size.n, size.lists, size.w, size.q_block, size.d // 2 if size.turns else 0, "h100")
+        p = gpu_plan.choose(
+            args[0], args[3].shape, size.w, size.q_block, size.d // 2 if size.turns else 0, How("gpu", "h100")
+        )
         memory = 0 if p is None or form == "xla" else p.memory
         out.append(Case(f"{size}, {form}", run, args, memory, draw=functools.partial(draw, size)))
     return out
@@ -182,7 +186,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
         arrays = draw(size, np.random.default_rng(0), shapes(size))
         forms = {}
         for name in (*timing.names(), *(("gpu",) if chip in common.GPUS and size in GPU else ())):
-            form = functools.partial(attend, size, implementation=name, chip=chip)
+            form = functools.partial(attend, size, how=How(name, chip))
             forms[name] = functools.partial(jax.jit(form), *arrays)
         yield str(size), forms
 

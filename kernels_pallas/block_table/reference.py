@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.block_table.problem import Filled
 from kernels_pallas.common import NEG, precision
 
 GATHERED = 2**26  # bytes of keys and values gathered at a time, about
@@ -27,28 +28,16 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def reference(
-    q_BTHd: jax.Array,
-    k_BKSd: jax.Array,
-    v_BKSd: jax.Array,
-    blocks_BhQn: jax.Array,
-    positions_BT: jax.Array,
-    lengths_B: jax.Array,
-    turn_BhQn: jax.Array | None = None,
-    angles_Pm: jax.Array | None = None,
-    *,
-    block_size: int,
-    q_block: int,
-    scale: float,
-    softcap: float | None,
+    q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, blocks_BhQn: jax.Array, problem: Filled
 ) -> tuple[jax.Array, jax.Array]:
     """Every pair in float32 -> output ``[B, T, H, d]`` as `q`, log-sum-exp float32 ``[B, T, H]``.
 
     The table becomes a mask over all blocks, entry by entry; turns rotate the keys back, one copy of them per turn.
     """
-    B, T, H, _ = q_BTHd.shape
-    K, S = k_BKSd.shape[1:3]
+    (B, T, H, _), (K, S) = q_BTHd.shape, k_BKSd.shape[1:3]
     h, Q, n = blocks_BhQn.shape[1:]
-    N = -(-S // block_size)
+    turn_BhQn, angles_Pm, softcap = problem.turn, problem.angles, problem.softcap
+    N = -(-S // problem.block_size)
     every = jnp.arange(N)
     listed = jnp.zeros((B, h, Q, N), bool)
     turns = jnp.zeros((B, h, Q, N), jnp.int32)
@@ -60,11 +49,11 @@ def reference(
 
     def pairs(x: jax.Array) -> jax.Array:
         """``[B, h, Q, N]`` for every query head, query and key: ``[B, H, T, S]``."""
-        x = jnp.repeat(x, H // h, axis=1)[:, :, jnp.arange(T) // q_block]
-        return x[..., jnp.arange(S) // block_size]
+        x = jnp.repeat(x, H // h, axis=1)[:, :, jnp.arange(T) // problem.q_block]
+        return x[..., jnp.arange(S) // problem.block_size]
 
-    live = jnp.arange(S) < lengths_B[:, None]
-    causal = jnp.arange(S) <= positions_BT[:, :, None]
+    live = jnp.arange(S) < problem.lengths[:, None]
+    causal = jnp.arange(S) <= problem.positions[:, :, None]
     seen = pairs(listed) & (live[:, None] & causal)[:, None]
     q, keys, values = (x.astype(jnp.float32) for x in (q_BTHd, k_BKSd, jnp.where(live[:, None, :, None], v_BKSd, 0)))
     keys, values = (jnp.repeat(x, H // K, axis=1) for x in (keys, values))
@@ -73,7 +62,7 @@ def reference(
     which = pairs(turns)
     for p in range(1 if angles_Pm is None else angles_Pm.shape[0]):
         turned = keys if angles_Pm is None else rotate(keys, -angles_Pm[p])
-        scores = jnp.where(which == p, scale * dot("bthd,bhsd->bhts", q, turned), scores)
+        scores = jnp.where(which == p, problem.scale * dot("bthd,bhsd->bhts", q, turned), scores)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(seen, scores, -jnp.inf)
@@ -100,7 +89,7 @@ def from_units(x_BhQR: jax.Array, T: int, H: int, q_block: int) -> jax.Array:
     return x.reshape(B, Q * q_block, H, *x_BhQR.shape[4:])[:, :T]
 
 
-def turning(q: jax.Array, angles_Pm: Any) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+def turning(q: jax.Array, angles_Pm: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Cosines and signed sines ``[P, d]``, 1 and 0 where nothing turns, and queries with their halves swapped."""
     m, d = angles_Pm.shape[-1], q.shape[-1]
     cos, sin = jnp.cos(angles_Pm), jnp.sin(angles_Pm)
@@ -111,33 +100,22 @@ def turning(q: jax.Array, angles_Pm: Any) -> tuple[tuple[jax.Array, jax.Array], 
 
 
 def xla(
-    q_BTHd: jax.Array,
-    k_BKSd: jax.Array,
-    v_BKSd: jax.Array,
-    blocks_BhQn: jax.Array,
-    positions_BT: jax.Array,
-    lengths_B: jax.Array,
-    turn_BhQn: jax.Array | None = None,
-    angles_Pm: jax.Array | None = None,
-    *,
-    block_size: int,
-    q_block: int,
-    scale: float,
-    softcap: float | None,
+    q_BTHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, blocks_BhQn: jax.Array, problem: Filled
 ) -> tuple[jax.Array, jax.Array]:
     """The same in XLA operations, differentiable in q, k and v: the blocks of a few lists are gathered at a time."""
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
     h, Q, n = blocks_BhQn.shape[1:]
-    w, dtype = block_size, q_BTHd.dtype
+    w, q_block, dtype = problem.block_size, problem.q_block, q_BTHd.dtype
+    angles_Pm, softcap = problem.angles, problem.softcap
     N = -(-S // w)
-    q, at = in_units(q_BTHd, positions_BT, h, q_block)
+    q, at = in_units(q_BTHd, problem.positions, h, q_block)
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, N * w - S), (0, 0))).reshape(B, K, N, w, d) for x in (k_BKSd, v_BKSd))
     dot = functools.partial(jnp.einsum, precision=precision(dtype), preferred_element_type=jnp.float32)
     rows, heads = jnp.arange(B)[:, None, None, None], (jnp.arange(h) * K // h)[None, :, None, None]
-    end = jnp.minimum(lengths_B, S)[:, None, None, None, None]
+    end = jnp.minimum(problem.lengths, S)[:, None, None, None, None]
 
-    def some(xs: Any) -> tuple[jax.Array, jax.Array]:
+    def some(xs: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         """Lists ``[B, h, c, n]``, their queries ``[B, h, c, R, d]`` and positions ``[B, c, R]``."""
         q, at, ids, turn = xs
         twice = (ids[..., :, None] == ids[..., None, :]) & (jnp.arange(n)[:, None] > jnp.arange(n))
@@ -149,7 +127,7 @@ def xla(
         queries = jnp.broadcast_to(q[:, :, :, None], (*ids.shape, *q.shape[3:]))
         if turn is not None and angles_Pm is not None:
             queries = rotate(queries.astype(jnp.float32), angles_Pm[turn][..., None, :]).astype(dtype)
-        scores = scale * dot("bhcnrd,bhcnwd->bhcrnw", queries, k[rows, heads, ids])
+        scores = problem.scale * dot("bhcnrd,bhcnwd->bhcrnw", queries, k[rows, heads, ids])
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         seen = live[:, :, :, None] & (slots[:, :, :, None] <= at[:, None, :, :, None, None])
@@ -173,7 +151,7 @@ def xla(
         x = jnp.pad(x, pads, constant_values=fill)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, few, *x.shape[axis + 1 :]), axis, 0)
 
-    xs = (pieces(q, 2, 0), pieces(at, 1, -1), pieces(blocks_BhQn, 2, -1), pieces(turn_BhQn, 2, 0))
+    xs = (pieces(q, 2, 0), pieces(at, 1, -1), pieces(blocks_BhQn, 2, -1), pieces(problem.turn, 2, 0))
     out, lse = jax.lax.map(jax.checkpoint(some), xs)  # [pieces, B, h, few, R, ...]
     out, lse = (jnp.moveaxis(x, 0, 2).reshape(B, h, Q + rest, *x.shape[4:])[:, :, :Q] for x in (out, lse))
     return from_units(out, T, H, q_block), from_units(lse, T, H, q_block)

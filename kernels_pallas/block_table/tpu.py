@@ -4,28 +4,32 @@ The lists lie in scalar memory before the grid starts: one int32 word per entry 
 flags. A *unit* is one query block of one row and head (or of the heads of one key head, if they share a list); the grid
 is (units, entries / m), and the block specifications of keys and values read the words, so that a listed block is
 fetched while the one before it is computed. A step holds m entries, because one block of 256 slots is fetched faster
-than a step begins. Lists are sorted first: what is listed twice, empty, past the row's length or later than every query
-of the unit names the block before it and is neither fetched nor computed. Blocks that every query sees whole are
-computed without a mask.
+than a step begins. Lists are sorted first. An entry that is listed twice, empty, past the row's length or later than
+every query of the unit names the block before it: nothing is fetched or computed for it. Blocks that every query sees
+whole are computed without a mask.
 
 Fast memory of a step (`memory`): two buffers of m blocks of keys and values and of the unit's queries and output, the
-accumulators, and float32 scores and weights [R, w]. Traffic: 2 w d values per listed block, whatever is not listed
-costs nothing. Work: 4 R w d operations per listed block; with few queries R the fetch decides. Lists that exceed the
-scalar memory given to a call are cut into several calls.
+accumulators, and float32 scores and weights [R, w]. Traffic: 2 w d values per listed block. Work: 4 R w d operations
+per listed block; with few queries R the fetch decides. What is not listed costs nothing. Lists that exceed the scalar
+memory given to a call are cut into several calls.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
+from kernels_pallas.block_table.problem import Filled
 from kernels_pallas.block_table.reference import from_units, in_units, turning
-from kernels_pallas.common import MIB, NEG, blocks, precision, vmem
+from kernels_pallas.common import AUTO, CHIPS, MIB, NEG, How, Index, Ref, Shaped, precision, vmem
 
 LANES = 128
 ID_BITS, TURN_BITS = 17, 12
@@ -38,7 +42,7 @@ def rows(H: int, h: int, q_block: int) -> int:
     return q_block * (H // h)
 
 
-def memory(entries: int, w: int, R: int, d: int, dtype: Any, turns: int = 0) -> int:
+def memory(entries: int, w: int, R: int, d: int, dtype: DTypeLike, turns: int = 0) -> int:
     """Bytes of fast memory of one step."""
     size, wide = jnp.dtype(dtype).itemsize, -(-d // LANES) * LANES
     R = -(-R // 16) * 16
@@ -47,7 +51,7 @@ def memory(entries: int, w: int, R: int, d: int, dtype: Any, turns: int = 0) -> 
     return held + scratch + 4 * R * (2 * w + 2 * wide)
 
 
-def choose(n: int, w: int, R: int, d: int, dtype: Any, entries: int, mib: int, turns: int = 0) -> int:
+def choose(n: int, w: int, R: int, d: int, dtype: DTypeLike, entries: int, mib: int, turns: int = 0) -> int:
     """Entries of a step: `entries`, fewer if there are no more or if they would take more than `mib`."""
     out = min(entries, n)
     while out > 1 and memory(out, w, R, d, dtype, turns) > mib * MIB:
@@ -55,10 +59,10 @@ def choose(n: int, w: int, R: int, d: int, dtype: Any, entries: int, mib: int, t
     return out
 
 
-def refusal(q: Any, k: Any, h: int, w: int, q_block: int, angles: Any, tiled: bool) -> str | None:
+def refusal(q: Shaped, k: Shaped, lists: Shaped, problem: Filled, tiled: bool) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None. `tiled`: on a chip, whose memory lies in tiles."""
     (_, _, H, d), S = q.shape, k.shape[2]
-    tile, turns = 32 // q.dtype.itemsize, 0 if angles is None else angles.shape[0]
+    tile, turns, w = 32 // q.dtype.itemsize, problem.turns, problem.block_size
     if tiled and w % tile:
         return f"blocks of {w} keys, the kernel needs multiples of {tile} in {q.dtype}"
     if d > 256:
@@ -67,7 +71,7 @@ def refusal(q: Any, k: Any, h: int, w: int, q_block: int, angles: Any, tiled: bo
         return f"{-(-S // w)} key blocks, the kernel counts up to {1 << ID_BITS}"
     if turns > 1 << TURN_BITS:
         return f"{turns} turns, the kernel counts up to {1 << TURN_BITS}"
-    need = memory(1, w, rows(H, h, q_block), d, q.dtype, turns)
+    need = memory(1, w, rows(H, lists.shape[1], problem.q_block), d, q.dtype, turns)
     if need > LIMIT:
         return f"a step takes {need / MIB:.1f} MiB of fast memory, the kernel may take {LIMIT // MIB}"
     return None
@@ -86,23 +90,38 @@ def words(ids: jax.Array, turn: jax.Array | None, at_BQR: jax.Array, end_B: jax.
     return ids | (turn << ID_BITS) | jnp.where(whole, WHOLE, 0) | jnp.where(run, RUN, 0)
 
 
-def _key_block(word: Any) -> Any:
+def _key_block(word: jax.Array) -> jax.Array:
     return word & ((1 << ID_BITS) - 1)
 
 
-def _kernel(
-    words_ref: Any,
-    where_ref: Any,
-    *refs: Any,
-    entries: int,
-    n: int,
-    w: int,
-    scale: float,
-    softcap: float | None,
-    turned: bool,
-) -> None:
+@dataclass(frozen=True)
+class Plan:
+    """What is static of a call: `entries` of a grid step, `n` of a list, `w` slots of a block; the logits."""
+
+    entries: int
+    n: int
+    w: int
+    scale: float
+    softcap: float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Units:
+    """Per unit: its words ``[U, n]``, `where` ``[U, 3]`` (row of the cache, end, row of the positions), and queries.
+
+    Queries ``[U, R, d]``, as they are and with the halves of their channels swapped, for turns.
+    """
+
+    words: jax.Array
+    where: jax.Array
+    queries: jax.Array
+    swapped: jax.Array | None
+
+
+def _kernel(plan: Plan, turned: bool, words_ref: Ref, where_ref: Ref, *refs: Ref) -> None:
+    entries, n, w, scale, softcap = plan.entries, plan.n, plan.w, plan.scale, plan.softcap
     q_ref, at_ref = refs[:2]
-    swapped_ref, cos_ref, sin_ref = refs[2:5] if turned else (None, None, None)
     listed = refs[5 if turned else 2 :]
     keys, values, (o_ref, lse_ref, out, top, total) = (
         listed[:entries],
@@ -118,12 +137,13 @@ def _kernel(
         total[...] = jnp.zeros_like(total)
         top[...] = jnp.full_like(top, NEG)
 
-    def add(word: Any, k_ref: Any, v_ref: Any, whole: bool) -> None:
+    def add(word: jax.Array, k_ref: Ref, v_ref: Ref, whole: bool) -> None:
         q, v = q_ref[...], v_ref[...]
         if turned:
             row = pl.ds((word >> ID_BITS) & ((1 << TURN_BITS) - 1), 1)
+            swapped_ref, *turns = refs[2:5]
             both = (x.astype(jnp.float32) for x in (q, swapped_ref[...]))
-            q = sum(x * turn[row, :] for x, turn in zip(both, (cos_ref, sin_ref), strict=True)).astype(q.dtype)
+            q = jnp.asarray(sum(x * turn[row, :] for x, turn in zip(both, turns, strict=True))).astype(q.dtype)
         scores = scale * dot(q, k_ref[...], (((1,), (1,)), ((), ())))
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -151,7 +171,7 @@ def _kernel(
             flags = (RUN | WHOLE) if whole else RUN
 
             @pl.when((word & (RUN | WHOLE)) == flags)
-            def _(word: Any = word, entry: int = entry, whole: bool = whole) -> None:
+            def _(word: jax.Array = word, entry: int = entry, whole: bool = whole) -> None:
                 add(word, keys[entry], values[entry], whole)
 
     @pl.when(step == pl.num_programs(1) - 1)
@@ -162,37 +182,31 @@ def _kernel(
 
 
 def _call(
-    words_Un: jax.Array,
-    where_U3: jax.Array,
-    q_URd: jax.Array,
-    swapped_URd: jax.Array | None,
-    at: jax.Array,
-    turns: tuple[jax.Array, ...],
-    k: jax.Array,
-    v: jax.Array,
-    static: dict[str, Any],
-    chip: str | None,
-    interpret: Any,
+    plan: Plan, how: How, units: Units, at: jax.Array, turns: tuple[jax.Array, ...], kv: tuple[jax.Array, jax.Array]
 ) -> Any:
-    """Output ``[U, R, d]`` and log-sum-exp ``[U, 1, R]`` of a few units. `where`: row of `k`, end, row of `at`."""
-    U, R, d = q_URd.shape
-    n, entries, w = static["n"], static["entries"], static["w"]
+    """Output ``[U, R, d]`` and log-sum-exp ``[U, 1, R]`` of a few units.
 
-    def of_unit(u: Any, j: Any, words: Any, where: Any) -> tuple[Any, ...]:
+    `at`: positions ``[B Q, 1, R]``; `turns`: cosines and sines, or nothing; `kv`: keys and values ``[B K, S, d]``.
+    """
+    U, R, d = units.queries.shape
+    n, entries, w = plan.n, plan.entries, plan.w
+
+    def of_unit(u: Index, j: Index, words: Ref, where: Ref) -> tuple[Index, ...]:
         return u, 0, 0
 
-    def of_at(u: Any, j: Any, words: Any, where: Any) -> tuple[Any, ...]:
+    def of_at(u: Index, j: Index, words: Ref, where: Ref) -> tuple[Index, ...]:
         return where[3 * u + 2], 0, 0
 
-    def of_key(entry: int) -> Any:
+    def of_key(entry: int) -> Callable[..., tuple[Index, ...]]:
         return lambda u, j, words, where: (where[3 * u], _key_block(words[u * n + j * entries + entry]), 0)
 
     queries = pl.BlockSpec((None, R, d), of_unit)
     whole = [pl.BlockSpec(x.shape, lambda u, j, words, where: (0, 0)) for x in turns]
     listed = [pl.BlockSpec((None, w, d), of_key(entry)) for entry in range(entries)]
-    size = q_URd.dtype.itemsize
+    q = units.queries
+    size = q.dtype.itemsize
     return pl.pallas_call(
-        functools.partial(_kernel, **static, turned=bool(turns)),
+        functools.partial(_kernel, plan, bool(turns)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(U, n // entries),
@@ -206,17 +220,24 @@ def _call(
             out_specs=[queries, pl.BlockSpec((None, 1, R), of_unit)],
             scratch_shapes=[pltpu.VMEM((R, d), jnp.float32), *[pltpu.VMEM((R, LANES), jnp.float32)] * 2],
         ),
-        out_shape=[jax.ShapeDtypeStruct((U, R, d), q_URd.dtype), jax.ShapeDtypeStruct((U, 1, R), jnp.float32)],
+        out_shape=[jax.ShapeDtypeStruct((U, R, d), q.dtype), jax.ShapeDtypeStruct((U, 1, R), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem(how.chip)
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * U * R * n * w * d, transcendentals=U * R * n * w, bytes_accessed=2 * U * (n * w + R) * d * size
         ),
-        interpret=interpret,
+        interpret=how.interpret,
         name="block_table",
-    )(words_Un.reshape(-1), where_U3.reshape(-1), q_URd, at, *([swapped_URd, *turns] if turns else []),
-      *[k] * entries, *[v] * entries)  # fmt: skip
+    )(
+        units.words.reshape(-1),
+        units.where.reshape(-1),
+        q,
+        at,
+        *([units.swapped, *turns] if turns else []),
+        *[kv[0]] * entries,
+        *[kv[1]] * entries,
+    )
 
 
 def attention(
@@ -224,31 +245,20 @@ def attention(
     k_BKSd: jax.Array,
     v_BKSd: jax.Array,
     blocks_BhQn: jax.Array,
-    positions_BT: jax.Array,
-    lengths_B: jax.Array,
-    turn_BhQn: jax.Array | None = None,
-    angles_Pm: jax.Array | None = None,
-    *,
-    block_size: int,
-    q_block: int,
-    scale: float,
-    softcap: float | None,
-    chip: str | None = None,
-    entries: int | None = None,
-    kib: int | None = None,
-    interpret: Any = False,
+    problem: Filled,
+    how: How = AUTO,
 ) -> tuple[jax.Array, jax.Array]:
-    """The same as `reference.reference`. `interpret`: what `pallas_call` takes."""
+    """The same as `reference.reference`."""
     B, T, H, d = q_BTHd.shape
     K, S = k_BKSd.shape[1:3]
     h, Q, n = blocks_BhQn.shape[1:]
-    w = block_size
-    q, at = in_units(q_BTHd, positions_BT, h, q_block)
-    R, end = q.shape[3], jnp.minimum(lengths_B, S)
-    words_BhQn = words(blocks_BhQn, turn_BhQn, at, end, w, -(-S // w))
-    turns, swapped = turning(q, angles_Pm) if turn_BhQn is not None else ((), None)
-    row = blocks("block_table", chip, entries=entries, kib=kib)
-    m = choose(n, w, R, d, q.dtype, row["entries"], row["mib"], turns[0].shape[0] if turns else 0)
+    w, q_block = problem.block_size, problem.q_block
+    q, at = in_units(q_BTHd, problem.positions, h, q_block)
+    R, end = q.shape[3], jnp.minimum(problem.lengths, S)
+    words_BhQn = words(blocks_BhQn, problem.turn, at, end, w, -(-S // w))
+    turns, swapped = turning(q, problem.angles) if problem.angles is not None else ((), None)
+    row = how.blocks("block_table", how.chip if how.chip in CHIPS else None)
+    m = choose(n, w, R, d, q.dtype, row["entries"], row["mib"], problem.turns)
     rest = -n % m
     words_BhQn = jnp.concatenate([words_BhQn, jnp.repeat(words_BhQn[..., -1:] & ~RUN, rest, axis=-1)], axis=-1)
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, max(0, w - S)), (0, 0))) for x in (k_BKSd, v_BKSd))  # a block fits
@@ -256,9 +266,9 @@ def attention(
     U = B * h * Q
     b, head, i = (x.reshape(-1) for x in jnp.indices((B, h, Q), dtype=jnp.int32))
     where = jnp.stack([b * K + head * K // h, end[b].astype(jnp.int32), b * Q + i], axis=1)
-    static = {"entries": m, "n": n + rest, "w": w, "scale": scale, "softcap": softcap}
+    plan = Plan(m, n + rest, w, problem.scale, problem.softcap)
     at = at.reshape(B * Q, 1, R)
-    units = (
+    units = Units(
         words_BhQn.reshape(U, -1),
         where,
         q.reshape(U, R, d),
@@ -266,9 +276,8 @@ def attention(
     )
     few = max(1, row["kib"] * 256 // (n + rest + 3))  # units whose words fit
 
-    def some(xs: Any) -> Any:
-        words, where, queries, other = xs
-        return _call(words, where, queries, other, at, turns, k, v, static, chip, interpret)
+    def some(units: Units) -> Any:
+        return _call(plan, how, units, at, turns, (k, v))
 
     if U <= few:
         out, lse = some(units)

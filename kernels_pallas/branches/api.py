@@ -8,15 +8,15 @@ distances. Self-Extend (2401.01325) is two: near keys at true, far keys at group
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.branches import reference
 from kernels_pallas.branches.merging import merge
-from kernels_pallas.branches.part import Part
-from kernels_pallas.common import NEG
+from kernels_pallas.branches.part import PLAIN, Part, Problem
+from kernels_pallas.common import AUTO, NEG, How
 from kernels_pallas.flash.api import flash
 from lm.errors import UserError
 
@@ -24,52 +24,26 @@ NAME = "branches"
 
 
 def branches(
-    parts: Sequence[Part],
-    v_BSKd: jax.Array,
-    *,
-    n_queries: int | None = None,
-    slopes_H: jax.Array | None = None,
-    sinks_H: jax.Array | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    implementation: str = "auto",
-    **settings: Any,
+    parts: Sequence[Part], v_BSKd: jax.Array, problem: Problem = PLAIN, how: How = AUTO
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``, differentiable in q, k, v, slopes and sinks.
 
-    Values are the same in every part. T is `n_queries`, or what the longest part has. The sink logit of a head takes
-    part in the denominator once, so one part must have all queries. `implementation` and `settings` (block sizes, chip,
-    mesh, …) go to every call of `flash`; 'reference' takes one softmax over the logits of all parts side by side.
+    Values are the same in every part. `how` goes to every call of `flash`; 'reference' takes one softmax over the
+    logits of all parts side by side.
     Raises UserError for parts that do not fit each other, and for what `flash` refuses.
     """
-    T = _check(parts, v_BSKd, n_queries)
+    T = _check(parts, v_BSKd, problem.n_queries)
     whole = next((n for n, part in enumerate(parts) if part.q_BTHd.shape[1] == T), None)
-    if sinks_H is not None and whole is None:
+    if problem.sinks_H is not None and whole is None:
         raise UserError(f"{NAME}: sinks_H, and no part has all {T} queries; valid: one that has, its mask may be empty")
-    scale = parts[0].q_BTHd.shape[-1] ** -0.5 if scale is None else float(scale)
-    if implementation == "reference":
-        return reference.union(parts, v_BSKd, T, slopes_H=slopes_H, sinks_H=sinks_H, scale=scale, softcap=softcap)
+    if problem.scale is None:
+        problem = replace(problem, scale=parts[0].q_BTHd.shape[-1] ** -0.5)
+    if how.implementation == "reference":
+        return reference.union(parts, v_BSKd, T, problem)
     outs, lses = [], []
     for n, part in enumerate(parts):
-        out, lse = flash(
-            part.q_BTHd,
-            part.k_BSKd,
-            v_BSKd,
-            part.mask,
-            tiles=part.tiles,
-            index=part.index,
-            segments=part.segments,
-            positions=part.positions,
-            slopes_H=slopes_H,
-            sinks_H=sinks_H if n == whole else None,
-            scale=scale,
-            softcap=softcap,
-            offset=part.offset,
-            # What cuDNN serves it returns with a rounded log-sum-exp, which a single branch does not need.
-            causal=part.causal and len(parts) == 1,
-            implementation=implementation,
-            **settings,
-        )
+        own = problem.of_part(part, sinks=n == whole, alone=len(parts) == 1)
+        out, lse = flash(part.q_BTHd, part.k_BSKd, v_BSKd, own, how)
         rest = T - out.shape[1]
         outs.append(jnp.pad(out, ((0, 0), (rest, 0), (0, 0), (0, 0))))
         lses.append(jnp.pad(lse, ((0, 0), (rest, 0), (0, 0)), constant_values=NEG))

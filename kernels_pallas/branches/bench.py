@@ -8,21 +8,23 @@ something else, as the measure of what leaving keys out saves.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernels_pallas import common, timing
 from kernels_pallas.branches.api import branches
 from kernels_pallas.branches.part import Part
-from kernels_pallas.common import Case
+from kernels_pallas.common import Case, How, sized
 from kernels_pallas.flash import table
 from kernels_pallas.flash.api import flash
 from kernels_pallas.flash.bench import gradient
+from kernels_pallas.flash.problem import Problem
 
 H, K, D = 32, 8, 128  # query heads, key heads, head width of the real sizes
 
@@ -36,7 +38,7 @@ class Between:
     first: int = 0
     only_first: bool = False
 
-    def __call__(self, q: Any, k: Any) -> Any:
+    def __call__(self, q: jax.Array, k: jax.Array) -> jax.Array:
         seen = q - k >= self.least
         if self.most is not None:
             seen &= q - k < self.most
@@ -91,16 +93,21 @@ def _turned(x_BTHd: jax.Array, at_BT: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTHd.dtype)
 
 
-def attend(shape: Shape, implementation: str, chip: str | None, *args: Any, **given: Any) -> Any:
-    q, k, v = args
-    return branches(shape.parts(q, k), v, implementation=implementation, chip=chip, **given)
+def attend(shape: Shape, how: How, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return branches(shape.parts(q, k), v, how=how)
 
 
-def shapes(T: int, heads: tuple[int, int] = (H, K), d: int = D, dtype: Any = jnp.bfloat16) -> tuple[Any, ...]:
+def shapes(T: int, heads: tuple[int, int] = (H, K), d: int = D, dtype: DTypeLike = jnp.bfloat16) -> tuple[Any, ...]:
     return tuple(jax.ShapeDtypeStruct((1, T, n, d), dtype) for n in (heads[0], heads[1], heads[1]))
 
 
-def _pair(name: str, run: Any, args: tuple[Any, ...], memory: tuple[int, int], reference: Any = None) -> list[Case]:
+def _pair(
+    name: str,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    memory: tuple[int, int],
+    reference: Callable[..., Any] | None = None,
+) -> list[Case]:
     back = None if reference is None else functools.partial(gradient, reference)
     tolerance = 1e-5 if args[0].dtype == jnp.float32 else 1e-2
     return [
@@ -121,7 +128,10 @@ def cases(chip: str) -> list[Case]:
         for shape in REAL
         for T in (32768, 131072)
         for case in _pair(
-            f"{shape} {T // 1024}k", functools.partial(attend, shape, "tpu", chip), shapes(T), (memory[0], memory[1])
+            f"{shape} {T // 1024}k",
+            functools.partial(attend, shape, How("tpu", chip)),
+            shapes(T),
+            (memory[0], memory[1]),
         )
     ]
 
@@ -130,9 +140,9 @@ def small_cases() -> list[Case]:
     """Sizes an interpreter can run, with the dense union they must equal."""
     out = []
     for shape in (Shape(24, sinks=3), Shape(20, group=4)):
-        run = functools.partial(attend, shape, "interpret", None, block_q=32, block_k=16)
+        run = functools.partial(attend, shape, How("interpret", sizes=sized(block_q=32, block_k=16)))
         args = shapes(90, (4, 2), 64, jnp.float32)
-        out += _pair(f"{shape}, ragged", run, args, (0, 0), functools.partial(attend, shape, "reference", None))
+        out += _pair(f"{shape}, ragged", run, args, (0, 0), functools.partial(attend, shape, How("reference")))
     return out
 
 
@@ -141,7 +151,7 @@ def gpu_cases() -> list[Case]:
     return [
         case
         for shape in REAL
-        for case in _pair(f"{shape} 32k", functools.partial(attend, shape, "gpu", "h100"), shapes(32768), (0, 0))
+        for case in _pair(f"{shape} 32k", functools.partial(attend, shape, How("gpu", "h100")), shapes(32768), (0, 0))
     ]
 
 
@@ -151,7 +161,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
         # All logits of 32k tokens do not fit any chip.
         names = [name for name in timing.names() if T <= 8192 or name != "xla"]
         for shape in (Shape(24, sinks=3),) if small else REAL:
-            runs = {name: functools.partial(attend, shape, name, chip) for name in names}
+            runs = {name: functools.partial(attend, shape, How(name, chip)) for name in names}
             if jax.default_backend() == "gpu":
                 runs["cudnn, causal"] = functools.partial(_causal, chip)
             for kind in ("forward", "backward"):
@@ -163,9 +173,8 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
                     yield f"{shape} {T} {kind}", forms
 
 
-def _causal(chip: str | None, *args: Any) -> Any:
-    q, k, v = args
-    return flash(q, k, v, Between(), causal=True, chip=chip, implementation="cudnn")
+def _causal(chip: str | None, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return flash(q, k, v, Problem(Between(), causal=True), How("cudnn", chip))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

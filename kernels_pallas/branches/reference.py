@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.branches.part import Part
+from kernels_pallas.branches.part import Part, Problem
 from kernels_pallas.common import NEG
 
 
-def union(
-    parts: Sequence[Part],
-    v_BSKd: jax.Array,
-    T: int,
-    *,
-    slopes_H: jax.Array | None = None,
-    sinks_H: jax.Array | None = None,
-    scale: float,
-    softcap: float | None = None,
-) -> tuple[jax.Array, jax.Array]:
+def union(parts: Sequence[Part], v_BSKd: jax.Array, T: int, problem: Problem) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``. Memory O(parts T S) per head."""
-    tables = [_logits(part, T, slopes_H, scale, softcap) for part in parts]
+    sinks_H = problem.sinks_H
+    tables = [_logits(part, T, problem) for part in parts]
     s = jnp.concatenate(tables, -1)
     B, H, S = s.shape[0], s.shape[1], v_BSKd.shape[1]
     v = jnp.repeat(v_BSKd.astype(jnp.float32), H // v_BSKd.shape[2], 2)
@@ -40,11 +31,13 @@ def union(
     return out.astype(v_BSKd.dtype), lse.swapaxes(1, 2)
 
 
-def _logits(part: Part, T: int, slopes_H: Any, scale: float, softcap: float | None) -> jax.Array:
+def _logits(part: Part, T: int, problem: Problem) -> jax.Array:
     """float32 ``[B, H, T, S]``, `NEG` where the branch does not see a key or has no such query."""
+    slopes_H, softcap = problem.slopes_H, problem.softcap
+    assert problem.scale is not None  # `api.branches` fills it in
     q, k = part.q_BTHd.astype(jnp.float32), part.k_BSKd.astype(jnp.float32)
     rows, H, S = q.shape[1], q.shape[2], k.shape[1]
-    s = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, H // k.shape[2], 2), precision="highest") * scale
+    s = jnp.einsum("bthd,bshd->bhts", q, jnp.repeat(k, H // k.shape[2], 2), precision="highest") * problem.scale
     if slopes_H is not None:
         assert part.positions is not None
         q_at, k_at = part.positions

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernels_pallas import common, timing
-from kernels_pallas.common import Case
+from kernels_pallas.common import Case, How, sized
 from kernels_pallas.flash import gpu, table
 from kernels_pallas.flash.api import flash
+from kernels_pallas.flash.problem import Problem
 
 H, K, D = 32, 8, 128  # query heads, key heads, head width of the real sizes
 
@@ -31,7 +33,7 @@ class Band:
     window: int | None = None
     sinks: int = 0
 
-    def __call__(self, q: Any, k: Any) -> Any:
+    def __call__(self, q: jax.Array, k: jax.Array) -> jax.Array:
         return (k <= q) if self.window is None else (k <= q) & ((q - k < self.window) | (k < self.sinks))
 
     def tiles(self, n_queries: int, n_keys: int, block_q: int, block_k: int) -> np.ndarray:
@@ -46,16 +48,13 @@ class Band:
         return np.stack([i, j, whole[some]], 1).astype(np.int32)
 
 
-def _attend(
-    implementation: str, mask: Band, chip: str | None, features: frozenset[str], *args: Any, **given: Any
-) -> Any:
+def _attend(how: How, mask: Band, features: frozenset[str], *args: jax.Array, causal: bool = False) -> Any:
     """`flash` of q, k, v and what `features` name, in their order: index, segments, slopes, sinks."""
     q, k, v, *rest = args
     extra: dict[str, Any] = {}
-    if "index" in features:
-        extra["index"], rest = (rest[0], rest[1]), rest[2:]
-    if "segments" in features:
-        extra["segments"], rest = (rest[0], rest[1]), rest[2:]
+    for name in ("index", "segments"):
+        if name in features:
+            extra[name], rest = (rest[0], rest[1]), rest[2:]
     if "slopes" in features:
         extra["positions"] = (
             jnp.arange(q.shape[1], dtype=jnp.float32)[None],
@@ -67,14 +66,16 @@ def _attend(
     if "softcap" in features:
         extra["softcap"] = 30.0
     tiles = None if "index" in features else mask.tiles
-    offset = k.shape[1] - q.shape[1]
-    return flash(q, k, v, mask, tiles=tiles, offset=offset, chip=chip, implementation=implementation, **extra, **given)
+    problem = Problem(mask, tiles=tiles, offset=k.shape[1] - q.shape[1], causal=causal, **extra)
+    return flash(q, k, v, problem, how)
 
 
 def _shapes(
-    B: int, T: int, S: int, heads: tuple[int, int], d: int, dtype: Any, features: frozenset[str]
+    lengths: tuple[int, int], heads: tuple[int, int], d: int, dtype: DTypeLike, features: frozenset[str]
 ) -> tuple[Any, ...]:
+    """Of one row: `lengths` of queries and keys, `heads` of queries and keys."""
     x = jax.ShapeDtypeStruct
+    B, (T, S) = 1, lengths
     n, kv = heads
     out = [x((B, T, n, d), dtype), x((B, S, kv, d), dtype), x((B, S, kv, d), dtype)]
     for name in ("index", "segments"):
@@ -84,27 +85,28 @@ def _shapes(
     return tuple(out)
 
 
-def gradient(attend: Any, *args: Any) -> Any:
+def gradient(attend: Callable[..., Any], *args: jax.Array) -> Any:
     """Gradients of a loss that weighs output and log-sum-exp unevenly, to every float argument."""
     floats = [i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating)]
 
-    def loss(*args: Any) -> jax.Array:
+    def loss(*args: jax.Array) -> jax.Array:
         out, lse = attend(*args)
         return jnp.sin(3 * out.astype(jnp.float32)).sum() + jnp.where(lse > common.NEG / 2, jnp.cos(lse), 0.0).sum()
 
     return jax.grad(loss, floats)(*args)
 
 
-def _pair(name: str, attend: Any, args: tuple[Any, ...], memory: tuple[int, int], **more: Any) -> list[Case]:
-    reference = more.pop("reference", None)
-    back = None if reference is None else functools.partial(gradient, reference)
+def _pair(case: Case, memory: tuple[int, int]) -> list[Case]:
+    """The case forward, and backward. `memory`: of either."""
+    back = None if case.reference is None else functools.partial(gradient, case.reference)
+    backward = functools.partial(gradient, case.fn)
     return [
-        Case(f"{name} forward", attend, args, memory[0], reference, **more),
-        Case(f"{name} backward", functools.partial(gradient, attend), args, memory[1], back, **more),
+        replace(case, name=f"{case.name} forward", tile_bytes=memory[0]),
+        replace(case, name=f"{case.name} backward", fn=backward, tile_bytes=memory[1], reference=back),
     ]
 
 
-def _memory(size: dict[str, int], d: int, dtype: Any) -> tuple[int, int]:
+def _memory(size: dict[str, int], d: int, dtype: DTypeLike) -> tuple[int, int]:
     """Of a TPU kernel, forward and backward."""
     n = jnp.dtype(dtype).itemsize
     forward, backward = (
@@ -132,8 +134,8 @@ def cases(chip: str) -> list[Case]:
     out = []
     for name, mask, (T, S), d, dtype, features in sizes:
         names = frozenset(features)
-        attend = functools.partial(_attend, "tpu", mask, chip, names)
-        out += _pair(name, attend, _shapes(1, T, S, (H, K), d, dtype, names), _memory(size, d, dtype))
+        attend = functools.partial(_attend, How("tpu", chip), mask, names)
+        out += _pair(Case(name, attend, _shapes((T, S), (H, K), d, dtype, names)), _memory(size, d, dtype))
     return out
 
 
@@ -165,33 +167,33 @@ def small_cases() -> list[Case]:
     for name, mask, (T, S), d, dtype, features in sizes:
         names = frozenset(features)
         size = {"block_q": 32, "block_k": 16}
-        attend = functools.partial(_attend, "interpret", mask, None, names, **size)
-        reference = functools.partial(_attend, "xla", mask, None, names)
+        attend = functools.partial(_attend, How("interpret", sizes=sized(**size)), mask, names)
+        reference = functools.partial(_attend, How("xla"), mask, names)
         tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
-        args = _shapes(1, T, S, (4, 2), d, dtype, names)
-        memory = _memory(size, d, dtype)
-        out += _pair(name, attend, args, memory, reference=reference, tolerance=tolerance, draw=_draw)
+        args = _shapes((T, S), (4, 2), d, dtype, names)
+        case = Case(name, attend, args, reference=reference, tolerance=tolerance, draw=_draw)
+        out += _pair(case, _memory(size, d, dtype))
     for name, mask, d, features in (
         ("gpu, window + sinks", Band(70, 3), 64, set()),
         ("gpu, slopes, soft-cap, sinks", Band(), 96, {"slopes", "softcap", "sinks"}),
         ("gpu, packed", Band(40), 128, {"index", "segments"}),
     ):
-        attend = functools.partial(_attend, "interpret_gpu", mask, "h100", frozenset(features))
-        truth = functools.partial(_attend, "reference", mask, None, frozenset(features))
-        args = _shapes(1, 100, 150, (4, 2), d, jnp.bfloat16, frozenset(features))
-        memory = gpu.memory(d, common.blocks("flash", "h100"))
-        out += _pair(name, attend, args, memory, reference=truth, tolerance=1e-2, draw=_draw)
+        attend = functools.partial(_attend, How("interpret_gpu", "h100"), mask, frozenset(features))
+        truth = functools.partial(_attend, How("reference"), mask, frozenset(features))
+        args = _shapes((100, 150), (4, 2), d, jnp.bfloat16, frozenset(features))
+        case = Case(name, attend, args, reference=truth, tolerance=1e-2, draw=_draw)
+        out += _pair(case, gpu.memory(d, common.blocks("flash", "h100")))
     return out
 
 
 def gpu_cases() -> list[Case]:
     """The kernel for Hopper at real sizes; XLA, 'auto' and cuDNN, which can only be lowered where it is, on a GPU."""
-    args = _shapes(1, 4096, 4096, (H, K), D, jnp.bfloat16, frozenset())
+    args = _shapes((4096, 4096), (H, K), D, jnp.bfloat16, frozenset())
     cudnn = ("cudnn",) if jax.default_backend() == "gpu" else ()
     out = []
     for name in ("xla", "auto", *cudnn):
-        attend = functools.partial(_attend, name, Band(), None, frozenset(), causal=True)
-        out += _pair(f"causal 4k, {name}", attend, args, (0, 0))
+        attend = functools.partial(_attend, How(name), Band(), frozenset(), causal=True)
+        out += _pair(Case(f"causal 4k, {name}", attend, args), (0, 0))
     band, size = Band(4096, 16), common.blocks("flash", "h100")
     sizes: list[tuple[str, Band, int, int, set[str]]] = [
         ("causal 8k", Band(), 8192, D, set()),
@@ -205,12 +207,13 @@ def gpu_cases() -> list[Case]:
     ]
     for name, mask, T, d, features in sizes:
         names = frozenset(features)
-        attend = functools.partial(_attend, "gpu", mask, "h100", names)
-        out += _pair(f"{name}, gpu", attend, _shapes(1, T, T, (H, K), d, jnp.bfloat16, names), gpu.memory(d, size))
+        attend = functools.partial(_attend, How("gpu", "h100"), mask, names)
+        args = _shapes((T, T), (H, K), d, jnp.bfloat16, names)
+        out += _pair(Case(f"{name}, gpu", attend, args), gpu.memory(d, size))
     return out
 
 
-def _no_lse(attend: Any, *args: Any) -> Any:
+def _no_lse(attend: Callable[..., Any], *args: jax.Array) -> Any:
     """Gradients of a sum over the output alone to q, k and v."""
     return jax.grad(lambda *x: jnp.sin(attend(*x)[0].astype(jnp.float32)).sum(), (0, 1, 2))(*args)
 
@@ -222,7 +225,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
     if on_gpu and not small:
         sizes += [("causal", Band(), n * T) for n in (2, 4, 8)] + [("window + sinks", Band(4096, 16), 8 * T)]
     for name, mask, T in sizes:
-        args = _draw(np.random.default_rng(0), _shapes(1, T, T, (H, K), D, dtype, frozenset()))
+        args = _draw(np.random.default_rng(0), _shapes((T, T), (H, K), D, dtype, frozenset()))
         serving = {
             "xla": T <= 8192,  # all logits of 32 heads: 8 GiB at 8k, 128 GiB at 32k
             "gpu": chip in common.GPUS and not small,
@@ -232,7 +235,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
             forms = {}
             for form in (*timing.names(), "cudnn"):
                 if serving.get(form, True):
-                    attend = functools.partial(_attend, form, mask, chip, frozenset(), causal=mask == Band())
+                    attend = functools.partial(_attend, How(form, chip), mask, frozenset(), causal=mask == Band())
                     call = attend if kind == "forward" else functools.partial(_no_lse, attend)
                     forms[form] = functools.partial(jax.jit(call), *args)
             if on_gpu and not small and importlib.util.find_spec("tokamax"):
@@ -242,7 +245,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
             yield f"{name} {T} {kind}", forms
 
 
-def _tokamax(mask: Band, *args: Any) -> Any:
+def _tokamax(mask: Band, *args: jax.Array) -> Any:
     """The library where it is installed (`pip install tokamax`); it knows no sinks, and a window leaves them out."""
     import tokamax  # type: ignore[import-not-found]
 

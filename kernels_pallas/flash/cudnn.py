@@ -15,8 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.common import Shaped
+from kernels_pallas.flash.problem import Scores
 
-def _causal(library: str, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, **more: Any) -> Any:
+
+def _causal(library: str, scale: float, q: jax.Array, k: jax.Array, v: jax.Array, **more: bool) -> Any:
     return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation=library, **more)  # type: ignore[call-overload]
 
 
@@ -45,17 +48,15 @@ def _backward(library: str, scale: float, saved: tuple[jax.Array, jax.Array], d_
 _through.defvjp(_forward, _backward)
 
 
-def refusal(
-    q: jax.Array, k: jax.Array, causal: bool, rows: dict[str, Any], slopes: Any, sinks: Any, softcap: Any
-) -> str | None:
+def refusal(q: Shaped, k: Shaped, scores: Scores) -> str | None:
     """Why cuDNN cannot serve this call, or None."""
     reasons = {
-        "the mask is not plain causal": not causal,
+        "the mask is not plain causal": not scores.causal,
         "queries and keys are not the same rows": q.shape[1] != k.shape[1],
-        "segments or padding": bool({"q_index", "q_segments"} & set(rows)),
-        "a slope per head": slopes is not None,
-        "sinks": sinks is not None,
-        "a soft-cap": softcap is not None,
+        "segments or padding": bool({"q_index", "q_segments"} & set(scores.rows)),
+        "a slope per head": scores.slopes_H is not None,
+        "sinks": scores.sinks_H is not None,
+        "a soft-cap": scores.softcap is not None,
         f"dtype {q.dtype} (valid: bfloat16, float16)": q.dtype not in (jnp.bfloat16, jnp.float16),
         f"heads wider than 128 ({q.shape[-1]})": q.shape[-1] > 128,
         "no GPU here, and cuDNN is asked for its version as soon as it is called": jax.default_backend() != "gpu",
@@ -64,8 +65,8 @@ def refusal(
 
 
 def attention(
-    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, *_: Any, scale: float, library: str = "cudnn"
+    q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, scores: Scores, *, library: str = "cudnn"
 ) -> tuple[jax.Array, jax.Array]:
     """Causal attention by `library`: output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``, differentiable."""
-    out, lse = _causal(library, scale, q_BTHd, k_BSKd, v_BSKd, return_residual=True)
-    return out, _through(library, scale, q_BTHd, k_BSKd, jax.lax.stop_gradient(lse.astype(jnp.float32)))
+    out, lse = _causal(library, scores.scale, q_BTHd, k_BSKd, v_BSKd, return_residual=True)
+    return out, _through(library, scores.scale, q_BTHd, k_BSKd, jax.lax.stop_gradient(lse.astype(jnp.float32)))

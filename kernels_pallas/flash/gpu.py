@@ -7,23 +7,22 @@ sequence stays where it is, ``[B, T, H, d]``: copies by TMA cut tiles out of any
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from kernels_pallas.common import NEG
+from kernels_pallas.common import AUTO, NEG, How, Shaped
 from kernels_pallas.flash import gpu_backward, gpu_forward, per_head
-from kernels_pallas.flash.gpu_tile import LOG2E, ROWS, Shape, Spec, smem_bytes, tables
+from kernels_pallas.flash.gpu_tile import LOG2E, ROWS, Shape, Spec, Table, smem_bytes, tables
+from kernels_pallas.flash.problem import Rows, Scores
 from kernels_pallas.flash.tpu import FAR
 
 WIDEST = 256
 
 
-def refusal(q: jax.Array, k: jax.Array, v: jax.Array, size: dict[str, int]) -> str | None:
+def refusal(q: Shaped, k: Shaped, v: Shaped, size: dict[str, int]) -> str | None:
     """Why the kernel cannot serve this call, or None. `size`: ``block_q``, ``block_k``."""
     T, d = q.shape[1], q.shape[-1]
     odd = next((str(a.dtype) for a in (q, k, v) if a.dtype != jnp.bfloat16), None)
@@ -62,28 +61,34 @@ class Plan:
     n_queries: int
 
 
+def _there(x: dict[str, jax.Array | None]) -> dict[str, jax.Array]:
+    return {name: a for name, a in x.items() if a is not None}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attention(plan: Plan, x: dict[str, Any], rows: dict[str, jax.Array], tables: dict[str, Any]) -> Any:
+def attention(
+    plan: Plan, x: dict[str, jax.Array | None], rows: Rows, tables: dict[str, Table]
+) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, H, T]`` of padded ``q, k, v, slopes, sinks``.
 
     `rows`: numbers per token ``[B, T]`` and ``[B, S]``; `tables`: a `table.runs` per kernel.
     """
-    return gpu_forward.forward(plan.forward, {**x, **rows, **tables["forward"]})
+    return gpu_forward.forward(plan.forward, _there(x) | rows | tables["forward"])
 
 
-def _fwd(plan: Plan, x: dict[str, Any], rows: Any, tables: Any) -> Any:
+def _fwd(plan: Plan, x: dict[str, jax.Array | None], rows: Rows, tables: dict[str, Table]) -> Any:
     out, lse = attention(plan, x, rows, tables)
     return (out, lse), (x, rows, tables, out, lse)
 
 
-def _bwd(plan: Plan, saved: Any, cotangents: Any) -> Any:
+def _bwd(plan: Plan, saved: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]) -> Any:
     x, rows, tables, out, lse = saved
     d_out, d_lse = cotangents
     # d logit = p * (dO . v - sum(dO * O) + dLSE)
     shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - d_lse
     part = (lse > NEG / 2) & (jnp.arange(lse.shape[-1]) < plan.n_queries)
     safe = jnp.where(part, lse, FAR)
-    given = {name: x[name] for name in ("q", "k", "v", "slopes")}
+    given = _there({name: x[name] for name in ("q", "k", "v", "slopes")})
     given |= {"d_out": d_out.astype(jnp.bfloat16), "lse": safe * LOG2E, "shift": shift, **rows}
     sums = per_head.sums(x["slopes"], x["sinks"])
     dq, of_rows = gpu_backward.backward_q(plan.backward_q, given | tables["backward_q"], sums)
@@ -99,23 +104,10 @@ def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def flash(
-    mask: Any,
-    tiles: Callable[..., Any] | None,
-    size: dict[str, int],
-    lengths: tuple[int, int],
-    settings: dict[str, Any],
-    interpret: bool,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    rows: dict[str, jax.Array],
-    slopes: Any,
-    sinks: Any,
-) -> tuple[jax.Array, jax.Array]:
-    """What `api.flash` calls. Lengths are padded to whole blocks, head widths to multiples of 32; `settings`: offset,
-    scale, softcap."""
-    (T, S), (B, width) = lengths, (q.shape[0], q.shape[-1])
+def flash(q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores, how: How = AUTO) -> tuple[jax.Array, jax.Array]:
+    """What `api.flash` calls. Lengths are padded to whole blocks, head widths to multiples of 32."""
+    (B, T, _, width), S = q.shape, k.shape[1]
+    size, slopes, sinks = how.blocks("flash", how.hopper), scores.slopes_H, scores.sinks_H
     d = _up(width, 32)
     long = {"q": _up(T, 128), "k": _up(S, 128)}  # a multiple of every block
     plans, lists = {}, {}
@@ -123,12 +115,19 @@ def flash(
         major = int(name == "backward_kv")
         block_q, block_k = (shape.stream, shape.rows) if major else (shape.rows, shape.stream)
         n_q, n_k = long["q"] // block_q, long["k"] // block_k
-        if tiles is None:
-            listed = np.array([(i, j, 0) for i in range(n_q) for j in range(n_k)], np.int32)
-        else:
-            listed = np.asarray(tiles(T, S, block_q, block_k), np.int32).reshape(-1, 3)
+        listed = scores.listed((T, S), (block_q, block_k), (n_q, n_k))
         lists[name], kinds = tables(listed, (n_q, n_k)[major], major)
-        plans[name] = Spec(mask, shape, kinds, S, sloped=slopes is not None, interpret=interpret, **settings)
+        plans[name] = Spec(
+            mask=scores.mask,
+            shape=shape,
+            kinds=kinds,
+            n_keys=S,
+            offset=scores.offset,
+            scale=scores.scale,
+            softcap=scores.softcap,
+            sloped=slopes is not None,
+            interpret=bool(how.interpret),
+        )
 
     def padded(name: str, a: jax.Array, fill: int = 0) -> jax.Array:
         pads = [(0, 0), (0, long[name[0]] - a.shape[1])]
@@ -137,9 +136,9 @@ def flash(
 
     numbers = {
         name: padded(name, jnp.broadcast_to(a, (B, a.shape[-1])), -1 if name.endswith("index") else 0)
-        for name, a in rows.items()
+        for name, a in scores.rows.items()
     }
-    x: dict[str, Any] = {"q": padded("q", q), "k": padded("k", k), "v": padded("k", v)}
+    x: dict[str, jax.Array | None] = {"q": padded("q", q), "k": padded("k", k), "v": padded("k", v)}
     heads = {name: None if a is None else a.astype(jnp.float32) for name, a in (("slopes", slopes), ("sinks", sinks))}
     out, lse = attention(Plan(**plans, n_queries=T), x | heads, numbers, lists)
     return out[:, :T, :, :width], lse[:, :, :T].swapaxes(1, 2)

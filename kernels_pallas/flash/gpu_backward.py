@@ -12,6 +12,7 @@ tile. arXiv 2307.08691.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,9 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
+from kernels_pallas.common import Ref
 from kernels_pallas.flash import per_head
 from kernels_pallas.flash.gpu_tile import (
     ROWS,
+    Place,
     Shape,
     Spec,
     along,
@@ -39,27 +42,36 @@ from kernels_pallas.flash.gpu_tile import (
 )
 
 STREAM = 64
+Inputs = dict[str, jax.Array]
+Sums = dict[str, jax.Array]
 
 
 def shape(d: int, rows: int) -> Shape:
     return fit(d, ROWS if d > 128 else rows, STREAM, 2)
 
 
-def _fetching(spec: Spec, x: dict[str, Any], groups: int, scratch: dict[str, Any], names: str, where: Any) -> None:
+def _fetching(
+    spec: Spec,
+    x: dict[str, Ref],
+    groups: int,
+    scratch: dict[str, Ref],
+    names: str,
+    where: Callable[[jax.Array, jax.Array], tuple[object, ...]],
+) -> None:
     """The memory warpgroup: both operands of a tile arrive at one barrier. `where`: their place, of (tile, group)."""
     registers(spec, False)
     operands = {"kv": ("k", "v"), "qo": ("q", "d_out")}[names]
 
-    def fetch(i: int, at: Any, tile: Any, group: Any) -> None:
+    def fetch(i: int, at: jax.Array, tile: jax.Array, group: jax.Array) -> None:
         for name in operands:
             source = x[name].at[where(tile, group)]
-            plgpu.copy_gmem_to_smem(source, scratch["tile_" + name].at[at], scratch["full"].at[at])
+            hopper.copy_in(source, scratch["tile_" + name].at[at], scratch["full"].at[at])
 
     produce(x, spec, groups, (scratch["empty"],), fetch)
 
 
 def _backward_q(
-    o: hopper.Ops, spec: Spec, place: tuple[Any, ...], x: dict[str, Any], outs: dict[str, Any], scratch: dict[str, Any]
+    o: hopper.Ops, spec: Spec, place: Place, x: dict[str, Ref], outs: dict[str, Ref], scratch: dict[str, Ref]
 ) -> None:
     batch, head, block, warpgroup = place
     d = x["q"].shape[-1]
@@ -72,21 +84,23 @@ def _backward_q(
         mine, rows = (batch, pl.ds(first, ROWS), head), (batch, head, pl.ds(first, ROWS))
         q, d_out = scratch["q"].at[warpgroup], scratch["d_out"].at[warpgroup]
         for name, ref in (("q", q), ("d_out", d_out)):
-            plgpu.copy_gmem_to_smem(x[name].at[mine], ref, scratch["held"].at[warpgroup])
+            hopper.copy_in(x[name].at[mine], ref, scratch["held"].at[warpgroup])
         held = {name: load(o, x[name], (batch,), first, ROWS, 0) for name in x if name.startswith("q_")}
         lse, shift = (load(o, x[name], (batch, head), first, ROWS, 0) for name in ("lse", "shift"))
         slope = x["slopes"][head] if spec.sloped else None
         names = [name for name in outs if name != "dq"]
         sums = [o.tile(jnp.zeros((ROWS, d), jnp.float32)), *(o.per_row(jnp.zeros((ROWS,), jnp.float32)) for _ in names)]
-        plgpu.barrier_wait(scratch["held"].at[warpgroup])
+        hopper.wait(scratch["held"].at[warpgroup])
 
-        def step(n: Any, tile: Any, group: Any, whole: bool, sums: Any) -> Any:
+        def step(
+            n: jax.Array, tile: jax.Array, group: jax.Array, whole: bool, sums: list[jax.Array]
+        ) -> list[jax.Array]:
             at = slot(n, spec.shape.stages)
             k, v = scratch["tile_k"].at[at], scratch["tile_v"].at[at]
             numbers = held | {
                 name: load(o, x[name], (batch,), tile * STREAM, STREAM, 1) for name in x if name.startswith("k_")
             }
-            plgpu.barrier_wait(scratch["full"].at[at])
+            hopper.wait(scratch["full"].at[at])
 
             def probabilities(s: jax.Array) -> Any:
                 s, bend, distance = logits(o, spec, s, numbers, (first, tile * STREAM), slope, whole, 0)
@@ -98,13 +112,13 @@ def _backward_q(
             terms = per_head.terms(p, error, bend, distance)
             more = [total + term.sum(axis=1) for total, term in zip(sums[1:], terms, strict=False)]
             (acc,) = o.add((sums[0], ds.astype(jnp.bfloat16), k))
-            plgpu.barrier_arrive(scratch["empty"].at[at])
+            hopper.arrive(scratch["empty"].at[at])
             return [acc, *more]
 
         _, sums = walk(x, spec, 1, step, sums)
         q[...] = (sums[0] * spec.scale).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, outs["dq"].at[mine])
+        hopper.copy_out(q, outs["dq"].at[mine])
         for name, total in zip(names, sums[1:], strict=True):
             outs[name].at[rows][...] = total
         plgpu.wait_smem_to_gmem(0)
@@ -115,7 +129,7 @@ def _backward_q(
 
 
 def _backward_kv(
-    o: hopper.Ops, spec: Spec, place: tuple[Any, ...], x: dict[str, Any], outs: dict[str, Any], scratch: dict[str, Any]
+    o: hopper.Ops, spec: Spec, place: Place, x: dict[str, Ref], outs: dict[str, Ref], scratch: dict[str, Ref]
 ) -> None:
     batch, kv_head, block, warpgroup = place
     d = x["q"].shape[-1]
@@ -128,12 +142,12 @@ def _backward_kv(
         mine = (batch, pl.ds(first, ROWS), kv_head)
         k, v = scratch["k"].at[warpgroup], scratch["v"].at[warpgroup]
         for name, ref in (("k", k), ("v", v)):
-            plgpu.copy_gmem_to_smem(x[name].at[mine], ref, scratch["held"].at[warpgroup])
+            hopper.copy_in(x[name].at[mine], ref, scratch["held"].at[warpgroup])
         held = {name: load(o, x[name], (batch,), first, ROWS, 0) for name in x if name.startswith("k_")}
         sums = {name: o.tile(jnp.zeros((ROWS, d), jnp.float32)) for name in outs}
-        plgpu.barrier_wait(scratch["held"].at[warpgroup])
+        hopper.wait(scratch["held"].at[warpgroup])
 
-        def step(n: Any, tile: Any, group: Any, whole: bool, sums: Any) -> Any:
+        def step(n: jax.Array, tile: jax.Array, group: jax.Array, whole: bool, sums: Sums) -> Sums:
             at, head = slot(n, spec.shape.stages), kv_head * groups + group
             q, d_out = scratch["tile_q"].at[at], scratch["tile_d_out"].at[at]
             numbers = held | {
@@ -141,7 +155,7 @@ def _backward_kv(
             }
             lse = load(o, x["lse"], (batch, head), tile * STREAM, STREAM, 1)
             slope = x["slopes"][head] if spec.sloped else None
-            plgpu.barrier_wait(scratch["full"].at[at])
+            hopper.wait(scratch["full"].at[at])
 
             def probabilities(s: jax.Array) -> Any:
                 s, bend, _ = logits(o, spec, s, numbers, (tile * STREAM, first), slope, whole, 1)
@@ -163,7 +177,7 @@ def _backward_kv(
                 terms: dict[str, Any] = {"dv": (p.astype(jnp.bfloat16), d_out), "dk": (ds, q)}
                 added = o.add(*((sums[name], *terms[name]) for name in outs))
                 sums = dict(zip(outs, added, strict=True))
-            plgpu.barrier_arrive(scratch["empty"].at[at])
+            hopper.arrive(scratch["empty"].at[at])
             return sums
 
         _, sums = walk(x, spec, groups, step, sums)
@@ -173,7 +187,7 @@ def _backward_kv(
         plgpu.commit_smem()
         for name, ref in (("dk", k), ("dv", v)):
             if name in outs:
-                plgpu.copy_smem_to_gmem(ref, outs[name].at[mine])
+                hopper.copy_out(ref, outs[name].at[mine])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == spec.shape.warpgroups)
@@ -193,7 +207,7 @@ def _scratch(spec: Spec, d: int, held: tuple[str, str], streamed: tuple[str, str
     }
 
 
-def backward_q(spec: Spec, x: dict[str, Any], sums: tuple[str, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
+def backward_q(spec: Spec, x: Inputs, sums: tuple[str, ...]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """dQ ``[B, T, H, d]``, and `per_head.sums` of every row float32 ``[B, H, T]``. `x`: as forward, with d_out, lse
     (times `LOG2E`) and shift ``[B, H, T]``, and the table by queries."""
     B, T, H, d = x["q"].shape
@@ -203,7 +217,7 @@ def backward_q(spec: Spec, x: dict[str, Any], sums: tuple[str, ...]) -> tuple[ja
     return got.pop("dq"), got
 
 
-def backward_kv(spec: Spec, x: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def backward_kv(spec: Spec, x: Inputs) -> tuple[jax.Array, jax.Array]:
     """dK and dV ``[B, S, K, d]``. `x`: as `backward_q`, with the table by keys."""
     d = x["q"].shape[-1]
     scratch = _scratch(spec, d, ("k", "v"), ("q", "d_out"))

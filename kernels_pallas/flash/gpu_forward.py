@@ -10,8 +10,6 @@ multiplies, the other takes exponentials. Work: 4 d operations per pair of a vis
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,10 +17,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.common import NEG
+from kernels_pallas.common import NEG, Ref
 from kernels_pallas.flash.gpu_tile import (
     LOG2E,
     ROWS,
+    Place,
     Shape,
     Spec,
     along,
@@ -37,13 +36,15 @@ from kernels_pallas.flash.gpu_tile import (
     walk,
 )
 
+State = tuple[jax.Array, jax.Array, jax.Array]  # output, top and total of a softmax
+
 
 def shape(d: int, block_q: int, block_k: int) -> Shape:
     return fit(d, block_q, min(block_k, 64 if d > 128 else 128), 1)
 
 
 def _forward(
-    o: hopper.Ops, spec: Spec, place: tuple[Any, ...], x: dict[str, Any], outs: dict[str, Any], scratch: dict[str, Any]
+    o: hopper.Ops, spec: Spec, place: Place, x: dict[str, Ref], outs: dict[str, Ref], scratch: dict[str, Ref]
 ) -> None:
     batch, head, block, warpgroup = place
     warpgroups, stream, stages = spec.shape.warpgroups, spec.shape.stream, spec.shape.stages
@@ -54,8 +55,8 @@ def _forward(
     def turn() -> None:
         """The other warpgroup may go on when both have been here."""
         if warpgroups > 1:
-            plgpu.barrier_arrive(scratch["turn"])
-            plgpu.barrier_wait(scratch["turn"])
+            hopper.arrive(scratch["turn"])
+            hopper.wait(scratch["turn"])
 
     @pl.when(warpgroup < warpgroups)
     def _() -> None:
@@ -63,25 +64,25 @@ def _forward(
         q = scratch["q"].at[warpgroup]
         first = block * spec.shape.rows + warpgroup * ROWS
         mine = (batch, pl.ds(first, ROWS), head)
-        plgpu.copy_gmem_to_smem(x["q"].at[mine], q, scratch["q_full"].at[warpgroup])
+        hopper.copy_in(x["q"].at[mine], q, scratch["q_full"].at[warpgroup])
         held = {name: load(o, x[name], (batch,), first, ROWS, 0) for name in x if name.startswith("q_")}
         slope = x["slopes"][head] if spec.sloped else None
         top, total = (o.per_row(jnp.full((ROWS,), value, jnp.float32)) for value in (NEG / 2, 0.0))
         if "sinks" in x:
             top, total = (o.per_row(jnp.full((ROWS,), value, jnp.float32)) for value in (x["sinks"][head] * LOG2E, 1.0))
         acc = o.tile(jnp.zeros((ROWS, d), jnp.float32))
-        plgpu.barrier_wait(scratch["q_full"].at[warpgroup])
+        hopper.wait(scratch["q_full"].at[warpgroup])
         pl.when(warpgroup == 1)(turn)  # half a step behind the first
 
-        def step(n: Any, tile: Any, group: Any, whole: bool, carry: Any) -> Any:
+        def step(n: jax.Array, tile: jax.Array, group: jax.Array, whole: bool, carry: State) -> State:
             acc, top, total = carry
             at = slot(n, stages)
             numbers = held | {
                 name: load(o, x[name], (batch,), tile * stream, stream, 1) for name in x if name.startswith("k_")
             }
-            plgpu.barrier_wait(full[0].at[at])
+            hopper.wait(full[0].at[at])
             s = o.dot(q, scratch["k"].at[at], transpose_b=True, meanwhile=turn)
-            plgpu.barrier_arrive(empty[0].at[at])
+            hopper.arrive(empty[0].at[at])
             s, _, _ = logits(o, spec, s, numbers, (first, tile * stream), slope, whole, 0)
             new = jnp.maximum(top, s.max(axis=1) * spec.unit)
             p = jnp.exp2(s * spec.unit - along(new, s.shape, 0))
@@ -90,12 +91,12 @@ def _forward(
             acc, p = acc * along(keep, acc.shape, 0), p.astype(jnp.bfloat16)
             acc, total, new, p = lax.optimization_barrier((acc, total, new, p))
             if warpgroups > 1:
-                plgpu.barrier_arrive(scratch["turn"])
-            plgpu.barrier_wait(full[1].at[at])
+                hopper.arrive(scratch["turn"])
+            hopper.wait(full[1].at[at])
             if warpgroups > 1:
-                plgpu.barrier_wait(scratch["turn"])
+                hopper.wait(scratch["turn"])
             acc = o.dot(p, scratch["v"].at[at], acc=acc)
-            plgpu.barrier_arrive(empty[1].at[at])
+            hopper.arrive(empty[1].at[at])
             return acc, new, total
 
         _, (acc, top, total) = walk(x, spec, 1, step, (acc, top, total))
@@ -104,7 +105,7 @@ def _forward(
         safe = jnp.where(nothing, 1.0, total)
         q[...] = (acc / along(safe, acc.shape, 0)).astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q, outs["out"].at[mine])
+        hopper.copy_out(q, outs["out"].at[mine])
         lse = jnp.where(nothing, NEG, top * (1 / LOG2E) + jnp.log(safe))
         outs["lse"].at[batch, head, pl.ds(first, ROWS)][...] = lse
         plgpu.wait_smem_to_gmem(0)
@@ -113,15 +114,15 @@ def _forward(
     def _() -> None:
         registers(spec, False)
 
-        def fetch(i: int, at: Any, tile: Any, group: Any) -> None:
+        def fetch(i: int, at: jax.Array, tile: jax.Array, group: jax.Array) -> None:
             name = "kv"[i]
             source = x[name].at[batch, pl.ds(tile * stream, stream), kv_head]
-            plgpu.copy_gmem_to_smem(source, scratch[name].at[at], full[i].at[at])
+            hopper.copy_in(source, scratch[name].at[at], full[i].at[at])
 
         produce(x, spec, 1, empty, fetch)
 
 
-def forward(spec: Spec, x: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+def forward(spec: Spec, x: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, H, T]`` of `x`: q, k, v, slopes, sinks, numbers, table."""
     B, T, H, d = x["q"].shape
     n, stages, stream = spec.shape.warpgroups, spec.shape.stages, spec.shape.stream

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,19 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import hopper
-from kernels_pallas.common import GPUS, NEG
+from kernels_pallas.common import GPUS, NEG, Index, Ref
 from kernels_pallas.flash import table
+from kernels_pallas.flash.problem import Mask
 
 LOG2E = math.log2(math.e)
+Carry = TypeVar("Carry")  # sums of a walk
 ROWS = 64  # of a warpgroup: what one instruction of the matrix unit multiplies
 L2 = 32 * 2**20  # bytes of keys and values that blocks running at one time should share; an H100 has 50 MB
+Table = dict[str, jax.Array]  # `table.runs` by name
+Place = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # of a block of threads, see `call`
 MEMORY, COMPUTE = 40, 232  # registers of a thread beside two computing warpgroups; at most 168 on average
 
 
@@ -48,7 +53,7 @@ class Shape:
 class Spec:
     """What is static. `n_keys`: before padding; `kinds`: whether the list has whole, and partial, tiles."""
 
-    mask: Any
+    mask: Mask
     shape: Shape
     kinds: tuple[bool, bool]
     n_keys: int
@@ -85,7 +90,7 @@ def fit(d: int, rows: int, stream: int, held: int) -> Shape:
     raise ValueError(f"no tile of width {d}, {rows} rows and {stream} streamed rows fits")
 
 
-def operand(shape: tuple[int, ...], dtype: Any) -> Any:
+def operand(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """Shared memory for an operand with the widest swizzle that divides its rows (multiples of 32 numbers)."""
     return hopper.smem(shape, dtype, 128 if shape[-1] % 64 == 0 else 64)
 
@@ -94,12 +99,14 @@ def along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
-def load(o: hopper.Ops, ref: Any, row: tuple[Any, ...], first: Any, n: int, axis: int) -> jax.Array:
+def load(o: hopper.Ops, ref: Ref, row: tuple[Index, ...], first: Index, n: int, axis: int) -> jax.Array:
     """Numbers of `n` tokens from ``ref [*row, tokens]`` in global memory, to be laid along `axis` of a tile."""
     return o.load(ref, (*row, pl.ds(first, n)), plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
 
 
-def walk(x: dict[str, Any], spec: Spec, groups: int, step: Callable[..., Any], carry: Any) -> tuple[Any, Any]:
+def walk(
+    x: dict[str, Ref], spec: Spec, groups: int, step: Callable[..., Carry], carry: Carry
+) -> tuple[jax.Array, Carry]:
     """``carry = step(n, tile, group, whole, carry)`` over the tiles of this block, `groups` times; returns `n` too."""
     row = lax.axis_index("block")
     edges = [x["starts"][row, i] for i in (1, 2, 3)]
@@ -109,7 +116,13 @@ def walk(x: dict[str, Any], spec: Spec, groups: int, step: Callable[..., Any], c
             continue
         count = end - begin
 
-        def run(i: Any, state: Any, whole: bool = whole, begin: Any = begin, count: Any = count) -> Any:
+        def run(
+            i: jax.Array,
+            state: tuple[jax.Array, Carry],
+            whole: bool = whole,
+            begin: jax.Array = begin,
+            count: jax.Array = count,
+        ) -> tuple[jax.Array, Carry]:
             n, carry = state
             group, at = (lax.div(i, count), begin + lax.rem(i, count)) if groups > 1 else (jnp.int32(0), begin + i)
             first, stop = x["runs"][at, 0], x["runs"][at, 1]
@@ -120,19 +133,19 @@ def walk(x: dict[str, Any], spec: Spec, groups: int, step: Callable[..., Any], c
     return n, carry
 
 
-def slot(n: Any, stages: int) -> Any:
+def slot(n: Index, stages: int) -> jax.Array:
     return lax.rem(n, jnp.int32(stages))
 
 
-def _wait(barriers: Any, at: Any) -> None:
-    plgpu.barrier_wait(barriers.at[at])
+def _wait(barriers: Ref, at: Index) -> None:
+    hopper.wait(barriers.at[at])
 
 
-def produce(x: dict[str, Any], spec: Spec, groups: int, empties: tuple[Any, ...], fetch: Callable[..., None]) -> None:
+def produce(x: dict[str, Ref], spec: Spec, groups: int, empties: tuple[Ref, ...], fetch: Callable[..., None]) -> None:
     """The memory warpgroup: ``fetch(i, slot, tile, group)`` for operand `i` when its slot is empty, to the last one."""
     stages = spec.shape.stages
 
-    def step(n: Any, tile: Any, group: Any, whole: bool, carry: Any) -> Any:
+    def step(n: jax.Array, tile: jax.Array, group: jax.Array, whole: bool, carry: tuple[()]) -> tuple[()]:
         at = slot(n, stages)
         for i, empty in enumerate(empties):
             pl.when(n >= stages)(functools.partial(_wait, empty, at))
@@ -150,11 +163,11 @@ def logits(
     spec: Spec,
     s: jax.Array,
     numbers: dict[str, jax.Array],
-    first: tuple[Any, Any],
-    slope: Any,
+    first: tuple[Index, Index],
+    slope: jax.Array | None,
     whole: bool,
     q_axis: int,
-) -> tuple[jax.Array, Any, Any]:
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """Logits over `Spec.unit` from products `s`, invisible pairs at `NEG`; d logit / d score; distances.
 
     `numbers`: per token of the tile, ``q_*`` along `q_axis`, ``k_*`` along the other; `first`: its first query and key.
@@ -166,7 +179,7 @@ def logits(
     distance, bend, shape = None, None, (s.shape[0], s.shape[1])
     if not spec.late:
         s = s * spec.scale
-    if spec.sloped:
+    if slope is not None:
         distance = tile("q_positions") - tile("k_positions")
         s = s - slope * distance
     if spec.softcap is not None:
@@ -190,7 +203,12 @@ def logits(
 
 
 def call(
-    spec: Spec, body: Callable[..., None], x: dict[str, Any], outs: dict[str, Any], scratch: dict[str, Any], held: str
+    spec: Spec,
+    body: Callable[..., None],
+    x: dict[str, jax.Array],
+    outs: dict[str, jax.ShapeDtypeStruct],
+    scratch: dict[str, Any],
+    held: str,
 ) -> dict[str, jax.Array]:
     """`plgpu.kernel` of ``body(o, spec, place, x, outs, scratch)``; `held`: "q" or "k", the side whose blocks lead.
 
@@ -202,7 +220,7 @@ def call(
     heads = H if held == "q" else K
     streamed = 4 * d * (S if held == "q" else T * (H // K))  # bytes of both streamed operands, per key head
     section = next(n for n in range(K, 0, -1) if K % n == 0 and (n == 1 or n * streamed <= L2)) * (heads // K)
-    names = [name for name, a in x.items() if a is not None]
+    names = list(x)
 
     def entry(*refs: Any) -> None:
         ins = dict(zip(names, refs, strict=False))
@@ -233,7 +251,7 @@ def registers(spec: Spec, computes: bool) -> None:
         plgpu.set_max_registers(COMPUTE if computes else MEMORY, action="increase" if computes else "decrease")
 
 
-def tables(tiles: np.ndarray, n_major: int, major: int) -> tuple[dict[str, jax.Array], tuple[bool, bool]]:
+def tables(tiles: np.ndarray, n_major: int, major: int) -> tuple[Table, tuple[bool, bool]]:
     """`table.runs` as arrays, and the kinds of run in it."""
     starts, found, kinds = table.runs(tiles, n_major, major)
     return {"starts": jnp.asarray(starts), "runs": jnp.asarray(found)}, kinds

@@ -1,21 +1,21 @@
 """Gradients to a slope and to a sink per head, from sums over each row that the kernels of the gradient to q make.
 
-The row's ``shift = sum(dO * O) - dLSE`` comes from the output as it was rounded. Its error is one per row, which q, k
-and v hardly feel; to slopes and sinks it is weighed by distances and by the share of the sink, and the rows of a head
-add up. So it is mended here, from what the probabilities themselves say: ``sum_j p_j dp_j`` is exactly ``dO . O``.
+The row's ``shift = sum(dO * O) - dLSE`` comes from the output as it was rounded, so every row has an error. The
+gradients to q, k and v hardly feel it. The gradients to slopes and sinks do: there distances and the share of the sink
+weigh it, and the rows of a head add up. It is mended here: by the probabilities themselves ``sum_j p_j dp_j`` is
+exactly ``dO . O``.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
+Bend = jax.Array | float | None  # d logit / d score; 1.0 or None without a soft-cap
 SUMS = "error", "lean", "pull"
 
 
-def sums(slopes: Any, sinks: Any) -> tuple[str, ...]:
+def sums(slopes: jax.Array | None, sinks: jax.Array | None) -> tuple[str, ...]:
     """The sums over a row that the gradients to `slopes` and `sinks` (arrays, or None) need.
 
     Of `terms`, with `error` the gradient of a logit and `bend` its slope by the soft-cap: ``error = sum_j error_j``,
@@ -24,9 +24,8 @@ def sums(slopes: Any, sinks: Any) -> tuple[str, ...]:
     return SUMS if slopes is not None else SUMS[:1] if sinks is not None else ()
 
 
-def terms(p: jax.Array, error: jax.Array, bend: Any, distance: Any) -> tuple[jax.Array, ...]:
-    """What the `sums` add up, of one tile in a kernel, in their order. `bend` None: no soft-cap; `distance` None: no
-    slopes."""
+def terms(p: jax.Array, error: jax.Array, bend: Bend, distance: jax.Array | None) -> tuple[jax.Array, ...]:
+    """What the `sums` add up, of one tile in a kernel, in their order. `distance` is None without slopes."""
     if distance is None:
         return (error,)
     lean, pull = (x if bend is None else x * bend for x in (error, p))

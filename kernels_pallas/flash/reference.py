@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import NEG
+from kernels_pallas.flash.problem import Scores
 
 
-def attention(
-    q_BTHd: jax.Array,
-    k_BSKd: jax.Array,
-    v_BSKd: jax.Array,
-    rows: dict[str, jax.Array],
-    slopes_H: jax.Array | None,
-    sinks_H: jax.Array | None,
-    *,
-    mask: Any,
-    offset: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``. `rows` as `kernels_pallas.flash.api` makes it."""
+def attention(q_BTHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, scores: Scores) -> tuple[jax.Array, jax.Array]:
+    """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``."""
+    rows, slopes_H, sinks_H, softcap = scores.rows, scores.slopes_H, scores.sinks_H, scores.softcap
     B, T, H, d = q_BTHd.shape
     S, K = k_BSKd.shape[1:3]
     q = q_BTHd.reshape(B, T, K, H // K, d)
-    s = jnp.einsum("btkgd,bskd->bkgts", q, k_BSKd, preferred_element_type=jnp.float32) * scale
+    s = jnp.einsum("btkgd,bskd->bkgts", q, k_BSKd, preferred_element_type=jnp.float32) * scores.scale
     s = s.reshape(B, H, T, S)
     if slopes_H is not None:
         distance = rows["q_positions"][:, None, :, None] - rows["k_positions"][:, None, None, :]
         s = s - slopes_H[:, None, None] * distance
     if softcap is not None:
         s = softcap * jnp.tanh(s / softcap)
-    qi = rows.get("q_index", offset + jnp.arange(T)[None])[:, :, None]
+    qi = rows.get("q_index", scores.offset + jnp.arange(T)[None])[:, :, None]
     ki = rows.get("k_index", jnp.arange(S)[None])[:, None, :]
-    seen = mask(qi, ki) & (qi >= 0) & (ki >= 0)
+    seen = scores.mask(qi, ki) & (qi >= 0) & (ki >= 0)
     if "q_segments" in rows:
         seen &= rows["q_segments"][:, :, None] == rows["k_segments"][:, None, :]
     s = jnp.where(seen[:, None], s, NEG)

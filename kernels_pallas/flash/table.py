@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import numpy as np
 
 RUN, WHOLE, FIRST, LAST = 1, 2, 4, 8
@@ -33,9 +32,9 @@ def pack(tiles: np.ndarray, n_major: int, major: int) -> np.ndarray:
 def runs(tiles: np.ndarray, n_major: int, major: int) -> tuple[np.ndarray, np.ndarray, tuple[bool, bool]]:
     """What a GPU's blocks of threads walk: ``starts [n_major, 4]``, ``runs [n, 2]``, and which kinds of run there are.
 
-    A run is ``(first, end)`` of neighbouring blocks of the other side, listed by column `major` of `tiles` ``[n, 3]``
-    (query, key, whole). A row of `starts` is a block, where its runs of whole tiles begin, where they end and those of
-    partial tiles begin, and where these end; the blocks with the most tiles come first.
+    `tiles` ``[n, 3]``: (query, key, whole). A row of `starts` is ``(block, a, b, c)``, a block of column `major`. Its
+    whole tiles are in ``runs[a:b]``, its partial tiles in ``runs[b:c]``. A run is ``(first, end)`` of neighbouring
+    blocks of the other column. The blocks with the most tiles come first. The kinds: whole, partial.
     """
     minor = 1 - major
     order = np.lexsort((tiles[:, minor], 1 - tiles[:, 2], tiles[:, major]))
@@ -50,11 +49,11 @@ def runs(tiles: np.ndarray, n_major: int, major: int) -> tuple[np.ndarray, np.nd
     return starts[heavy].astype(np.int32), found.astype(np.int32), (bool(whole.any()), bool((1 - whole).any()))
 
 
-def q_block(word: Any) -> Any:
+def q_block(word: jax.Array) -> jax.Array:
     return word >> 17
 
 
-def k_block(word: Any) -> Any:
+def k_block(word: jax.Array) -> jax.Array:
     return (word >> 4) & (2**13 - 1)
 
 

@@ -13,6 +13,7 @@ run, because each of its two kernels computes the logits again). arXiv 2205.1413
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.common import NEG
+from kernels_pallas.common import NEG, Index, Interpret, Ref
 from kernels_pallas.flash import per_head
+from kernels_pallas.flash.problem import Mask, Rows
 from kernels_pallas.flash.table import FIRST, LANES, LAST, RUN, WHOLE, k_block, q_block
 
 FAR = 1e30  # log-sum-exp of a row that takes part in nothing: exp(s - FAR) is 0 for every s
-Rows = dict[str, jax.Array]
 KINDS = {"q": "q", "d_out": "q", "k": "k", "v": "k", "lse": "row", "shift": "row"}  # blocks of queries, keys, numbers
 
 
@@ -34,7 +35,7 @@ KINDS = {"q": "q", "d_out": "q", "k": "k", "v": "k", "lse": "row", "shift": "row
 class Spec:
     """What is static. `n_queries`, `n_keys`: before padding to whole blocks; `offset`: index of the first query."""
 
-    mask: Any
+    mask: Mask
     block_q: int
     block_k: int
     n_queries: int
@@ -43,7 +44,16 @@ class Spec:
     scale: float
     softcap: float | None
     vmem: int | None
-    interpret: Any
+    interpret: Interpret
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of the grid: its word in the table, its query head, and the axis that queries lie along."""
+
+    word: jax.Array
+    head: jax.Array
+    at: int
 
 
 def _along(row: jax.Array, axis: int) -> jax.Array:
@@ -59,24 +69,18 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def _logits(
-    spec: Spec,
-    word: Any,
-    head: Any,
-    q: jax.Array,
-    k: jax.Array,
-    rows: dict[str, Any],
-    slopes: Any,
-    whole: bool,
-    at: int,
-) -> tuple[jax.Array, Any, Any]:
-    """float32 logits of a tile with queries along axis `at`, invisible pairs at `NEG`; d logit / d score; distances."""
+    spec: Spec, tile: Tile, x: dict[str, Ref], rows: dict[str, Ref], whole: bool
+) -> tuple[jax.Array, jax.Array | float, jax.Array | None]:
+    """float32 logits of a tile, invisible pairs at `NEG`; d logit / d score; distances."""
+    at, word = tile.at, tile.word
+    q, k = x["q"][...], x["k"][...]
     s = (_dot(q, k, (1, 1)) if at == 0 else _dot(k, q, (1, 1))) * spec.scale
     row = {name: _along(ref[...], at if name[0] == "q" else 1 - at) for name, ref in rows.items()}
     distance = None
-    if slopes is not None:
+    if x["slopes"] is not None:
         distance = row["q_positions"] - row["k_positions"]
-        s = s - slopes[head] * distance
-    slope: Any = 1.0
+        s = s - x["slopes"][tile.head] * distance
+    slope: jax.Array | float = 1.0
     if spec.softcap is not None:
         t = jnp.tanh(s / spec.softcap)
         s, slope = spec.softcap * t, 1.0 - t * t
@@ -97,15 +101,15 @@ def _logits(
     return s if seen is None else jnp.where(seen, s, NEG), slope, distance
 
 
-def _bodies(word: Any, body: Any) -> None:
+def _bodies(word: jax.Array, body: Callable[[bool], None]) -> None:
     """`body(whole)` as the tile's flags say; tiles seen as a whole do not evaluate the mask."""
     for whole in (False, True):
         pl.when((word & (RUN | WHOLE)) == (RUN | (WHOLE if whole else 0)))(functools.partial(body, whole))
 
 
-def _forward(
-    spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, out: Any, lse: Any, top: Any, total: Any, acc: Any
-) -> None:
+def _forward(spec: Spec, tiles: Ref, x: dict[str, Ref], rows: dict[str, Ref], *refs: Ref) -> None:
+    """`refs`: output and log-sum-exp; scratch of the running maximum, of the denominator and of the output."""
+    out, lse, top, total, acc = refs
     head, word = pl.program_id(1), tiles[pl.program_id(2)]
 
     @pl.when((word & FIRST) > 0)
@@ -119,7 +123,7 @@ def _forward(
             total[...] = jnp.ones_like(total)
 
     def body(whole: bool) -> None:
-        s, _, _ = _logits(spec, word, head, x["q"][...], x["k"][...], rows, x["slopes"], whole, 0)
+        s, _, _ = _logits(spec, Tile(word, head, 0), x, rows, whole)
         old = top[:, :1]
         new = jnp.maximum(old, s.max(1, keepdims=True))
         p, keep = jnp.exp(s - new), jnp.exp(old - new)
@@ -139,17 +143,18 @@ def _forward(
 
 
 def _gradient_of_logits(
-    spec: Spec, word: Any, head: Any, x: dict[str, Any], rows: Any, whole: bool, at: int
-) -> tuple[jax.Array, jax.Array, Any, Any]:
+    spec: Spec, tile: Tile, x: dict[str, Ref], rows: dict[str, Ref], whole: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | float, jax.Array | None]:
     """Of a tile: probabilities, d loss / d logit, d logit / d score (before `scale`), distances."""
-    s, bend, distance = _logits(spec, word, head, x["q"][...], x["k"][...], rows, x["slopes"], whole, at)
+    at = tile.at
+    s, bend, distance = _logits(spec, tile, x, rows, whole)
     p = jnp.exp(s - _along(x["lse"][...], at))
     v, d_out = x["v"][...], x["d_out"][...]
     dp = _dot(d_out, v, (1, 1)) if at == 0 else _dot(v, d_out, (1, 1))
     return p, p * (dp - _along(x["shift"][...], at)), bend, distance
 
 
-def _backward_q(spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, dq: Any, *more: Any) -> None:
+def _backward_q(spec: Spec, tiles: Ref, x: dict[str, Ref], rows: dict[str, Ref], dq: Ref, *more: Ref) -> None:
     """`more`: results ``[1, block_q]`` for `per_head.sums`, the accumulator of dq, accumulators of the sums."""
     head, word = pl.program_id(1), tiles[pl.program_id(2)]
     sums, (acc, *acc_sums) = more[: len(more) // 2], more[len(more) // 2 :]
@@ -160,7 +165,7 @@ def _backward_q(spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, dq: Any, *
             each[...] = jnp.zeros_like(each)
 
     def body(whole: bool) -> None:
-        p, error, bend, distance = _gradient_of_logits(spec, word, head, x, rows, whole, 0)
+        p, error, bend, distance = _gradient_of_logits(spec, Tile(word, head, 0), x, rows, whole)
         k, ds = x["k"][...], error * bend
         acc[...] += _dot(ds.astype(k.dtype), k, (1, 0))
         terms = per_head.terms(p, error, bend, distance)
@@ -176,9 +181,9 @@ def _backward_q(spec: Spec, tiles: Any, x: dict[str, Any], rows: Any, dq: Any, *
             result[...] = each[...].T[:1]
 
 
-def _backward_kv(
-    spec: Spec, groups: int, tiles: Any, x: dict[str, Any], rows: Any, dk: Any, dv: Any, acc_k: Any, acc_v: Any
-) -> None:
+def _backward_kv(spec: Spec, groups: int, tiles: Ref, x: dict[str, Ref], rows: dict[str, Ref], *refs: Ref) -> None:
+    """`refs`: dK and dV, and an accumulator of each."""
+    dk, dv, acc_k, acc_v = refs
     word, group = tiles[pl.program_id(2)], pl.program_id(3)
     head = pl.program_id(1) * groups + group
 
@@ -188,7 +193,7 @@ def _backward_kv(
         acc_v[...] = jnp.zeros_like(acc_v)
 
     def body(whole: bool) -> None:
-        p, error, bend, _ = _gradient_of_logits(spec, word, head, x, rows, whole, 1)
+        p, error, bend, _ = _gradient_of_logits(spec, Tile(word, head, 1), x, rows, whole)
         q, d_out = x["q"][...], x["d_out"][...]
         acc_k[...] += _dot((error * bend).astype(q.dtype), q, (1, 0))
         acc_v[...] += _dot(p.astype(d_out.dtype), d_out, (1, 0))
@@ -201,36 +206,43 @@ def _backward_kv(
         dv[...] = acc_v[...].astype(dv.dtype)
 
 
-def _call(
-    spec: Spec,
-    body: Any,
-    products: int,
-    tiles: jax.Array,
-    x: dict[str, Any],
-    rows: Rows,
-    outs: tuple[Any, ...],
-    scratch: list[Any],
-    grouped: bool = False,
-) -> Any:
-    """`pallas_call` over ``(batch, heads, tiles)``, or, `grouped`, ``(batch, key heads, tiles, query heads of one)``.
+Inputs = dict[str, jax.Array | None]
+Out = tuple[jax.ShapeDtypeStruct, str] | None  # its shape and kind ("q", "k", "row")
 
-    `outs`: per output its shape and kind ("q", "k", "row") or None; `products`: matrix products per tile.
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel: its body, matrix products per tile, outputs and scratch.
+
+    The grid is ``(batch, heads, tiles)``, or, `grouped`, ``(batch, key heads, tiles, query heads of one)``.
     """
+
+    body: Callable[..., None]
+    products: int
+    outs: tuple[Out, ...]
+    scratch: list[Any]
+    grouped: bool = False
+
+
+def _call(spec: Spec, launch: Launch, tiles: jax.Array, x: Inputs, rows: Rows) -> Any:
+    """`pallas_call` of a kernel over the listed tiles."""
+    grouped, outs, products = launch.grouped, launch.outs, launch.products
+    assert x["q"] is not None and x["k"] is not None
     B, H, _, d = x["q"].shape
     groups = H // x["k"].shape[1]
     grid = (B, H // groups, len(tiles), groups) if grouped else (B, H, len(tiles))
 
-    def q_head(h: Any, rest: Any) -> Any:
+    def q_head(h: Index, rest: tuple[Any, ...]) -> Index:
         return h * groups + rest[0] if grouped else h
 
-    def of_q(b: Any, h: Any, n: Any, *rest: Any) -> Any:
+    def of_q(b: Index, h: Index, n: Index, *rest: Any) -> tuple[Index, ...]:
         return b, q_head(h, rest), q_block(rest[-1][n]), 0
 
-    def of_k(b: Any, h: Any, n: Any, *rest: Any) -> Any:
+    def of_k(b: Index, h: Index, n: Index, *rest: Any) -> tuple[Index, ...]:
         # Not `//`: its lowering asks for the kind of the default device, which need not be the one compiled for.
         return b, h if grouped else jax.lax.div(h, jnp.int32(groups)), k_block(rest[-1][n]), 0
 
-    def of_row(b: Any, h: Any, n: Any, *rest: Any) -> Any:
+    def of_row(b: Index, h: Index, n: Index, *rest: Any) -> tuple[Index, ...]:
         return b, q_head(h, rest), 0, q_block(rest[-1][n])
 
     def block(kind: str, width: int) -> pl.BlockSpec:
@@ -243,7 +255,7 @@ def _call(
         size, at = (spec.block_q, q_block) if name[0] == "q" else (spec.block_k, k_block)
         return pl.BlockSpec((None, 1, size), lambda b, h, n, *rest: (b, 0, at(rest[-1][n])))
 
-    def spec_of(name: str, a: Any) -> Any:
+    def spec_of(name: str, a: jax.Array | None) -> pl.BlockSpec | None:
         if a is None:
             return None
         if name not in KINDS:
@@ -254,13 +266,13 @@ def _call(
     pairs = B * H * len(tiles) * spec.block_q * spec.block_k
     moved = B * H * len(tiles) * (spec.block_q + spec.block_k) * d * x["q"].dtype.itemsize
     return pl.pallas_call(
-        functools.partial(body, spec, *([groups] if grouped else [])),
+        functools.partial(launch.body, spec, *([groups] if grouped else [])),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=grid,
             in_specs=[{name: spec_of(name, a) for name, a in x.items()}, {name: row_block(name) for name in rows}],
             out_specs=tuple(None if o is None else block(o[1], o[0].shape[-1]) for o in outs),
-            scratch_shapes=scratch,
+            scratch_shapes=launch.scratch,
         ),
         out_shape=tuple(None if o is None else o[0] for o in outs),
         compiler_params=pltpu.CompilerParams(
@@ -271,7 +283,7 @@ def _call(
             flops=2 * products * d * pairs, transcendentals=pairs, bytes_accessed=products * moved
         ),
         interpret=spec.interpret,
-        name="flash" + body.__name__,
+        name="flash" + launch.body.__name__,
     )(tiles, x, rows)
 
 
@@ -292,17 +304,14 @@ def attention(
     q, k, v, slopes and sinks through both results.
     """
     B, H, T, d = q_BHTd.shape
-    x = {"q": q_BHTd, "k": k_BKSd, "v": v_BKSd, "slopes": slopes_H, "sinks": sinks_H}
-    out, lse = _call(
-        spec,
+    x: Inputs = {"q": q_BHTd, "k": k_BKSd, "v": v_BKSd, "slopes": slopes_H, "sinks": sinks_H}
+    launch = Launch(
         _forward,
         2,
-        tables[0],
-        x,
-        rows,
         ((jax.ShapeDtypeStruct((B, H, T, d), v_BKSd.dtype), "q"), _row(B, H, T)),
         [*[pltpu.VMEM((spec.block_q, LANES), jnp.float32)] * 2, pltpu.VMEM((spec.block_q, d), jnp.float32)],
     )
+    out, lse = _call(spec, launch, tables[0], x, rows)
     return out, lse[:, :, 0]
 
 
@@ -310,12 +319,12 @@ def _row(B: int, H: int, T: int) -> tuple[jax.ShapeDtypeStruct, str]:
     return jax.ShapeDtypeStruct((B, H, 1, T), jnp.float32), "row"
 
 
-def _attention_fwd(spec: Spec, q: Any, k: Any, v: Any, slopes: Any, sinks: Any, rows: Any, tables: Any) -> Any:
-    out, lse = attention(spec, q, k, v, slopes, sinks, rows, tables)
-    return (out, lse), (q, k, v, slopes, sinks, rows, tables, out, lse)
+def _attention_fwd(spec: Spec, *args: Any) -> Any:
+    out, lse = attention(spec, *args)
+    return (out, lse), (*args, out, lse)
 
 
-def _attention_bwd(spec: Spec, saved: Any, cotangents: Any) -> Any:
+def _attention_bwd(spec: Spec, saved: tuple[Any, ...], cotangents: tuple[jax.Array, jax.Array]) -> Any:
     q, k, v, slopes, sinks, rows, tables, out, lse = saved
     d_out, d_lse = cotangents
     B, H, T, d = q.shape
@@ -323,29 +332,31 @@ def _attention_bwd(spec: Spec, saved: Any, cotangents: Any) -> Any:
     shift = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
     part = (lse > NEG / 2) & (jnp.arange(T) < spec.n_queries)
     safe = jnp.where(part, lse, FAR)
-    x = {"q": q, "k": k, "v": v, "d_out": d_out, "slopes": slopes, "lse": safe[:, :, None], "shift": shift[:, :, None]}
+    x: Inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "d_out": d_out,
+        "slopes": slopes,
+        "lse": safe[:, :, None],
+        "shift": shift[:, :, None],
+    }
     names = per_head.sums(slopes, sinks)
-    dq, *of_rows = _call(
-        spec,
+    of_q = Launch(
         _backward_q,
         3,
-        tables[0],
-        x,
-        rows,
         ((jax.ShapeDtypeStruct(q.shape, q.dtype), "q"), *[_row(B, H, T)] * len(names)),
         [pltpu.VMEM((spec.block_q, d), jnp.float32), *[pltpu.VMEM((spec.block_q, LANES), jnp.float32)] * len(names)],
     )
-    dk, dv = _call(
-        spec,
+    dq, *of_rows = _call(spec, of_q, tables[0], x, rows)
+    of_kv = Launch(
         _backward_kv,
         4,
-        tables[1],
-        x,
-        rows,
         ((jax.ShapeDtypeStruct(k.shape, k.dtype), "k"), (jax.ShapeDtypeStruct(v.shape, v.dtype), "k")),
         [pltpu.VMEM((spec.block_k, d), jnp.float32)] * 2,
         grouped=True,
     )
+    dk, dv = _call(spec, of_kv, tables[1], x, rows)
     sums = {name: row[:, :, 0] for name, row in zip(names, of_rows, strict=True)}
     heads = per_head.gradients(sums, sinks, safe, shift, d_lse)
     return dq, dk, dv, heads["slopes"], heads["sinks"], None, None

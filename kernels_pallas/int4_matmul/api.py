@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.common import check_chip, precision, run
+from kernels_pallas.common import AUTO, How, Shaped, check_how, kernel_forms, precision, run
 from kernels_pallas.int4_matmul import gpu, reference, tpu
 from kernels_pallas.int4_matmul.reference import Quantized
-from kernels_pallas.int4_matmul.tpu import Tiles
 from lm.errors import UserError
 
 NAME = "int4_matmul"
 
 
-def _check(x: Any, weights: Quantized) -> None:
+def _check(x: Shaped, weights: Quantized, how: How) -> None:
     packed, scales, zeros = weights
     K = x.shape[-1]
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -36,34 +33,23 @@ def _check(x: Any, weights: Quantized) -> None:
     bits, group = reference.shape(weights, K)
     if bits == 4 and group % 2:
         raise UserError(f"{NAME}: group {group}; valid: an even length, for two codes share a byte")
+    if (how.size("tile_m") is None) != (how.size("tile_n") is None):
+        raise UserError(f"{NAME}: sizes {dict(how.sizes)}; valid: both of tile_m and tile_n, or neither")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _matmul(
-    x_MK: jax.Array, weights: Quantized, K: int, implementation: str, chip: str | None, tiles: Tiles | None
-) -> jax.Array:
-    kernel = functools.partial(tpu.int4_matmul, chip=chip, tiles=tiles)
-    hopper = functools.partial(gpu.int4_matmul, **(tiles._asdict() if tiles else {}))
-    forms: dict[str, Callable[..., Any]] = {
-        "reference": reference.reference,
-        "xla": reference.xla,
-        "tpu": kernel,
-        "gpu": hopper,
-        "interpret": functools.partial(kernel, interpret=True),
-        "interpret_gpu": functools.partial(hopper, interpret=True),
-    }
-    on_tpu, on_gpu = tpu.refusal(x_MK, weights, chip), gpu.refusal(x_MK, weights, tiles)
-    refusals = {"tpu": on_tpu, "interpret": on_tpu, "gpu": on_gpu, "interpret_gpu": on_gpu}
-    return run(NAME, implementation, forms, refusals, x_MK, weights, chip=chip)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x_MK: jax.Array, weights: Quantized, K: int, how: How) -> jax.Array:
+    refusals = tpu.refusal(x_MK, weights, how.chip), gpu.refusal(x_MK, weights, how)
+    forms, reasons = kernel_forms(tpu.int4_matmul, gpu.int4_matmul, how, refusals)
+    forms |= {"reference": reference.reference, "xla": reference.xla}
+    return run(NAME, how, forms, reasons, x_MK, weights)
 
 
-def _forward(x_MK: jax.Array, weights: Quantized, *static: Any) -> tuple[jax.Array, Quantized]:
-    return _matmul(x_MK, weights, *static), weights
+def _forward(x_MK: jax.Array, weights: Quantized, K: int, how: How) -> tuple[jax.Array, Quantized]:
+    return _matmul(x_MK, weights, K, how), weights
 
 
-def _backward(
-    K: int, implementation: str, chip: str | None, tiles: Tiles | None, weights: Quantized, dy_MN: jax.Array
-) -> tuple[jax.Array, None]:
+def _backward(K: int, how: How, weights: Quantized, dy_MN: jax.Array) -> tuple[jax.Array, None]:
     w_KN = reference.dequantize(weights, K).astype(dy_MN.dtype)
     dx_MK = jnp.matmul(dy_MN, w_KN.T, precision=precision(dy_MN.dtype), preferred_element_type=jnp.float32)
     return dx_MK.astype(dy_MN.dtype), None
@@ -72,22 +58,15 @@ def _backward(
 _matmul.defvjp(_forward, _backward)
 
 
-def int4_matmul(
-    x: jax.Array,
-    weights: Quantized,
-    *,
-    implementation: str = "auto",
-    chip: str | None = None,
-    tiles: Tiles | None = None,
-) -> jax.Array:
+def int4_matmul(x: jax.Array, weights: Quantized, how: How = AUTO) -> jax.Array:
     """``x @ w``: x [..., K] bfloat16 or float32, `weights` [K, N] -> [..., N] in the dtype of `x`.
 
-    The weights are constants: the gradient goes to `x` alone, through XLA operations. `chip` and `tiles` choose the
-    tile sizes of the TPU and GPU kernels (`kernels_pallas.common.BLOCKS`).
+    The weights are constants: the gradient goes to `x` alone, through XLA operations. `how` may give ``tile_m`` and
+    ``tile_n``, rows and outputs of a tile; for a GPU also ``stages`` and ``ctas``.
     Raises UserError for shapes or dtypes that do not fit each other, and for an implementation that cannot serve.
     """
-    check_chip(NAME, chip)
-    _check(x, weights)
+    check_how(NAME, how)
+    _check(x, weights, how)
     K = x.shape[-1]
-    y_MN = _matmul(x.reshape(-1, K), weights, K, implementation, chip, tiles)
+    y_MN = _matmul(x.reshape(-1, K), weights, K, how)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])

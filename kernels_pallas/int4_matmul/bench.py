@@ -8,15 +8,16 @@ one program makes `CALLS` of them, each with weights of its own (a cache would h
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernels_pallas import timing
-from kernels_pallas.common import Case
+from kernels_pallas.common import AUTO, Case, How, sized
 from kernels_pallas.int4_matmul import gpu, tpu
 from kernels_pallas.int4_matmul.api import NAME, int4_matmul
 from kernels_pallas.int4_matmul.reference import Quantized, dequantize, quantize, shape
@@ -39,9 +40,9 @@ FEED = (4096, 11008, 4, 128, False)
 SMALL: tuple[Size, ...] = ((1, 256, 512, 4, 128, False), (8, 512, 256, 4, 64, True), (20, 288, 200, 8, 32, False))
 
 
-def gradients(x: jax.Array, weights: Quantized, **static: Any) -> tuple[jax.Array, jax.Array]:
+def gradients(x: jax.Array, weights: Quantized, how: How = AUTO) -> tuple[jax.Array, jax.Array]:
     """The product, and the gradient of its sum to `x`."""
-    out, pull = jax.vjp(lambda x: int4_matmul(x, weights, **static), x)
+    out, pull = jax.vjp(lambda x: int4_matmul(x, weights, how), x)
     return out, pull(jnp.ones_like(out))[0]
 
 
@@ -50,7 +51,7 @@ def _name(size: Size) -> str:
     return f"int{bits}g{group}{'z' if zeros else ''} {M}x{K}x{N}"
 
 
-def _shapes(size: Size, dtype: Any = jnp.bfloat16) -> tuple[Any, Quantized]:
+def _shapes(size: Size, dtype: DTypeLike = jnp.bfloat16) -> tuple[Any, Quantized]:
     M, K, N, bits, group, zeros = size
     array: Any = jax.ShapeDtypeStruct
     scales = array((K // group, N), jnp.bfloat16)
@@ -71,12 +72,12 @@ def _draw(rng: np.random.Generator, shapes: tuple[Any, Quantized]) -> tuple[jax.
 def cases(chip: str) -> list[Case]:
     """Real sizes for `chip`, to be compiled; the gradient is the same kernel and a product of XLA."""
 
-    def case(size: Size, fn: Any, kind: str) -> Case:
+    def case(size: Size, fn: Callable[..., Any], kind: str) -> Case:
         x, weights = _shapes(size)
         tiles = tpu.choose_tiles(x, weights, chip)
         assert tiles is not None
         memory = tpu.memory(size[1], tiles, *size[3:5], x.dtype, size[5])
-        run = functools.partial(fn, implementation="tpu", chip=chip)
+        run = functools.partial(fn, how=How("tpu", chip))
         return Case(f"{_name(size)} {kind}", run, (x, weights), memory, draw=_draw)
 
     forward = [case(size, int4_matmul, "forward") for size in REAL]
@@ -89,12 +90,12 @@ def small_cases() -> list[Case]:
     for size in SMALL:
         for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)):
             fn, kind = (gradients, "backward") if size is SMALL[1] else (int4_matmul, "forward")
-            truth = functools.partial(fn, implementation="reference")
-            run = functools.partial(fn, implementation="interpret", tiles=tpu.Tiles(16, 128))
+            truth = functools.partial(fn, how=How("reference"))
+            run = functools.partial(fn, how=How("interpret", sizes=sized(tile_m=16, tile_n=128)))
             name = f"{_name(size)} {dtype.__name__}"
             out.append(Case(f"{name} {kind}", run, _shapes(size, dtype), 0, truth, tolerance, _draw))
             if dtype == jnp.bfloat16 and size[2] % 64 == 0:
-                run = functools.partial(fn, implementation="interpret_gpu", chip="h100")
+                run = functools.partial(fn, how=How("interpret_gpu", "h100"))
                 out.append(Case(f"{name} gpu {kind}", run, _shapes(size, dtype), 0, truth, tolerance, _draw))
     return out
 
@@ -102,11 +103,11 @@ def small_cases() -> list[Case]:
 def gpu_cases() -> list[Case]:
     """What a GPU runs: the kernel, forward at real sizes and once backward, and XLA operations."""
 
-    def case(size: Size, implementation: str, fn: Any, kind: str) -> Case:
+    def case(size: Size, implementation: str, fn: Callable[..., Any], kind: str) -> Case:
         x, weights = _shapes(size)
         cut = gpu.plan(x, weights)
         tile = gpu.memory(cut, *size[3:5], weights.scales_GN.dtype, size[5]) if implementation == "gpu" else 0
-        run = functools.partial(fn, implementation=implementation, chip="h100")
+        run = functools.partial(fn, how=How(implementation, "h100"))
         return Case(f"{_name(size)} {implementation} {kind}", run, (x, weights), tile, draw=_draw)
 
     more = [size for size in REAL if size[0] == 8 and size[5]]  # groups of 32 to 256, zero points, 8 bits
@@ -118,7 +119,7 @@ def gpu_cases() -> list[Case]:
     ]
 
 
-def _chain(fn: Any, x: jax.Array, weights: Sequence[Any]) -> jax.Array:
+def _chain(fn: Callable[..., jax.Array], x: jax.Array, weights: Sequence[Any]) -> jax.Array:
     """`fn` of `x` and each of the weights, one call after the other."""
     for w in weights:
         y = fn(x, w)
@@ -139,7 +140,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
             "bfloat16": functools.partial(jax.jit(functools.partial(_chain, jnp.matmul)), x, plain)
         }
         for name in names:
-            call = functools.partial(int4_matmul, implementation=name, chip=chip)
+            call = functools.partial(int4_matmul, how=How(name, chip))
             if name == "gpu" and gpu.refusal(x, first):
                 continue
             forms[name] = functools.partial(jax.jit(functools.partial(_chain, call)), x, weights)

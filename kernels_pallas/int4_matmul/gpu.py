@@ -5,28 +5,32 @@ matrix has more. So 64 outputs are rows, held in registers, and 8 to 128 rows of
 Codes stay whole numbers, which bfloat16 holds exactly; a group's sum is scaled once it is summed, in float32:
 ``y += scale * (codes @ x - (zero - 8) * sum(x))``, sum(x) a product with ones. No weight is rounded.
 
-A block of threads takes `tile_n` outputs (64 for each compute warpgroup), `tile_m` rows and a share of the inputs:
-`splits` blocks share what would be one, so that a small matrix fills the chip; XLA adds their sums. A third warpgroup
-copies `stages` steps of 32 to 256 inputs ahead (TMA): per step of 128 at M <= 8 8 KiB of packed weights, 2 KiB of `x`
-and 256 bytes of scales, 41 KiB for 4 stages; at M = 128 161 KiB. Registers: 64 by `tile_m` sums twice (8 a thread at
-M = 8, 128 at M = 128), 32 for the operand. At decode the packed weights are read once, which is the cost; a byte is two
-weights and takes about 6 instructions (load, widen, shuffle, and, or, subtract). Every 128 rows read them again.
+A block of threads takes `tile_n` outputs (64 for each compute warpgroup), `tile_m` rows and a share of the inputs.
+`splits` blocks share what would be one, so that a small matrix fills the chip; XLA adds their sums. One more warpgroup
+copies `stages` steps of 32 to 256 inputs ahead (TMA). At M <= 8 a step of 128 is 8 KiB of packed weights, 2 KiB of `x`
+and 256 bytes of scales, and 4 stages take 41 KiB; at M = 128 they take 161 KiB. Registers: 64 by `tile_m` sums twice (8
+a thread at M = 8, 128 at M = 128), 32 for the operand. At decode the packed weights are read once, which is the cost; a
+byte is two weights and takes about 6 instructions (load, widen, shuffle, and, or, subtract). Every 128 rows read them
+again.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from kernels_pallas import hopper
-from kernels_pallas.common import GPUS, blocks
+from kernels_pallas.common import AUTO, GPUS, How, Ref, Shaped
 from kernels_pallas.int4_matmul.reference import Quantized, shape
+from kernels_pallas.int4_matmul.tpu import given
 
 GROUPS = (32, 64, 128, 256)
 ROWS = (8, 16, 32, 64, 128)
@@ -45,9 +49,9 @@ class Plan(NamedTuple):
     stages: int
 
 
-def plan(x_MK: Any, weights: Quantized, **given: int | None) -> Plan:
-    """The plan of a call that is not refused; `given`: sizes that win over `BLOCKS`."""
-    size = blocks("int4_matmul", "h100", **given)
+def plan(x_MK: Shaped, weights: Quantized, how: How = AUTO) -> Plan:
+    """The plan of a call that is not refused."""
+    size = how.blocks("int4_matmul", "h100")
     M, K = x_MK.shape
     N = weights.scales_GN.shape[1]
     _, group = shape(weights, K)
@@ -62,14 +66,15 @@ def plan(x_MK: Any, weights: Quantized, **given: int | None) -> Plan:
     return Plan(tile_m, tile_n, together * group, count, -(-steps // count), min(size["stages"], max(2, count)))
 
 
-def memory(p: Plan, bits: int, group: int, scale: Any, zeros: bool) -> int:
+def memory(p: Plan, bits: int, group: int, scale: DTypeLike, zeros: bool) -> int:
     """Bytes of shared memory of a block."""
     per_group = p.step // group * p.tile_n * jnp.dtype(scale).itemsize
     return p.stages * (p.step * bits // 8 * p.tile_n + 2 * p.step * p.tile_m + (2 if zeros else 1) * per_group)
 
 
-def refusal(x_MK: Any, weights: Quantized, tiles: Any = None) -> str | None:
-    """Why the kernel cannot serve a well-formed call, or None. `tiles`: `tile_m` and `tile_n` given by the caller."""
+def refusal(x_MK: Shaped, weights: Quantized, how: How = AUTO) -> str | None:
+    """Why the kernel cannot serve a well-formed call, or None."""
+    tiles = given(how)
     K, N = x_MK.shape[1], weights.scales_GN.shape[1]
     bits, group = shape(weights, K)
     kinds = {str(a.dtype) for a in weights[1:] if a is not None}
@@ -86,12 +91,11 @@ def refusal(x_MK: Any, weights: Quantized, tiles: Any = None) -> str | None:
     }
     if reason := next((reason for reason, holds in reasons.items() if holds), None):
         return reason
-    given = tiles._asdict() if tiles else {}
-    needed = memory(plan(x_MK, weights, **given), bits, group, weights.scales_GN.dtype, weights.zeros_GN is not None)
+    needed = memory(plan(x_MK, weights, how), bits, group, weights.scales_GN.dtype, weights.zeros_GN is not None)
     return None if needed <= GPUS["h100"].smem else f"{needed} bytes of shared memory, a block has {GPUS['h100'].smem}"
 
 
-def _codes(o: hopper.Ops, ref: Any, bits: int) -> list[jax.Array]:
+def _codes(o: hopper.Ops, ref: Ref, bits: int) -> list[jax.Array]:
     """Packed bytes [rows, 64] -> ``code - 8`` (4 bits, two tiles) or the code (8 bits), bfloat16 [64, rows], exact."""
     bytes_ = o.load_transposed(ref)
     if bits == 8:
@@ -109,8 +113,20 @@ def _codes(o: hopper.Ops, ref: Any, bits: int) -> list[jax.Array]:
     return [low, high - floats(((pairs & word(0x80)) ^ word(0x80)) | word(0x4100))]
 
 
-def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: Any) -> None:
+@dataclass(frozen=True)
+class Launch:
+    """What is static in the kernel: `bits` of a code, inputs of a `group`, `steps` over all inputs."""
+
+    ops: hopper.Ops
+    plan: Plan
+    bits: int
+    group: int
+    steps: int
+
+
+def _kernel(launch: Launch, *refs: Ref) -> None:
     """x [M, K], packed [R, N], scales and perhaps zeros [G, N] -> out [splits, N, M]; then buffers, barriers."""
+    o, p, bits, group, steps = launch.ops, launch.plan, launch.bits, launch.group, launch.steps
     sources, out_ref, buffers, ready, free = refs[: (n := len(refs) // 2 - 1)], refs[n], refs[n + 1 : -2], *refs[-2:]
     has_zeros = len(sources) == 4
     tile, split, rows = lax.axis_index("n"), lax.axis_index("split"), lax.axis_index("m")
@@ -120,7 +136,7 @@ def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: An
     half = group * bits // 8  # rows of bytes of a group
     groups = p.step // group
 
-    def slot(i: Any) -> Any:
+    def slot(i: jax.Array) -> jax.Array:
         return lax.rem(i, jnp.int32(p.stages))
 
     @pl.when(thread < warpgroups)
@@ -131,11 +147,11 @@ def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: An
         mine = pl.ds(thread * 64, 64)
         ones = o.tile(jnp.ones((64, half), jnp.bfloat16)) if has_zeros else None
 
-        def step(i: Any, total: jax.Array) -> jax.Array:
+        def step(i: jax.Array, total: jax.Array) -> jax.Array:
             at = slot(i)
-            plgpu.barrier_wait(ready.at[at])
+            hopper.wait(ready.at[at])
 
-            def per_output(ref: Any, g: int) -> jax.Array:
+            def per_output(ref: Ref, g: int) -> jax.Array:
                 values = o.per_row(ref[at, g, mine]).astype(jnp.float32)
                 return lax.broadcast_in_dim(values, total.shape, [0])
 
@@ -143,12 +159,12 @@ def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: An
                 codes = _codes(o, packed.at[at, pl.ds(g * half, half), mine], bits)
                 columns = [x.at[at, :, pl.ds(g * group + part * half, half)] for part in range(len(codes))]
                 found = o.dots(list(zip(codes, columns, strict=True)), transpose_b=True)
-                if has_zeros:
+                if ones is not None:
                     zero = per_output(zeros[0], g) - (8.0 if bits == 4 else 0.0)
                     found = found - zero * o.dots([(ones, c) for c in columns], transpose_b=True)
                 total = total + found * per_output(scales, g)
             plgpu.commit_smem()  # plain reads are over before a copy writes there
-            plgpu.barrier_arrive(free.at[at])
+            hopper.arrive(free.at[at])
             return total
 
         total = lax.fori_loop(0, count, step, o.tile(jnp.zeros((64, p.tile_m), jnp.float32)))
@@ -161,7 +177,7 @@ def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: An
             plgpu.set_max_registers(40, action="decrease")
         outputs = pl.ds(tile * p.tile_n, p.tile_n)
 
-        def fetch(i: Any) -> None:
+        def fetch(i: jax.Array) -> None:
             at, k = slot(i), first + i
             per_group = (pl.ds(k * groups, groups), outputs)
             places = [
@@ -170,33 +186,33 @@ def _kernel(o: hopper.Ops, p: Plan, bits: int, group: int, steps: int, *refs: An
                 *[per_group] * (len(sources) - 2),
             ]
             for source, place, buffer in zip(sources, places, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[place], buffer.at[at], ready.at[at])
+                hopper.copy_in(source.at[place], buffer.at[at], ready.at[at])
 
         for i in range(p.stages):
             pl.when(i < count)(functools.partial(fetch, jnp.int32(i)))
 
         @pl.loop(p.stages, jnp.maximum(count, p.stages))
-        def _(i: Any) -> None:
-            plgpu.barrier_wait(free.at[slot(i)])
+        def _(i: jax.Array) -> None:
+            hopper.wait(free.at[slot(i)])
             fetch(i)
 
         @pl.loop(jnp.maximum(count - p.stages, 0), count)  # the interpreter wants every arrival seen
-        def _(i: Any) -> None:
-            plgpu.barrier_wait(free.at[slot(i)])
+        def _(i: jax.Array) -> None:
+            hopper.wait(free.at[slot(i)])
 
 
-def int4_matmul(x_MK: jax.Array, weights: Quantized, *, interpret: bool = False, **given: int | None) -> jax.Array:
-    """``x @ w`` [M, N] in the dtype of `x`; sums in float32. `given`: of `tile_m`, `tile_n`, `stages`, `ctas`."""
+def int4_matmul(x_MK: jax.Array, weights: Quantized, how: How = AUTO) -> jax.Array:
+    """``x @ w`` [M, N] in the dtype of `x`; sums in float32."""
     M, K = x_MK.shape
     N = weights.scales_GN.shape[1]
     bits, group = shape(weights, K)
-    p = plan(x_MK, weights, **given)
+    p = plan(x_MK, weights, how)
     padded = -(-M // p.tile_m) * p.tile_m
     arrays = [jnp.pad(x_MK, ((0, padded - M), (0, 0))), *(a for a in weights if a is not None)]
     half, groups = group * bits // 8, p.step // group
     per_group = plgpu.SMEM((p.stages, groups, p.tile_n), weights.scales_GN.dtype)
     out = plgpu.kernel(
-        functools.partial(_kernel, hopper.Ops(interpret), p, bits, group, K // p.step),
+        functools.partial(_kernel, Launch(hopper.Ops(bool(how.interpret)), p, bits, group, K // p.step)),
         out_type=jax.ShapeDtypeStruct((p.splits, N, padded), jnp.float32),
         grid=(p.splits, N // p.tile_n, padded // p.tile_m),
         grid_names=("split", "n", "m"),
@@ -209,6 +225,6 @@ def int4_matmul(x_MK: jax.Array, weights: Quantized, *, interpret: bool = False,
             plgpu.Barrier(num_arrivals=len(arrays), num_barriers=p.stages),
             plgpu.Barrier(num_arrivals=p.tile_n // 64, num_barriers=p.stages),
         ],
-        interpret=hopper.params(interpret),
+        interpret=hopper.params(bool(how.interpret)),
     )(*arrays)
     return jnp.sum(out, axis=0).T[:M].astype(x_MK.dtype)

@@ -9,14 +9,15 @@ which is the whole cost. K is limited by VMEM (`refusal`).
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
-from kernels_pallas.common import CHIPS, MIB, blocks, precision, vmem
+from kernels_pallas.common import AUTO, CHIPS, MIB, How, Index, Ref, Shaped, blocks, precision, vmem
 from kernels_pallas.int4_matmul.reference import Quantized, shape
 
 GROUPS = (32, 64, 128, 256)
@@ -31,7 +32,7 @@ class Tiles(NamedTuple):
     tile_n: int
 
 
-def memory(K: int, tiles: Tiles, bits: int, group: int, dtype: Any, zeros: bool) -> int:
+def memory(K: int, tiles: Tiles, bits: int, group: int, dtype: DTypeLike, zeros: bool) -> int:
     """Bytes of VMEM of one grid step: two buffers of every block, and the dequantised block."""
     size = jnp.dtype(dtype).itemsize
     weights = K * tiles.tile_n * bits // 8 + (2 if zeros else 1) * (K // group) * tiles.tile_n * 4
@@ -39,7 +40,13 @@ def memory(K: int, tiles: Tiles, bits: int, group: int, dtype: Any, zeros: bool)
     return 2 * (weights + activations) + K * tiles.tile_n * size
 
 
-def choose_tiles(x_MK: Any, weights: Quantized, chip: str | None) -> Tiles | None:
+def given(how: How) -> Tiles | None:
+    """The tiles of the caller, or None."""
+    tile_m, tile_n = how.size("tile_m"), how.size("tile_n")
+    return None if tile_m is None or tile_n is None else Tiles(tile_m, tile_n)
+
+
+def choose_tiles(x_MK: Shaped, weights: Quantized, chip: str | None) -> Tiles | None:
     """The widest tiles within the chip's budget; None if not even the narrowest fit."""
     M, K = x_MK.shape
     N = weights.scales_GN.shape[1]
@@ -54,7 +61,7 @@ def choose_tiles(x_MK: Any, weights: Quantized, chip: str | None) -> Tiles | Non
     return None
 
 
-def refusal(x_MK: Any, weights: Quantized, chip: str | None) -> str | None:
+def refusal(x_MK: Shaped, weights: Quantized, chip: str | None) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None."""
     _, group = shape(weights, x_MK.shape[1])
     if group not in GROUPS:
@@ -64,9 +71,9 @@ def refusal(x_MK: Any, weights: Quantized, chip: str | None) -> str | None:
     return None
 
 
-def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, *rest: Any, bits: int, half: int) -> None:
+def _kernel(bits: int, half: int, x_ref: Ref, w_ref: Ref, s_ref: Ref, *rest: Ref) -> None:
     """x [P, tile_m, R], w [R, tile_n], s and z [R/half, tile_n] -> o [tile_m, tile_n]; whole [P, R, tile_n]."""
-    z_ref, o_ref, whole = rest if len(rest) == 3 else (None, *rest)
+    *z_ref, o_ref, whole = rest
     groups = s_ref.shape[0]
     together = max(1, ROWS // half)  # groups unpacked at once
 
@@ -75,13 +82,14 @@ def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, *rest: Any, bits: int, half: int
         rows = [jnp.broadcast_to(values[g : g + 1], (half, values.shape[1])) for g in range(first, first + count)]
         return jnp.concatenate(rows)
 
-    def dequantize(group: Any, count: int) -> None:
+    def dequantize(group: Index, count: int) -> None:
         """The bytes of `count` groups from `group` on; offsets a multiple of 8, as Mosaic wants them."""
         scales = s_ref[pl.ds(group, count), :].astype(jnp.float32)
-        zeros = None if z_ref is None else z_ref[pl.ds(group, count), :].astype(jnp.float32)
+        zeros = None if not z_ref else z_ref[0][pl.ds(group, count), :].astype(jnp.float32)
         for first in range(0, count, together):
             some = min(together, count - first)
-            rows = pl.ds(pl.multiple_of(group * half, STEP * half) + first * half, some * half)
+            start = pl.multiple_of(group * half, STEP * half)  # type: ignore[arg-type]  # it takes an int too
+            rows = pl.ds(start + first * half, some * half)
             codes = w_ref[rows, :].astype(jnp.int32)
             scale = spread(scales, first, some)
             zero = (8.0 if bits == 4 else 0.0) if zeros is None else spread(zeros, first, some)
@@ -90,7 +98,7 @@ def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, *rest: Any, bits: int, half: int
 
     @pl.when(pl.program_id(1) == 0)
     def _() -> None:
-        def body(i: Any, carry: None) -> None:
+        def body(i: jax.Array, carry: None) -> None:
             dequantize(pl.multiple_of(i * STEP, STEP), STEP)
 
         if groups >= STEP:
@@ -105,21 +113,14 @@ def _kernel(x_ref: Any, w_ref: Any, s_ref: Any, *rest: Any, bits: int, half: int
     o_ref[...] = total.astype(o_ref.dtype)
 
 
-def int4_matmul(
-    x_MK: jax.Array,
-    weights: Quantized,
-    *,
-    chip: str | None = None,
-    tiles: Tiles | None = None,
-    interpret: Any = False,
-) -> jax.Array:
-    """``x @ w`` [M, N] in the dtype of `x`; sums in float32. `interpret`: what `pallas_call` takes."""
+def int4_matmul(x_MK: jax.Array, weights: Quantized, how: How = AUTO) -> jax.Array:
+    """``x @ w`` [M, N] in the dtype of `x`; sums in float32."""
     M, K = x_MK.shape
     R, N = weights.packed_RN.shape
     bits, group = shape(weights, K)
     P = 8 // bits
     half = group // P
-    tile_m, tile_n = tiles or choose_tiles(x_MK, weights, chip) or Tiles(16, 128)
+    tile_m, tile_n = given(how) or choose_tiles(x_MK, weights, how.chip) or Tiles(16, 128)
     padded = max(M, tile_m)  # a few rows of decode become one whole tile
     x = jnp.pad(x_MK, ((0, padded - M), (0, 0)))
     x_PMR = x.reshape(padded, K // group, P, half).transpose(2, 0, 1, 3).reshape(P, padded, R)
@@ -137,19 +138,19 @@ def int4_matmul(
         arrays.append(weights.zeros_GN)
         specs.append(per_group())
     out = pl.pallas_call(
-        functools.partial(_kernel, bits=bits, half=half),
+        functools.partial(_kernel, bits, half),
         grid=(pl.cdiv(N, tile_n), pl.cdiv(padded, tile_m)),
         in_specs=specs,
         out_specs=pl.BlockSpec((tile_m, tile_n), lambda n, m: (m, n)),
         out_shape=jax.ShapeDtypeStruct((padded, N), x.dtype),
         scratch_shapes=[pltpu.VMEM((P, R, tile_n), x.dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem(how.chip)
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * padded * K * N, transcendentals=0, bytes_accessed=sum(a.nbytes for a in arrays) + 2 * padded * N
         ),
-        interpret=interpret,
+        interpret=how.interpret,
         name=f"int{bits}_matmul",
     )(*arrays)
     return out[:M]

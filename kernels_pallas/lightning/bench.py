@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas import timing
-from kernels_pallas.common import GPUS, Case, blocks
+from kernels_pallas.common import GPUS, Case, How, blocks, sized
 from kernels_pallas.lightning import gpu, tpu
 from kernels_pallas.lightning.api import NAME, lightning
 
@@ -33,11 +33,11 @@ GPU = tuple(size for size in REAL if size[-1] == jnp.bfloat16 and size[2] <= gpu
 SMALL: tuple[Size, ...] = ((100, 2, 16, 16, jnp.float32), (37, 2, 8, 24, jnp.float32), (40, 2, 16, 16, jnp.bfloat16))
 
 
-def gradients(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, state: jax.Array, **static: Any) -> Any:
+def gradients(q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, state: jax.Array, how: How) -> Any:
     """Both results and the gradients of their sum to q, k, v and the state: the training call."""
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return lightning(q, k, v, decay, state, **static)
+        return lightning(q, k, v, decay, state, how)
 
     out, pull = jax.vjp(both, q, k, v, state)
     return out, pull(jax.tree.map(jnp.ones_like, out))
@@ -71,7 +71,7 @@ def cases(chip: str) -> list[Case]:
     out = []
     for size in REAL:
         for kind, fn in KINDS.items():
-            run = functools.partial(fn, implementation="tpu", chip=chip)
+            run = functools.partial(fn, how=How("tpu", chip))
             out.append(Case(_name(size, kind), run, _shapes(size), tpu.memory(chunk, *size[2:]), draw=_draw))
     return out
 
@@ -81,12 +81,12 @@ def small_cases() -> list[Case]:
     out = []
     for size in SMALL:
         for kind, fn in KINDS.items():
-            run = functools.partial(fn, implementation="interpret", chunk=16)
-            truth = functools.partial(fn, implementation="reference")
+            run = functools.partial(fn, how=How("interpret", sizes=sized(chunk=16)))
+            truth = functools.partial(fn, how=How("reference"))
             tolerance = 1e-5 if size[-1] == jnp.float32 else 1e-2
             out.append(Case(_name(size, kind), run, _shapes(size), 0, truth, tolerance, _draw))
     size = (100, 2, 64, 64, jnp.bfloat16)
-    run, truth = (functools.partial(lightning, implementation=name) for name in ("interpret_gpu", "reference"))
+    run, truth = (functools.partial(lightning, how=How(name)) for name in ("interpret_gpu", "reference"))
     return [*out, Case(f"{_name(size, 'forward')}, gpu", run, _shapes(size), 0, truth, 1e-2, _draw)]
 
 
@@ -98,7 +98,7 @@ def gpu_cases() -> list[Case]:
         ("gpu", GPU[0], "backward"),
         *(("xla", GPU[0], kind) for kind in KINDS),
     ):
-        run = functools.partial(KINDS[kind], implementation=form, chip="h100" if form == "gpu" else None)
+        run = functools.partial(KINDS[kind], how=How(form, "h100" if form == "gpu" else None))
         tile = gpu.memory(size[2], blocks(NAME, "h100")["stages"]) if form == "gpu" else 0
         out.append(Case(f"{_name(size, kind)}, {form}", run, _shapes(size), tile, draw=_draw))
     return out
@@ -112,7 +112,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
             yield (
                 _name(size, kind),
                 {
-                    name: functools.partial(jax.jit(functools.partial(fn, implementation=name, chip=chip)), *arrays)
+                    name: functools.partial(jax.jit(functools.partial(fn, how=How(name, chip))), *arrays)
                     for name in (*timing.names(), *hopper)
                 },
             )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.common import GPUS, blocks
+from kernels_pallas.common import AUTO, GPUS, How, Ref, Shaped
+from kernels_pallas.lightning.problem import Problem
 
 CHUNK = 64  # tokens: the rows the matrix unit multiplies for a warpgroup
 WIDTH = 64  # columns of the values of a block: 128 bytes, a row of a tile
@@ -40,56 +42,52 @@ def memory(D: int, stages: int) -> int:
     return 2 * (stages * CHUNK * (2 * D + WIDTH) + D * WIDTH + CHUNK * WIDTH) + 8 * stages
 
 
-def _ahead(chip: str | None, stages: int | None) -> int:
-    return blocks("lightning", chip if chip in GPUS else "h100", stages=stages)["stages"]
+def _ahead(how: How) -> int:
+    return how.blocks("lightning", how.hopper)["stages"]
 
 
-def refusal(q_BHTD: Any, chunk: int | None, chip: str | None, stages: int | None) -> str | None:
+def refusal(q_BHTD: Shaped, how: How) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None. Values may have any width."""
+    chunk = how.size("chunk")
     if q_BHTD.dtype != jnp.bfloat16:
         return f"{q_BHTD.dtype}, the matrix unit multiplies bfloat16"
     if q_BHTD.shape[-1] > STATE:
         return f"queries of width {q_BHTD.shape[-1]}, the registers hold a state of {STATE} rows"
     if chunk not in (None, CHUNK):
         return f"chunks of {chunk} tokens, the kernel takes {CHUNK}"
-    need, limit = memory(q_BHTD.shape[-1], _ahead(chip, stages)), GPUS[chip if chip in GPUS else "h100"].smem
+    need, limit = memory(q_BHTD.shape[-1], _ahead(how)), GPUS[how.hopper].smem
     if need > limit - 1024:  # what alignment takes
         return f"{need} bytes of shared memory, a block has {limit}"
     return None
 
 
-def _kernel(
-    rate_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    first_ref: Any,
-    o_ref: Any,
-    last_ref: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    state: Any,
-    decayed: Any,
-    full: Any,
-    *,
-    ops: hopper.Ops,
-    length: int,
-    steps: int,
-    stages: int,
-    reverse: bool,
-) -> None:
+@dataclass(frozen=True)
+class Launch:
+    """What is static in the kernel: `length` of the text in `steps` chunks, `stages` of copies."""
+
+    ops: hopper.Ops
+    length: int
+    steps: int
+    stages: int
+    reverse: bool
+
+
+def _kernel(launch: Launch, rate_ref: Ref, *refs: Ref) -> None:
+    """`refs`: queries, keys, values, first state; outputs, last state; their buffers, the state, the values times their
+    decay, and a barrier for what arrives."""
+    q_ref, k_ref, v_ref, first_ref, o_ref, last_ref, q, k, v, state, decayed, full = refs
+    ops, length, steps, stages, reverse = launch.ops, launch.length, launch.steps, launch.stages, launch.reverse
     b, h, e = (lax.axis_index(name) for name in ("row", "head", "part"))
     C, columns = CHUNK, pl.ds(e * WIDTH, WIDTH)
     rate = rate_ref[h]  # of the base-2 logarithm
 
-    def tokens(step: Any) -> Any:
+    def tokens(step: jax.Array) -> Any:
         return pl.ds((steps - 1 - step if reverse else step) * C, C)
 
-    def fetch(step: Any) -> None:
+    def fetch(step: jax.Array) -> None:
         slot = lax.rem(step, jnp.int32(stages))
         for ref, buffer, width in ((q_ref, q, slice(None)), (k_ref, k, slice(None)), (v_ref, v, columns)):
-            plgpu.copy_gmem_to_smem(ref.at[b, tokens(step), h, width], buffer.at[slot], full.at[slot])
+            hopper.copy_in(ref.at[b, tokens(step), h, width], buffer.at[slot], full.at[slot])
 
     for step in range(min(stages, steps)):
         fetch(jnp.int32(step))
@@ -99,10 +97,10 @@ def _kernel(
     powers = jnp.where(ahead >= 0, jnp.exp2(rate * ahead.astype(jnp.float32)), 0.0)
     row = ops.iota((C, WIDTH), 0)
 
-    def per_token(count: Any) -> Any:
+    def per_token(count: jax.Array) -> jax.Array:
         return jnp.exp2(rate * count.astype(jnp.float32))
 
-    def chunk(step: Any, S: Any) -> Any:
+    def chunk(step: jax.Array, S: jax.Array) -> jax.Array:
         slot = lax.rem(step, jnp.int32(stages))
         n = jnp.int32(C)
         if length % C:  # the last chunk is padded with zeros
@@ -110,7 +108,7 @@ def _kernel(
         early, late = per_token(row + 1), per_token(jnp.maximum(n - 1 - row, 0))
         read, write = (late, early) if reverse else (early, late)
         state[...] = S.astype(jnp.bfloat16)
-        plgpu.barrier_wait(full.at[slot])
+        hopper.wait(full.at[slot])
         values = ops.load(v, (slot,), plgpu.Layout.WGMMA)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last outputs have left the buffer
         decayed[...] = (values.astype(jnp.float32) * write).astype(jnp.bfloat16)
@@ -121,7 +119,7 @@ def _kernel(
         S = ops.dot(k.at[slot], decayed, transpose_a=True, acc=S * jnp.exp2(rate * n.astype(jnp.float32)))
         decayed[...] = out.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(decayed, o_ref.at[b, tokens(step), h, columns])
+        hopper.copy_out(decayed, o_ref.at[b, tokens(step), h, columns])
 
         @pl.when(step + stages < steps)
         def _() -> None:
@@ -136,33 +134,24 @@ def _kernel(
 
 
 def chunked(
-    q_BHTD: jax.Array,
-    k_BHTD: jax.Array,
-    v_BHTE: jax.Array,
-    rate_H: jax.Array,
-    state_BHDE: jax.Array,
-    *,
-    reverse: bool = False,
-    chip: str | None = None,
-    stages: int | None = None,
-    interpret: bool = False,
+    q_BHTD: jax.Array, k_BHTD: jax.Array, v_BHTE: jax.Array, problem: Problem, how: How = AUTO
 ) -> tuple[jax.Array, jax.Array]:
     """The same as `reference.chunked`, widths up to 128 of queries, bfloat16."""
     B, H, T, D = q_BHTD.shape
     E = v_BHTE.shape[-1]
-    stages = _ahead(chip, stages)
+    stages, reverse = _ahead(how), problem.reverse
     rest = -T % CHUNK, -D % WIDTH, -E % WIDTH
     # Heads behind tokens: where the caller swapped them, XLA removes both.
     q, k, v = (
         jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, rest[0]), (0, 0), (0, -x.shape[-1] % WIDTH)))
         for x in (q_BHTD, k_BHTD, v_BHTE)
     )
-    first = jnp.pad(state_BHDE.astype(jnp.float32), ((0, 0), (0, 0), (0, rest[1]), (0, rest[2])))
+    first = jnp.pad(problem.state.astype(jnp.float32), ((0, 0), (0, 0), (0, rest[1]), (0, rest[2])))
     (Tp, _, Dp), Ep = q.shape[1:], v.shape[-1]
     steps = Tp // CHUNK
     bf16 = jnp.bfloat16
     out, state = plgpu.kernel(
-        functools.partial(_kernel, ops=hopper.Ops(interpret), length=T, steps=steps, stages=stages, reverse=reverse),
+        functools.partial(_kernel, Launch(hopper.Ops(bool(how.interpret)), T, steps, stages, reverse)),
         out_type=[
             jax.ShapeDtypeStruct((B, Tp, H, Ep), bf16),
             jax.ShapeDtypeStruct((B, H, Dp, Ep), jnp.float32),
@@ -178,7 +167,7 @@ def chunked(
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=hopper.params(interpret),
+        interpret=hopper.params(bool(how.interpret)),
         kernel_name="lightning_reverse" if reverse else "lightning",
-    )(rate_H.astype(jnp.float32) * math.log2(math.e), q, k, v, first)
+    )(problem.rate.astype(jnp.float32) * math.log2(math.e), q, k, v, first)
     return jnp.swapaxes(out, 1, 2)[:, :, :T, :E], state[:, :, :D, :E]

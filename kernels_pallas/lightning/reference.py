@@ -21,6 +21,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.lightning.problem import Problem
+
 CHUNK = 128
 
 
@@ -42,21 +44,15 @@ def recurrent(
 
 
 def chunked(
-    q_BHTD: jax.Array,
-    k_BHTD: jax.Array,
-    v_BHTE: jax.Array,
-    rate_H: jax.Array,
-    state_BHDE: jax.Array,
-    *,
-    reverse: bool = False,
-    chunk: int | None = None,
+    q_BHTD: jax.Array, k_BHTD: jax.Array, v_BHTE: jax.Array, problem: Problem, *, chunk: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """XLA operations, heads before tokens; `rate` is log(decay). Products in the dtype of `q`, sums in float32."""
+    """XLA operations, heads before tokens. Products in the dtype of `q`, sums in float32."""
     B, H, T, D = q_BHTD.shape
+    reverse = problem.reverse
     dtype, precision = q_BHTD.dtype, jax.lax.Precision.HIGHEST if q_BHTD.dtype == jnp.float32 else None
     C = min(chunk or CHUNK, T)
     steps = -(-T // C)
-    rate = rate_H.astype(jnp.float32)[:, None]  # [H, 1]
+    rate = problem.rate.astype(jnp.float32)[:, None]  # [H, 1]
     i = jnp.arange(C)
     ahead = (i[None, :] - i[:, None]) * (1 if reverse else -1)  # how far back the key lies, in the order of the scan
     powers_HCC = jnp.where(ahead >= 0, jnp.exp(rate[:, :, None] * jnp.maximum(ahead, 0)), 0.0)
@@ -81,5 +77,5 @@ def chunked(
 
     lengths = jnp.minimum(C, T - C * jnp.arange(steps))
     xs = (split(q_BHTD), split(k_BHTD), split(v_BHTE), lengths)
-    state, out = jax.lax.scan(step, state_BHDE.astype(jnp.float32), xs, reverse=reverse)
+    state, out = jax.lax.scan(step, problem.state.astype(jnp.float32), xs, reverse=reverse)
     return jnp.moveaxis(out, 0, 2).reshape(B, H, steps * C, -1)[:, :, :T], state

@@ -9,23 +9,24 @@ three such scans (api.py), 12 products per chunk where a fused kernel would need
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
-from kernels_pallas.common import blocks, precision, vmem
+from kernels_pallas.common import AUTO, How, Ref, Shaped, precision, vmem
+from kernels_pallas.lightning.problem import Problem
 
 
-def memory(chunk: int, D: int, E: int, dtype: Any) -> int:
+def memory(chunk: int, D: int, E: int, dtype: DTypeLike) -> int:
     """Bytes of VMEM of one grid step: two buffers of every block, the scratch, and the products of a chunk."""
     buffers = chunk * 2 * (D + E) * jnp.dtype(dtype).itemsize + 2 * D * E * 4
     return 2 * buffers + D * E * 4 + 3 * chunk * chunk * 4
 
 
-def refusal(q_BHTD: Any, v_BHTE: Any) -> str | None:
+def refusal(q_BHTD: Shaped, v_BHTE: Shaped) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None."""
     D, E = q_BHTD.shape[-1], v_BHTE.shape[-1]
     if max(D, E) > 512:
@@ -33,21 +34,9 @@ def refusal(q_BHTD: Any, v_BHTE: Any) -> str | None:
     return None
 
 
-def _kernel(
-    rate_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    first_ref: Any,
-    o_ref: Any,
-    last_ref: Any,
-    state: Any,
-    powers: Any,
-    *,
-    length: int,
-    chunk: int,
-    reverse: bool,
-) -> None:
+def _kernel(length: int, chunk: int, reverse: bool, rate_ref: Ref, *refs: Ref) -> None:
+    """`refs`: queries, keys, values, first state; outputs, last state; scratch of the state and of the powers."""
+    q_ref, k_ref, v_ref, first_ref, o_ref, last_ref, state, powers = refs
     rate = rate_ref[pl.program_id(1)]
     step, steps = pl.program_id(2), pl.num_programs(2)
     dtype = q_ref.dtype
@@ -85,21 +74,12 @@ def _kernel(
 
 
 def chunked(
-    q_BHTD: jax.Array,
-    k_BHTD: jax.Array,
-    v_BHTE: jax.Array,
-    rate_H: jax.Array,
-    state_BHDE: jax.Array,
-    *,
-    reverse: bool = False,
-    chunk: int | None = None,
-    chip: str | None = None,
-    interpret: Any = False,
+    q_BHTD: jax.Array, k_BHTD: jax.Array, v_BHTE: jax.Array, problem: Problem, how: How = AUTO
 ) -> tuple[jax.Array, jax.Array]:
-    """The same as `reference.chunked`. `interpret`: what `pallas_call` takes."""
+    """The same as `reference.chunked`."""
     B, H, T, D = q_BHTD.shape
     E = v_BHTE.shape[-1]
-    C = min(blocks("lightning", chip, chunk=chunk)["chunk"], T)
+    C, reverse = min(how.blocks("lightning", how.chip)["chunk"], T), problem.reverse
     steps = pl.cdiv(T, C)
 
     def tokens(width: int) -> pl.BlockSpec:
@@ -108,7 +88,7 @@ def chunked(
     states = pl.BlockSpec((1, 1, D, E), lambda b, h, c: (b, h, 0, 0))
     products = B * H * T
     out, state = pl.pallas_call(
-        functools.partial(_kernel, length=T, chunk=C, reverse=reverse),
+        functools.partial(_kernel, T, C, reverse),
         grid=(B, H, steps),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), tokens(D), tokens(D), tokens(E), states],
         out_specs=[tokens(E), states],
@@ -118,14 +98,14 @@ def chunked(
         ],
         scratch_shapes=[pltpu.VMEM((D, E), jnp.float32), pltpu.VMEM((C, C), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem(how.chip)
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * (C * (D + E) + 2 * D * E),
             transcendentals=3 * products,
             bytes_accessed=products * 2 * (D + E) * q_BHTD.dtype.itemsize + 8 * B * H * D * E,
         ),
-        interpret=interpret,
+        interpret=how.interpret,
         name="lightning_reverse" if reverse else "lightning",
-    )(rate_H.astype(jnp.float32), q_BHTD, k_BHTD, v_BHTE, state_BHDE.astype(jnp.float32))
+    )(problem.rate.astype(jnp.float32), q_BHTD, k_BHTD, v_BHTE, problem.state.astype(jnp.float32))
     return out, state

@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from kernels_pallas import timing
-from kernels_pallas.common import Case
+from kernels_pallas.common import Case, How, sized
 from kernels_pallas.tree_decode import gpu, tpu
 from kernels_pallas.tree_decode.api import NAME, tree_decode
-from kernels_pallas.tree_decode.reference import ancestors_of, pack_mask
+from kernels_pallas.tree_decode.masks import ancestors_of, pack_mask
+from kernels_pallas.tree_decode.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Size:
     H: int = 32
     K: int = 8
     d: int = 128
-    dtype: Any = jnp.bfloat16
+    dtype: DTypeLike = jnp.bfloat16
     packed: bool = False
 
     def __str__(self) -> str:
@@ -69,17 +71,19 @@ def shapes(size: Size) -> tuple[Any, ...]:
     B, N, K, d = size.B, size.N, size.K, size.d
     cache, new = array((B, K, size.S, d), size.dtype), array((B, N, K, d), size.dtype)
     seen = array((N, -(-N // 32)), jnp.uint32) if size.packed else array((N, N), jnp.bool_)
-    return array((B, N, size.H, d), size.dtype), cache, cache, array((B,), jnp.int32), new, new, seen
+    return array((B, N, size.H, d), size.dtype), cache, cache, Problem(array((B,), jnp.int32), new, new, seen)
 
 
 def draw(rng: np.random.Generator, like: tuple[Any, ...]) -> tuple[Any, ...]:
     """Normal values; the first row's cache is full, every other row's shorter by a random length; one tree."""
-    q, k, v, lengths, new_k, new_v, seen = like
-    arrays = [jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in (q, k, v, new_k, new_v)]
+    q, k, v, problem = like
+    given = (q, k, v, problem.new_k, problem.new_v)
+    *cached, new_k, new_v = (jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in given)
     full = k.shape[2]
-    valid = jnp.asarray([full, *rng.integers(0, full, lengths.shape[0] - 1)], jnp.int32)
+    valid = jnp.asarray([full, *rng.integers(0, full, q.shape[0] - 1)], jnp.int32)
     mask = tree(rng, q.shape[1])
-    return *arrays[:3], valid, *arrays[3:], pack_mask(mask) if seen.dtype == jnp.uint32 else mask
+    packed = problem.ancestors.dtype == jnp.uint32
+    return *cached, Problem(valid, new_k, new_v, pack_mask(mask) if packed else mask)
 
 
 def cases(chip: str) -> list[Case]:
@@ -89,22 +93,22 @@ def cases(chip: str) -> list[Case]:
         rows = tpu.padded(size.N) * size.H // size.K
         tile = tpu.choose_tile(size.S, rows, chip)
         memory = tpu.memory(tile, rows, tpu.padded(size.N), size.d, size.dtype)
-        run = functools.partial(tree_decode, implementation="tpu", chip=chip)
+        run = functools.partial(tree_decode, how=How("tpu", chip))
         out.append(Case(str(size), run, shapes(size), memory, draw=draw))
     return out
 
 
 def small_cases() -> list[Case]:
     """Sizes an interpreter can run, with the reference they must equal."""
-    truth = functools.partial(tree_decode, implementation="reference")
+    truth = functools.partial(tree_decode, how=How("reference"))
     out = []
     for size in SMALL:
         tolerance = 1e-5 if size.dtype == jnp.float32 else 1e-2
-        run = functools.partial(tree_decode, implementation="interpret", tile_s=128)
+        run = functools.partial(tree_decode, how=How("interpret", sizes=sized(tile_s=128)))
         out.append(Case(str(size), run, shapes(size), 0, truth, tolerance, draw))
         if size.dtype == jnp.bfloat16:
             whole = replace(size, S=size.S // 8 * 8)
-            run = functools.partial(tree_decode, implementation="interpret_gpu", chip="h100")
+            run = functools.partial(tree_decode, how=How("interpret_gpu", "h100"))
             out.append(Case(f"{whole} gpu", run, shapes(whole), 0, truth, tolerance, draw))
     return out
 
@@ -117,15 +121,16 @@ def gpu_cases() -> list[Case]:
     out = []
     for size in (*sizes, *more):
         args = shapes(size)
-        run = functools.partial(tree_decode, implementation="gpu", chip="h100")
+        run = functools.partial(tree_decode, how=How("gpu", "h100"))
         out.append(Case(f"{size} gpu", run, args, gpu.memory(gpu.plan(*args[:2]), size.d), draw=draw))
-    run = functools.partial(tree_decode, implementation="xla")
+    run = functools.partial(tree_decode, how=How("xla"))
     return [*out, *(Case(f"{size} xla", run, shapes(size), draw=draw) for size in (REAL[0], more[2]))]
 
 
 def _library(arrays: tuple[Any, ...]) -> Any:
     """cuDNN over cache and tree, every key for every node, in the layout it wants."""
-    q, k, v, _, new_k, new_v, _ = arrays
+    q, k, v, problem = arrays
+    new_k, new_v = problem.new_k, problem.new_v
     keys, values = (jnp.concatenate([jnp.swapaxes(a, 1, 2), b], axis=1) for a, b in ((k, new_k), (v, new_v)))
     return functools.partial(
         jax.jit(functools.partial(jax.nn.dot_product_attention, implementation="cudnn")), q, keys, values
@@ -141,7 +146,7 @@ def _forms(small: bool, chip: str | None) -> Iterator[tuple[str, timing.Forms]]:
         for name in (*(() if on_gpu else ("reference",)), *timing.names(), *names):
             if name == "gpu" and gpu.refusal(*arrays[:2]):
                 continue
-            form = functools.partial(tree_decode, implementation=name, chip=chip)
+            form = functools.partial(tree_decode, how=How(name, chip))
             forms[name] = functools.partial(jax.jit(form), *arrays)
         if on_gpu and size.dtype == jnp.bfloat16 and size.d <= 128:
             forms["cudnn, no mask"] = _library(arrays)

@@ -1,20 +1,21 @@
 """Mosaic GPU kernel (Hopper) of tree attention against a cache.
 
-The G * N queries of a key head are rows, 64 for each of one or two compute warpgroups; a third copies tiles of `tile_s`
-slots ahead (TMA), keys and values each on barriers of their own. The cache is cut over `splits` blocks of threads, so
-that one row of eight key heads fills the chip, each with a running softmax over its share of what is valid (to base 2);
-one more block takes the tree's own keys. XLA merges them by log-sum-exp, with the division (flash-decoding).
+The G * N queries of a key head are rows, 64 for each of one or two compute warpgroups. One more warpgroup copies tiles
+of `tile_s` slots ahead (TMA), keys and values on barriers of their own. The cache is cut over `splits` blocks of
+threads, so that one row of eight key heads fills the chip. Each has a running softmax (to base 2) over its share of
+what is valid. One more block takes the tree's own keys. XLA merges them by log-sum-exp, and divides (flash-decoding).
 
-A tile of 128 slots of width 128 takes 32 KiB, and as much of values; with 32 KiB of queries three stages fit 227
-KiB: 224 KiB a block, one block an SM. Registers a thread, width 128: 64 for the output, 64 for scores, 32 for weights;
-width 256: 128, 32, 16 (tiles of 64). HBM sees the valid cache once for every 128 rows (a second reading may find it in
-L2), and `splits` partial outputs in float32. Rows past G * N are computed in vain: one node costs what 64 do.
+A tile of 128 slots of width 128 takes 32 KiB for keys and as much for values. With 32 KiB of queries three stages take
+224 of 227 KiB: one block an SM. Registers a thread, width 128: 64 for the output, 64 for scores, 32 for weights; width
+256: 128, 32, 16 (tiles of 64). HBM sees the valid cache once for every 128 rows (a second reading may find it in L2),
+and `splits` partial outputs in float32. Rows past G * N are computed in vain: one node costs what 64 do.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +25,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import hopper
-from kernels_pallas.common import GPUS, NEG, blocks
+from kernels_pallas.common import AUTO, GPUS, NEG, How, Ref, Shaped
+from kernels_pallas.tree_decode.problem import Filled
 
 ROWS = 64  # of a compute warpgroup
 LOG2E = math.log2(math.e)
@@ -40,9 +42,20 @@ class Plan(NamedTuple):
     splits: int
 
 
-def plan(q_BNHd: Any, k_BKSd: Any, tile_s: int | None = None, **given: int | None) -> Plan:
-    """The plan of a call that is not refused. `tile_s` and `given` win over `BLOCKS`; wide heads get narrower tiles."""
-    size = blocks("tree_decode", "h100", tile_s=tile_s, **given)
+@dataclass(frozen=True)
+class Launch:
+    """What is static in the kernel. `slots` of the cache, key `heads`."""
+
+    ops: hopper.Ops
+    plan: Plan
+    scale: float
+    slots: int
+    heads: int
+
+
+def plan(q_BNHd: Shaped, k_BKSd: Shaped, how: How = AUTO) -> Plan:
+    """The plan of a call that is not refused. Wide heads get narrower tiles."""
+    size = how.blocks("tree_decode", "h100")
     B, N, H, d = q_BNHd.shape
     K, S = k_BKSd.shape[1:3]
     rows = N * (H // K)
@@ -67,9 +80,9 @@ def memory(p: Plan, d: int) -> int:
     return 2 * d * (p.warpgroups * ROWS + 2 * p.stages * p.tile)
 
 
-def refusal(q_BNHd: Any, k_BKSd: Any, tile_s: int | None = None) -> str | None:
+def refusal(q_BNHd: Shaped, k_BKSd: Shaped, how: How = AUTO) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None."""
-    d = q_BNHd.shape[-1]
+    d, tile_s = q_BNHd.shape[-1], how.size("tile_s")
     if tile_s not in (None, 128):
         return f"tiles of {tile_s} slots, the kernel has 128"
     if q_BNHd.dtype != jnp.bfloat16:
@@ -81,115 +94,140 @@ def refusal(q_BNHd: Any, k_BKSd: Any, tile_s: int | None = None) -> str | None:
     return None
 
 
-def _kernel(o: hopper.Ops, p: Plan, scale: float, slots: int, heads: int, *refs: Any) -> None:
-    """q [BK, rows, d], k, v [B, K, S, d], own k, v [B, N, K, d], mask [1 or B, rows, N], lengths [B]
-    -> out [splits + 1, BK, rows, d], top and total [splits + 1, BK, rows]; then the buffers and barriers."""
-    q_ref, k_ref, v_ref, new_k_ref, new_v_ref, mask_ref, lengths_ref, *refs_ = refs
-    out_ref, top_ref, total_ref, q_buffer, k_buffer, v_buffer, q_ready, k_ready, v_ready, k_free, v_free, clean = refs_
-    split, head, block = lax.axis_index("split"), lax.axis_index("head"), lax.axis_index("block")
-    thread = lax.axis_index("wg")
-    b, key_head = lax.div(head, jnp.int32(heads)), lax.rem(head, jnp.int32(heads))
-    d, tile = q_ref.shape[-1], jnp.int32(p.tile)
-    own = split == p.splits  # the block of the tree's own keys
-    length = jnp.clip(lengths_ref[b], 0, slots)
-    tiles = lax.div(length + tile - 1, tile)
-    share = lax.div(tiles + p.splits - 1, jnp.int32(p.splits))
-    first = jnp.where(own, 0, split * share)
-    count = jnp.where(own, jnp.int32(new_k_ref.shape[1] // p.tile), jnp.clip(tiles - first, 0, share))
+class Memory(NamedTuple):
+    """References of the kernel: inputs, outputs, then buffers and barriers of a block of threads.
 
-    def slot(i: Any) -> Any:
-        return lax.rem(i, jnp.int32(p.stages))
+    q [BK, rows, d], k, v [B, K, S, d], own k, v [B, N, K, d], mask [1 or B, rows, N], lengths [B] -> out
+    [splits + 1, BK, rows, d], top and total [splits + 1, BK, rows].
+    """
 
-    def start(i: Any) -> Any:
+    q: Ref
+    k: Ref
+    v: Ref
+    new_k: Ref
+    new_v: Ref
+    mask: Ref
+    lengths: Ref
+    out: Ref
+    top: Ref
+    total: Ref
+    q_buffer: Ref
+    k_buffer: Ref
+    v_buffer: Ref
+    q_ready: Ref
+    k_ready: Ref
+    v_ready: Ref
+    k_free: Ref
+    v_free: Ref
+    clean: Ref
+
+
+State = tuple[jax.Array, jax.Array, jax.Array]  # output, top and total of a softmax
+
+
+class _Block:
+    """A block of threads: one share of the cache, or the tree's own keys, for some rows of a key head."""
+
+    def __init__(self, launch: Launch, memory: Memory) -> None:
+        self.o, self.p, self.m, self.scale, slots = launch.ops, launch.plan, memory, launch.scale, launch.slots
+        p, m, heads, self.slots = self.p, memory, launch.heads, slots
+        self.split, self.head, self.block = lax.axis_index("split"), lax.axis_index("head"), lax.axis_index("block")
+        self.thread = lax.axis_index("wg")
+        self.b, self.key_head = lax.div(self.head, jnp.int32(heads)), lax.rem(self.head, jnp.int32(heads))
+        self.tile = jnp.int32(p.tile)
+        self.own = self.split == p.splits  # the block of the tree's own keys
+        self.length = jnp.clip(m.lengths[self.b], 0, slots)
+        tiles = lax.div(self.length + self.tile - 1, self.tile)
+        share = lax.div(tiles + p.splits - 1, jnp.int32(p.splits))
+        self.first = jnp.where(self.own, 0, self.split * share)
+        own_tiles = jnp.int32(m.new_k.shape[1] // p.tile)
+        self.count = jnp.where(self.own, own_tiles, jnp.clip(tiles - self.first, 0, share))
+
+    def slot(self, i: jax.Array) -> jax.Array:
+        return lax.rem(i, jnp.int32(self.p.stages))
+
+    def start(self, i: jax.Array) -> jax.Array:
         """The first slot of a tile; the last one ends with the cache, and overlaps the one before."""
-        return pl.multiple_of(jnp.minimum((first + i) * tile, slots - tile), 8)  # copies are of whole tiles of 8
+        first = jnp.minimum((self.first + i) * self.tile, self.slots - self.tile)
+        return pl.multiple_of(first, 8)  # copies are of whole tiles of 8
 
-    @pl.when(thread < p.warpgroups)
-    def _() -> None:
+    def compute(self) -> None:
+        p, m, o = self.p, self.m, self.o
         if p.warpgroups > 1:
             plgpu.set_max_registers(232, action="increase")
-        row = (block * p.warpgroups + thread) * ROWS
-        q = q_buffer.at[thread]
-        plgpu.barrier_wait(q_ready)
-
-        def step(i: Any, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            out, top, total = state
-            at, left = slot(i), length - start(i)  # slots of the tile that are valid, from its first on
-            twice = (first + i) * tile - start(i)  # slots that the tile before has counted
-            plgpu.barrier_wait(k_ready.at[at])
-            scores = o.dot(q, k_buffer.at[at], transpose_b=True) * (scale * LOG2E)
-            plgpu.barrier_arrive(k_free.at[at])
-            column = functools.partial(o.iota, scores.shape, 1)
-
-            def tree(scores: jax.Array) -> jax.Array:
-                where = (lax.rem(b, jnp.int32(mask_ref.shape[0])), pl.ds(row, ROWS), pl.ds(i * tile, p.tile))
-                seen = o.load(mask_ref, where, plgpu.Layout.WGMMA, optimized=False)
-                return jnp.where(seen.astype(jnp.int32) != 0, scores, NEG)
-
-            def cached(scores: jax.Array) -> jax.Array:
-                return jnp.where((column() >= twice) & (column() < left), scores, NEG)
-
-            def partial(scores: jax.Array) -> jax.Array:
-                return lax.cond((left < tile) | (twice > 0), cached, lambda scores: scores, scores)
-
-            scores = lax.cond(own, tree, partial, scores)
-            higher = jnp.maximum(top, scores.max(axis=1))
-            base = jnp.where(higher < NEG / 2, 0.0, higher)  # of a row that has seen nothing, all weights are 0
-            weights = jnp.exp2(scores - lax.broadcast_in_dim(base, scores.shape, [0]))
-            shrink = jnp.exp2(top - base)
-            total = total * shrink + weights.sum(axis=1)
-            plgpu.barrier_wait(v_ready.at[at])
-
-            # Slots past the length hold anything, NaN too, and 0 * NaN would reach the output.
-            @pl.when((left < tile) & jnp.logical_not(own))
-            def _() -> None:
-                @pl.when(thread == 0)
-                def _() -> None:
-                    for piece in range(0, p.tile, 64):
-                        rows = v_buffer.at[at, pl.ds(piece, 64)]
-                        values = o.load(rows, (...,), plgpu.Layout.WGMMA)
-                        valid = o.iota(values.shape, 0) < left - piece
-                        rows[...] = jnp.where(valid, values, jnp.zeros_like(values))
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(clean)
-
-                plgpu.barrier_wait(clean)  # once at most: only the last tile of a row is partial
-
-            out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
-            out = o.dot(weights.astype(jnp.bfloat16), v_buffer.at[at], acc=out)
-            plgpu.barrier_arrive(v_free.at[at])
-            return out, higher, total
-
+        row = (self.block * p.warpgroups + self.thread) * ROWS
+        hopper.wait(m.q_ready)
         nothing = o.per_row(jnp.full((ROWS,), NEG, jnp.float32)), o.per_row(jnp.zeros((ROWS,), jnp.float32))
-        out, top, total = lax.fori_loop(0, count, step, (o.tile(jnp.zeros((ROWS, d), jnp.float32)), *nothing))
-        place = (split, head, pl.ds(row, ROWS))
-        out_ref[place] = out
-        top_ref[place] = top
-        total_ref[place] = total
+        zeros = o.tile(jnp.zeros((ROWS, m.q.shape[-1]), jnp.float32))
+        add = functools.partial(self.add, row=row)
+        out, top, total = lax.fori_loop(0, self.count, add, (zeros, *nothing))
+        place = (self.split, self.head, pl.ds(row, ROWS))
+        m.out[place] = out
+        m.top[place] = top
+        m.total[place] = total
 
-    @pl.when(thread == p.warpgroups)
-    def _() -> None:
+    def add(self, i: jax.Array, state: State, row: jax.Array) -> State:
+        """The keys of a tile join the softmax."""
+        p, m, o = self.p, self.m, self.o
+        out, top, total = state
+        at, left = self.slot(i), self.length - self.start(i)  # slots of the tile that are valid, from its first on
+        twice = (self.first + i) * self.tile - self.start(i)  # slots that the tile before has counted
+        hopper.wait(m.k_ready.at[at])
+        scores = o.dot(m.q_buffer.at[self.thread], m.k_buffer.at[at], transpose_b=True) * (self.scale * LOG2E)
+        hopper.arrive(m.k_free.at[at])
+        column = functools.partial(o.iota, (scores.shape[0], scores.shape[1]), 1)
+
+        def tree(scores: jax.Array) -> jax.Array:
+            which = lax.rem(self.b, jnp.int32(m.mask.shape[0]))
+            where = (which, pl.ds(row, ROWS), pl.ds(i * self.tile, p.tile))
+            seen = o.load(m.mask, where, plgpu.Layout.WGMMA, optimized=False)
+            return jnp.where(seen.astype(jnp.int32) != 0, scores, NEG)
+
+        def cached(scores: jax.Array) -> jax.Array:
+            return jnp.where((column() >= twice) & (column() < left), scores, NEG)
+
+        def partial(scores: jax.Array) -> jax.Array:
+            return lax.cond((left < self.tile) | (twice > 0), cached, lambda scores: scores, scores)
+
+        scores = lax.cond(self.own, tree, partial, scores)
+        higher = jnp.maximum(top, scores.max(axis=1))
+        base = jnp.where(higher < NEG / 2, 0.0, higher)  # of a row that has seen nothing, all weights are 0
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(base, scores.shape, [0]))
+        shrink = jnp.exp2(top - base)
+        total = total * shrink + weights.sum(axis=1)
+        hopper.wait(m.v_ready.at[at])
+        pl.when((left < self.tile) & jnp.logical_not(self.own))(functools.partial(self.clear, at, left))
+        out = out * lax.broadcast_in_dim(shrink, out.shape, [0])
+        out = o.dot(weights.astype(jnp.bfloat16), m.v_buffer.at[at], acc=out)
+        hopper.arrive(m.v_free.at[at])
+        return out, higher, total
+
+    def clear(self, at: jax.Array, left: jax.Array) -> None:
+        """Values past the length become 0: they hold anything, NaN too, and 0 * NaN would reach the output."""
+        m, o = self.m, self.o
+
+        @pl.when(self.thread == 0)
+        def _() -> None:
+            for piece in range(0, self.p.tile, 64):
+                rows = m.v_buffer.at[at, pl.ds(piece, 64)]
+                values = o.load(rows, (...,), plgpu.Layout.WGMMA)
+                valid = o.iota((values.shape[0], values.shape[1]), 0) < left - piece
+                rows[...] = jnp.where(valid, values, jnp.zeros_like(values))
+            plgpu.commit_smem()
+            hopper.arrive(m.clean)
+
+        hopper.wait(m.clean)  # once at most: only the last tile of a row is partial
+
+    def provide(self) -> None:
+        """The warpgroup that fetches."""
+        p, m, count, slot = self.p, self.m, self.count, self.slot
         if p.warpgroups > 1:
             plgpu.set_max_registers(40, action="decrease")
         for w in range(p.warpgroups):
-            rows = pl.ds((block * p.warpgroups + w) * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(q_ref.at[head, rows], q_buffer.at[w], q_ready)
-
-        def fetch(i: Any, old: Any, new: Any, buffer: Any, ready: Any) -> None:
-            @pl.when(own)
-            def _() -> None:
-                plgpu.copy_gmem_to_smem(
-                    new.at[b, pl.ds(i * tile, p.tile), key_head], buffer.at[slot(i)], ready.at[slot(i)]
-                )
-
-            @pl.when(jnp.logical_not(own))
-            def _() -> None:
-                plgpu.copy_gmem_to_smem(
-                    old.at[b, key_head, pl.ds(start(i), p.tile)], buffer.at[slot(i)], ready.at[slot(i)]
-                )
-
-        keys = functools.partial(fetch, old=k_ref, new=new_k_ref, buffer=k_buffer, ready=k_ready)
-        values = functools.partial(fetch, old=v_ref, new=new_v_ref, buffer=v_buffer, ready=v_ready)
+            rows = pl.ds((self.block * p.warpgroups + w) * ROWS, ROWS)
+            hopper.copy_in(m.q.at[self.head, rows], m.q_buffer.at[w], m.q_ready)
+        keys = functools.partial(self.fetch, m.k, m.new_k, m.k_buffer, m.k_ready)
+        values = functools.partial(self.fetch, m.v, m.new_v, m.v_buffer, m.v_ready)
         for i in range(p.stages):
 
             @pl.when(i < count)
@@ -198,43 +236,53 @@ def _kernel(o: hopper.Ops, p: Plan, scale: float, slots: int, heads: int, *refs:
                 values(jnp.int32(i))
 
         @pl.loop(p.stages, jnp.maximum(count, p.stages))
-        def _(i: Any) -> None:
-            plgpu.barrier_wait(k_free.at[slot(i)])
+        def _(i: jax.Array) -> None:
+            hopper.wait(m.k_free.at[slot(i)])
             keys(i)
-            plgpu.barrier_wait(v_free.at[slot(i)])
+            hopper.wait(m.v_free.at[slot(i)])
             values(i)
 
         @pl.loop(jnp.maximum(count - p.stages, 0), count)  # the interpreter wants every arrival seen
-        def _(i: Any) -> None:
-            plgpu.barrier_wait(k_free.at[slot(i)])
-            plgpu.barrier_wait(v_free.at[slot(i)])
+        def _(i: jax.Array) -> None:
+            hopper.wait(m.k_free.at[slot(i)])
+            hopper.wait(m.v_free.at[slot(i)])
+
+    def fetch(self, old: Ref, new: Ref, buffer: Ref, ready: Ref, i: jax.Array) -> None:
+        """A tile begins to arrive, of the cache or of the tree's own."""
+        slot, tile = self.slot, self.p.tile
+
+        @pl.when(self.own)
+        def _() -> None:
+            source = new.at[self.b, pl.ds(i * self.tile, tile), self.key_head]
+            hopper.copy_in(source, buffer.at[slot(i)], ready.at[slot(i)])
+
+        @pl.when(jnp.logical_not(self.own))
+        def _() -> None:
+            source = old.at[self.b, self.key_head, pl.ds(self.start(i), tile)]
+            hopper.copy_in(source, buffer.at[slot(i)], ready.at[slot(i)])
+
+
+def _kernel(launch: Launch, *refs: Ref) -> None:
+    block, warpgroups = _Block(launch, Memory._make(refs)), launch.plan.warpgroups
+    pl.when(block.thread < warpgroups)(block.compute)
+    pl.when(block.thread == warpgroups)(block.provide)
 
 
 def tree_decode(
-    q_BNHd: jax.Array,
-    k_BKSd: jax.Array,
-    v_BKSd: jax.Array,
-    lengths_B: jax.Array,
-    new_k_BNKd: jax.Array,
-    new_v_BNKd: jax.Array,
-    mask_BNN: jax.Array,
-    *,
-    scale: float,
-    interpret: bool = False,
-    **given: int | None,
+    q_BNHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, problem: Filled, how: How = AUTO
 ) -> tuple[jax.Array, jax.Array]:
-    """The same as `reference.reference`. `given`: of `tile_s`, `stages`, `ctas`."""
+    """The same as `reference.reference`."""
     B, N, H, d = q_BNHd.shape
     K, G = k_BKSd.shape[1], H // k_BKSd.shape[1]
-    p = plan(q_BNHd, k_BKSd, **given)
+    p = plan(q_BNHd, k_BKSd, how)
     missing = max(0, p.tile - k_BKSd.shape[2])  # of a cache shorter than a tile
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else x for x in (k_BKSd, v_BKSd))
     rows, nodes = p.blocks * p.warpgroups * ROWS, -(-N // p.tile) * p.tile
     more = ((0, 0), (0, nodes - N))
-    new_k, new_v = (jnp.pad(x, (*more, (0, 0), (0, 0))) for x in (new_k_BNKd, new_v_BNKd))
+    new_k, new_v = (jnp.pad(x, (*more, (0, 0), (0, 0))) for x in (problem.new_k, problem.new_v))
     q = q_BNHd.reshape(B, N, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B * K, G * N, d)
     q = jnp.pad(q, ((0, 0), (0, rows - G * N), (0, 0)))
-    mask = jnp.pad(jnp.tile(mask_BNN.astype(jnp.int8), (1, G, 1)), ((0, 0), (0, rows - G * N), more[1]))
+    mask = jnp.pad(jnp.tile(problem.mask.astype(jnp.int8), (1, G, 1)), ((0, 0), (0, rows - G * N), more[1]))
     swizzle = next(bytes_ for bytes_ in (128, 64, 32) if 2 * d % bytes_ == 0)
     tiles = hopper.smem((p.stages, p.tile, d), q.dtype, swizzle)
     array: Any = jax.ShapeDtypeStruct
@@ -242,7 +290,7 @@ def tree_decode(
     ready = plgpu.Barrier(num_barriers=p.stages)
     free = plgpu.Barrier(num_arrivals=p.warpgroups, num_barriers=p.stages)
     out, top, total = plgpu.kernel(
-        functools.partial(_kernel, hopper.Ops(interpret), p, scale, k.shape[2], K),
+        functools.partial(_kernel, Launch(hopper.Ops(bool(how.interpret)), p, problem.scale, k.shape[2], K)),
         out_type=[array((p.splits + 1, B * K, rows, d), jnp.float32), per_row, per_row],
         grid=(p.splits + 1, B * K, p.blocks),
         grid_names=("split", "head", "block"),
@@ -259,7 +307,7 @@ def tree_decode(
             free,
             plgpu.Barrier(),
         ],
-        interpret=hopper.params(interpret),
+        interpret=hopper.params(bool(how.interpret)),
     )(
         q,
         k,
@@ -267,7 +315,7 @@ def tree_decode(
         new_k,
         new_v,
         mask,
-        jnp.minimum(lengths_B, k_BKSd.shape[2]).astype(jnp.int32),
+        jnp.minimum(problem.lengths, k_BKSd.shape[2]).astype(jnp.int32),
     )
     highest = jnp.max(top, axis=0)
     weight = jnp.exp2(top - highest)

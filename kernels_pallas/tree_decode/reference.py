@@ -1,4 +1,4 @@
-"""Attention of a tree of draft nodes against a cache and against each other: masks, the truth, the form for XLA.
+"""Attention of a tree of draft nodes against a cache and against each other: the truth, the form for XLA.
 
 Letters: B rows, N nodes, S slots of the cache, H query heads, K key heads (H = K * G), d head width.
 
@@ -13,66 +13,28 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.common import NEG
+from kernels_pallas.tree_decode.problem import Filled
 
 CHUNK = 2048
 
 
-@jax.jit
-def ancestors_of(parents_N: jax.Array) -> jax.Array:
-    """bool [N, N]: row i marks node i and its ancestors. A parent comes before its children; a root has parent -1."""
-    N = parents_N.shape[0]
-    own = jnp.eye(N, dtype=bool)
-
-    def body(i: jax.Array, seen: jax.Array) -> jax.Array:
-        parent = parents_N[i]
-        return seen.at[i].set(own[i] | jnp.where(parent >= 0, seen[parent], False))
-
-    return jax.lax.fori_loop(0, N, body, own)
-
-
-@jax.jit
-def pack_mask(mask: jax.Array) -> jax.Array:
-    """bool [..., N, N] -> uint32 [..., N, ceil(N / 32)]: key j is bit ``j % 32`` of word ``j // 32``."""
-    N = mask.shape[-1]
-    bits = jnp.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, -N % 32)]).reshape(*mask.shape[:-1], -1, 32)
-    return jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-
-
-@jax.jit
-def unpack_mask(words: jax.Array) -> jax.Array:
-    """uint32 [..., N, ceil(N / 32)] -> bool [..., N, N]."""
-    N = words.shape[-2]
-    bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-    return bits.reshape(*words.shape[:-1], -1)[..., :N].astype(bool)
-
-
-def reference(
-    q_BNHd: jax.Array,
-    k_BKSd: jax.Array,
-    v_BKSd: jax.Array,
-    lengths_B: jax.Array,
-    new_k_BNKd: jax.Array,
-    new_v_BNKd: jax.Array,
-    mask_BNN: jax.Array,
-    *,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
+def reference(q_BNHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, problem: Filled) -> tuple[jax.Array, jax.Array]:
     """One softmax over cache and tree in float32 -> output [B, N, H, d] as `q`, log-sum-exp float32 [B, N, H].
 
-    A node without any key has output 0 and log-sum-exp -inf. `mask` is [B, N, N] or [1, N, N].
+    A node without any key has output 0 and log-sum-exp -inf.
     """
     B, N, H, d = q_BNHd.shape
     K, S = k_BKSd.shape[1:3]
     highest = jax.lax.Precision.HIGHEST
-    live = jnp.arange(S) < lengths_B[:, None]
-    keys = jnp.concatenate([k_BKSd, jnp.swapaxes(new_k_BNKd, 1, 2)], axis=2).astype(jnp.float32)
+    live = jnp.arange(S) < problem.lengths[:, None]
+    keys = jnp.concatenate([k_BKSd, jnp.swapaxes(problem.new_k, 1, 2)], axis=2).astype(jnp.float32)
     cached = jnp.where(live[:, None, :, None], v_BKSd, 0)
-    values = jnp.concatenate([cached, jnp.swapaxes(new_v_BNKd, 1, 2)], axis=2).astype(jnp.float32)
-    seen = jnp.concatenate([jnp.broadcast_to(live[:, None], (B, N, S)), jnp.broadcast_to(mask_BNN, (B, N, N))], axis=2)[
-        :, :, None, None
-    ]
+    values = jnp.concatenate([cached, jnp.swapaxes(problem.new_v, 1, 2)], axis=2).astype(jnp.float32)
+    seen = jnp.concatenate(
+        [jnp.broadcast_to(live[:, None], (B, N, S)), jnp.broadcast_to(problem.mask, (B, N, N))], axis=2
+    )[:, :, None, None]
     q = q_BNHd.astype(jnp.float32).reshape(B, N, K, H // K, d)
-    scores = jnp.where(seen, scale * jnp.einsum("bnkgd,bksd->bnkgs", q, keys, precision=highest), -jnp.inf)
+    scores = jnp.where(seen, problem.scale * jnp.einsum("bnkgd,bksd->bnkgs", q, keys, precision=highest), -jnp.inf)
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), NEG)
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -82,16 +44,7 @@ def reference(
 
 
 def xla(
-    q_BNHd: jax.Array,
-    k_BKSd: jax.Array,
-    v_BKSd: jax.Array,
-    lengths_B: jax.Array,
-    new_k_BNKd: jax.Array,
-    new_v_BNKd: jax.Array,
-    mask_BNN: jax.Array,
-    *,
-    scale: float,
-    chunk: int = CHUNK,
+    q_BNHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, problem: Filled, *, chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array]:
     """The same in XLA operations: chunks of the cache with a running softmax, as many as the longest row needs."""
     B, N, H, d = q_BNHd.shape
@@ -109,7 +62,7 @@ def xla(
     def add(state: State, k: jax.Array, v: jax.Array, seen: jax.Array) -> State:
         """Keys [B, K, s, d] that `seen` [B, 1, 1, N or 1, s] admits join the softmax."""
         top, total, out = state
-        scores = jnp.where(seen, scale * dot("bkgnd,bksd->bkgns", q, k), NEG)
+        scores = jnp.where(seen, problem.scale * dot("bkgnd,bksd->bkgns", q, k), NEG)
         higher = jnp.maximum(top, jnp.max(scores, axis=-1))
         weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
         shrink = jnp.exp(top - higher)
@@ -119,18 +72,18 @@ def xla(
     def body(i: jax.Array, state: State) -> State:
         start = jnp.minimum(i * chunk, S - chunk)  # the last chunk overlaps the one before; its slots count once
         slot = start + jnp.arange(chunk)
-        live = (slot >= i * chunk) & (slot < lengths_B[:, None])
+        live = (slot >= i * chunk) & (slot < problem.lengths[:, None])
         k, v = (jax.lax.dynamic_slice_in_dim(x, start, chunk, axis=2) for x in (k_BKSd, v_BKSd))
         return add(state, k, jnp.where(live[:, None, :, None], v, 0), live[:, None, None, None])
 
     zero = jnp.zeros((B, K, G, N), jnp.float32)
     state = add(
         (zero + NEG, zero, jnp.zeros((B, K, G, N, d), jnp.float32)),
-        jnp.swapaxes(new_k_BNKd, 1, 2),
-        jnp.swapaxes(new_v_BNKd, 1, 2),
-        mask_BNN[:, None, None],
+        jnp.swapaxes(problem.new_k, 1, 2),
+        jnp.swapaxes(problem.new_v, 1, 2),
+        problem.mask[:, None, None],
     )
-    chunks = (jnp.minimum(jnp.max(lengths_B), S) + chunk - 1) // chunk
+    chunks = (jnp.minimum(jnp.max(problem.lengths), S) + chunk - 1) // chunk
     top, total, out = jax.lax.fori_loop(0, chunks, body, state)
     out = out / jnp.where(total > 0, total, 1.0)[..., None]
     lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)

@@ -9,14 +9,15 @@ slot and key head in bfloat16; the tree comes almost free until G * N rows fill 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
-from kernels_pallas.common import CHIPS, MIB, NEG, blocks, precision, vmem
+from kernels_pallas.common import AUTO, CHIPS, MIB, NEG, How, Index, Ref, Shaped, blocks, precision, vmem
+from kernels_pallas.tree_decode.problem import Filled
 
 LANES = 128
 SCORES = 4 * MIB  # bytes the scores of one step may take; many queries get narrower tiles
@@ -29,14 +30,14 @@ def choose_tile(S: int, rows: int, chip: str | None) -> int:
     return min(blocks("tree_decode", chip if chip in CHIPS else None)["tile_s"], fitting, S)
 
 
-def memory(tile_s: int, rows: int, N: int, d: int, dtype: Any) -> int:
+def memory(tile_s: int, rows: int, N: int, d: int, dtype: DTypeLike) -> int:
     """Bytes of VMEM of one grid step: two buffers of every block, the scratch, scores and weights."""
     size = jnp.dtype(dtype).itemsize
     buffers = (2 * tile_s + 2 * N + 2 * rows) * d * size + 4 * N * max(N, LANES) + 4 * rows * LANES
     return 2 * buffers + 4 * rows * (d + 2 * LANES) + 2 * 4 * rows * max(tile_s, N)
 
 
-def refusal(q_BNHd: Any, k_BKSd: Any) -> str | None:
+def refusal(q_BNHd: Shaped, k_BKSd: Shaped) -> str | None:
     """Why the kernel cannot serve a well-formed call, or None."""
     _, N, H, d = q_BNHd.shape
     rows = padded(N) * (H // k_BKSd.shape[1])
@@ -52,24 +53,9 @@ def padded(N: int) -> int:
     return -(-N // 16) * 16
 
 
-def _kernel(
-    lengths_ref: Any,
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    new_k_ref: Any,
-    new_v_ref: Any,
-    mask_ref: Any,
-    o_ref: Any,
-    lse_ref: Any,
-    out: Any,
-    top: Any,
-    total: Any,
-    *,
-    scale: float,
-    tile_s: int,
-    slots: int,
-) -> None:
+def _kernel(scale: float, tile_s: int, slots: int, lengths_ref: Ref, *refs: Ref) -> None:
+    """`refs`: queries, keys, values, the tree's own, its mask; output, log-sum-exp; scratch of output, top, total."""
+    q_ref, k_ref, v_ref, new_k_ref, new_v_ref, mask_ref, o_ref, lse_ref, out, top, total = refs
     step = pl.program_id(2)
     length = jnp.minimum(lengths_ref[pl.program_id(0)], slots)
     q = q_ref[0, 0]
@@ -112,42 +98,32 @@ def _kernel(
 
 
 def tree_decode(
-    q_BNHd: jax.Array,
-    k_BKSd: jax.Array,
-    v_BKSd: jax.Array,
-    lengths_B: jax.Array,
-    new_k_BNKd: jax.Array,
-    new_v_BNKd: jax.Array,
-    mask_BNN: jax.Array,
-    *,
-    scale: float,
-    chip: str | None = None,
-    tile_s: int | None = None,
-    interpret: Any = False,
+    q_BNHd: jax.Array, k_BKSd: jax.Array, v_BKSd: jax.Array, problem: Filled, how: How = AUTO
 ) -> tuple[jax.Array, jax.Array]:
-    """The same as `reference.reference`. `interpret`: what `pallas_call` takes."""
+    """The same as `reference.reference`."""
     B, nodes, H, d = q_BNHd.shape
     K, S = k_BKSd.shape[1:3]
     G, N = H // K, padded(nodes)
     rows = G * N
     more = ((0, 0), (0, N - nodes), (0, 0), (0, 0))
     q = jnp.pad(q_BNHd, more).reshape(B, N, K, G, d).transpose(0, 2, 3, 1, 4).reshape(B, K, rows, d)
-    new_k, new_v = (jnp.swapaxes(jnp.pad(x, more), 1, 2) for x in (new_k_BNKd, new_v_BNKd))
-    mask = jnp.pad(mask_BNN.astype(jnp.int32), ((0, 0), (0, N - nodes), (0, N - nodes)))
-    tile = min(tile_s, S) if tile_s else choose_tile(S, rows, chip)
+    new_k, new_v = (jnp.swapaxes(jnp.pad(x, more), 1, 2) for x in (problem.new_k, problem.new_v))
+    mask = jnp.pad(problem.mask.astype(jnp.int32), ((0, 0), (0, N - nodes), (0, N - nodes)))
+    tile_s = how.size("tile_s")
+    tile = min(tile_s, S) if tile_s else choose_tile(S, rows, how.chip)
 
-    def cache(b: Any, h: Any, j: Any, lengths: Any) -> tuple[Any, ...]:
+    def cache(b: Index, h: Index, j: Index, lengths: Ref) -> tuple[Index, ...]:
         last = jax.lax.div(jnp.minimum(lengths[b], S) - 1, tile)  # nothing new is fetched past the row's last tile
         return b, h, jnp.clip(j, 0, jnp.maximum(last, 0)), 0
 
-    def whole(b: Any, h: Any, j: Any, lengths: Any) -> tuple[Any, ...]:
+    def whole(b: Index, h: Index, j: Index, lengths: Ref) -> tuple[Index, ...]:
         return b, h, 0, 0
 
-    def masks(b: Any, h: Any, j: Any, lengths: Any) -> tuple[Any, ...]:
+    def masks(b: Index, h: Index, j: Index, lengths: Ref) -> tuple[Index, ...]:
         return (b if mask.shape[0] > 1 else 0), 0, 0
 
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, scale=scale, tile_s=tile, slots=S),
+        functools.partial(_kernel, problem.scale, tile, S),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, K, pl.cdiv(S, tile)),
@@ -171,16 +147,16 @@ def tree_decode(
             jax.ShapeDtypeStruct((B, K, rows, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem(chip)
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=vmem(how.chip)
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * B * K * rows * S * d,
             transcendentals=B * K * rows * S,
             bytes_accessed=2 * B * K * S * d * q.dtype.itemsize,
         ),
-        interpret=interpret,
+        interpret=how.interpret,
         name="tree_decode",
-    )(lengths_B.astype(jnp.int32), q, k_BKSd, v_BKSd, new_k, new_v, mask)
+    )(problem.lengths.astype(jnp.int32), q, k_BKSd, v_BKSd, new_k, new_v, mask)
     out = out.reshape(B, K, G, N, d).transpose(0, 3, 1, 2, 4).reshape(B, N, H, d)
     lse = lse[..., 0].reshape(B, K, G, N).transpose(0, 3, 1, 2).reshape(B, N, H)
     return out[:, :nodes], lse[:, :nodes]

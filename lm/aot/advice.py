@@ -98,7 +98,7 @@ def variants(train: TrainConfig, cfg: ModelConfig, n: int) -> list[Variant]:
     `tensor` up to 8; `expert`, where there are experts, up to their number; `sequence`, where rows are longer than what
     a batch has rows for, or 8,192 tokens and longer; `data` and `fsdp` share the rest.
     """
-    experts = max((getattr(layer.ffn, "experts", 1) for layer in cfg.layers()), default=1)
+    experts = max(layer.ffn.n_experts for layer in cfg.layers())
     long = train.data.seq_len >= 8192 or train.batch < n
     found: dict[str, Variant] = {}
     for expert in [e for e in (1, 2, 4, 8, 16, 32, 64) if experts % e == 0 and e <= experts]:
@@ -119,7 +119,8 @@ def variants(train: TrainConfig, cfg: ModelConfig, n: int) -> list[Variant]:
 
 def _divides(train: TrainConfig, cfg: ModelConfig, sizes: dict[str, int]) -> bool:
     layout = train.mesh.resized(sizes)
-    shapes = {k: (v.shape, params.logical_of(k)) for k, v in params.names(params.abstract(cfg)).items()}
+    axes = params.axes(cfg)
+    shapes = {k: (v.shape, axes[k]) for k, v in params.names(params.abstract(cfg)).items()}
     try:
         layout.check(shapes, sizes)
     except UserError:
@@ -156,7 +157,7 @@ def quick(cfg: ModelConfig, train: TrainConfig, topology: str) -> float:
     sent = train.accumulate * mine * (2 * (passes - 1) + 4) * (1 - 1 / sizes["fsdp"])
     sent += 2 * 4 * train.accumulate * mine / sizes["fsdp"] * (1 - 1 / sizes["data"])
     sent += cfg.n_layers * 2 * passes * 2 * 2 * tokens * cfg.d_model * (1 - 1 / sizes["tensor"])
-    k = max((getattr(getattr(layer.ffn, "router", None), "k", 0) or 0 for layer in cfg.layers()), default=0)
+    k = max(layer.ffn.choices for layer in cfg.layers())
     sent += cfg.n_layers * 2 * passes * k * 2 * tokens * cfg.d_model * (1 - 1 / sizes["expert"])
     return max(compute, sent / chip.ici_rate)
 

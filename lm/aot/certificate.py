@@ -26,31 +26,28 @@ from lm.sharding.pipeline import bubble
 from lm.train import flops
 from lm.train.config import TrainConfig
 from lm.train.placement import Placement
-from lm.train.step import draws, initial
+from lm.train.step import Beside, draws, initial
 
 SCHEMA = 2
 LARGEST = 8
 
 
-def abstract(cfg: ModelConfig, train: TrainConfig, devices: Sequence[Any]) -> tuple[Placement, Any, Any, Any]:
-    """Placement, state, batch and base (where the surgery adds to parameters that stay), as shapes with shardings."""
+def abstract(cfg: ModelConfig, train: TrainConfig, devices: Sequence[Any]) -> tuple[Placement, Any, Any, Beside]:
+    """Placement, state, batch and what stays beside it, as shapes with shardings."""
     place = Placement(cfg, train, devices)
     whole = params.abstract(cfg)
     seed = 0 if draws(cfg, train) else None
 
     def fresh(whole: Any) -> Any:
-        return initial(train.surgery.init(cfg, whole, jax.random.key(0)), train, seed)
+        return initial(cfg, train, train.surgery.init(cfg, whole, jax.random.key(0)), seed)
 
     def placed(tree: Any) -> Any:
         shardings = place.shardings(tree)
         return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), tree, shardings)
 
-    shape, kinds = (
-        (train.batch, train.data.seq_len),
-        {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32},
-    )
-    batch = {name: jax.ShapeDtypeStruct(shape, kind, sharding=place.rows) for name, kind in kinds.items()}
-    return place, placed(jax.eval_shape(fresh, whole)), batch, placed(whole) if train.surgery.adds else None
+    rows = train.objective.batch(train.batch, train.data.seq_len)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place.rows) for name, x in rows.items()}
+    return place, placed(jax.eval_shape(fresh, whole)), batch, Beside(placed(whole) if train.surgery.adds else None)
 
 
 def bytes_on_device(tree: Any) -> float:
@@ -68,21 +65,21 @@ def certify(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, An
     ``largest_temporaries`` what it would have to.
     """
     devices = chips.devices(topology)
-    place, state, batch, base = abstract(cfg, train, devices)
+    place, state, batch, beside = abstract(cfg, train, devices)
     about = {
         "train": {k: to_dict(train)[k] for k in ("batch", "accumulate")} | {"seq_len": train.data.seq_len},
         "remat": cfg.remat,
         "state": {
             "parameters": bytes_on_device(state["params"]),
             "optimizer": bytes_on_device(state["opt"]),
-            "frozen": bytes_on_device(base),
+            "frozen": bytes_on_device(beside.base),
         },
-        "largest": largest((state, base)),
+        "largest": largest((state, beside.base)),
     }
     stages = train.mesh.parts("layers", dict(place.mesh.shape))
     idle = bubble(stages, train.mesh.in_flight(stages))
     work = flops.per_token(cfg, train.data.seq_len, frozen=train.surgery.adds) * train.tokens_per_step
-    found = measured(compile_for(place.lower(state, batch, base)), topology, len(devices), work, idle)
+    found = measured(compile_for(place.lower(state, batch, beside)), topology, len(devices), work, idle)
     return {"step": "train", **header(cfg, topology, dict(place.mesh.shape)), **about, "bubble": idle, **found}
 
 
@@ -96,7 +93,7 @@ def header(cfg: ModelConfig, topology: str, mesh: dict[str, int]) -> dict[str, A
         "mesh": mesh,
         "parameters": params.count(params.abstract(cfg)),
         "dtype": {"parameters": cfg.param_dtype, "compute": cfg.dtype},
-        "backend": getattr(cfg.mixer, "backend", ""),
+        "backend": cfg.mixer.backend,
         "jax": jax.__version__,
         "hbm": chips.CHIPS[name].hbm,
     }

@@ -28,8 +28,7 @@ from lm.train.config import TrainConfig
 from lm.train.step import draws, initial
 from lm.weights.lookup import pieces
 
-WIDE, NARROW = 5, 5  # arrays [tokens, d_ff] and [tokens, d_model] alive at once
-ROUTED, ALONE = 2, 4  # arrays [rows of experts, d_model]; arrays [rows, d_ff] of an expert alone on its chip
+NARROW = 5  # arrays [tokens, d_model] alive at once; those of the feed-forward width are said by its plug
 LANES = 128  # to which a TPU fills up the last axis
 
 
@@ -40,15 +39,16 @@ def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, A
     layout, sizes = train.mesh, train.mesh.sizes(n)
     whole = params.abstract(cfg)
     shapes = {name: leaf.shape for name, leaf in params.names(whole).items()}
-    layout.check({name: (s, params.logical_of(name)) for name, s in shapes.items()}, sizes)
+    axes = params.axes(cfg)
+    layout.check({name: (s, axes[name]) for name, s in shapes.items()}, sizes)
 
     def cut(name: str, shape: tuple[int, ...], skip: tuple[str, ...] = ()) -> float:
         """The part of an array that a chip holds."""
         out = 1.0
-        for n, spec in zip(shape, layout.spec(params.logical_of(name)), strict=False):
-            axes = () if spec is None else (spec,) if isinstance(spec, str) else spec
-            out *= n / math.prod(sizes[a] for a in axes if a not in skip)
-        return out * math.prod(shape[len(params.logical_of(name)) :])
+        for n, spec in zip(shape, layout.spec(axes[name]), strict=False):
+            over = () if spec is None else (spec,) if isinstance(spec, str) else spec
+            out *= n / math.prod(sizes[a] for a in over if a not in skip)
+        return out * math.prod(shape[len(axes[name]) :])
 
     def bytes_on_device(tree: Any) -> float:
         total = 0.0
@@ -59,7 +59,7 @@ def estimate(cfg: ModelConfig, train: TrainConfig, topology: str) -> dict[str, A
         return total
 
     seed = 0 if draws(cfg, train) else None
-    state = jax.eval_shape(lambda p: initial(train.surgery.init(cfg, p, jax.random.key(0)), train, seed), whole)
+    state = jax.eval_shape(lambda p: initial(cfg, train, train.surgery.init(cfg, p, jax.random.key(0)), seed), whole)
     frozen = bytes_on_device(whole) if train.surgery.adds else 0.0
     rows = train.batch / layout.parts("batch", sizes)
     tokens = rows * train.data.seq_len / layout.parts("length", sizes)
@@ -138,7 +138,7 @@ def _temporaries(
     }
     # The head as it multiplies, twice (large programs hold it transposed too, small ones do not), its gradient of a
     # piece in float32, whole and cut, that of earlier pieces, cut; and the logits of a piece.
-    piece = min(getattr(train.objective, "chunk", 0) or outside, outside)
+    piece = min(train.objective.logits_at_once or outside, outside)
     head = 2 * size * V * D + (0 if adds else 4 * V * D * (1 + (2 / layout.parts("embed", sizes))))
     loss = {
         "inputs of layers": inputs,
@@ -158,37 +158,21 @@ def _temporaries(
     return max((layer, loss, end), key=lambda moment: sum(moment.values()))
 
 
-def _width(layer: ModelConfig) -> int:
-    return int(getattr(layer.ffn, "d_expert", None) or layer.d_ff)
-
-
 def _busy(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens: float) -> float:
     """Numbers of the feed-forward layer alive at once."""
-    rows, inner = _rows(layer, train, sizes, tokens), train.mesh.parts("mlp", sizes)
-    if getattr(layer.ffn, "router", None) is None:
-        return WIDE * rows * _width(layer) / inner
-    alone = layer.ffn.experts == train.mesh.parts("experts", sizes)
-    return rows * ((ALONE if alone else WIDE) * _width(layer) / inner + ROUTED * layer.d_model)
+    rows, mesh = _rows(layer, train, sizes, tokens), train.mesh
+    return layer.ffn.alive(layer, rows, mesh.parts("experts", sizes), mesh.parts("mlp", sizes))
 
 
 def _inside(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> float:
     """Numbers that a layer without `remat` keeps of a token: the stream and its norms, queries (raw and turned), keys,
     values and what attention gives, and two arrays of the feed-forward width."""
     layout = train.mesh
-    assert layer.head_dim is not None and layer.n_kv_heads is not None
-    heads = 3 * layer.n_heads / layout.parts("heads", sizes) + 2 * layer.n_kv_heads / layout.parts("kv_heads", sizes)
-    wide = _rows(layer, train, sizes, 1.0) * 2 * _width(layer) / layout.parts("mlp", sizes)
-    return 4 * layer.d_model + heads * layer.head_dim + wide
+    heads = 3 * layer.n_heads / layout.parts("heads", sizes) + 2 * layer.kv_heads / layout.parts("kv_heads", sizes)
+    wide = _rows(layer, train, sizes, 1.0) * 2 * layer.ffn.width(layer) / layout.parts("mlp", sizes)
+    return 4 * layer.d_model + heads * layer.head_width + wide
 
 
 def _rows(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens: float) -> float:
     """Rows that a feed-forward layer works on: the tokens, or what comes to the experts of a chip."""
-    k = getattr(getattr(layer.ffn, "router", None), "k", None)
-    if k is None:
-        return tokens
-    p = train.mesh.parts("experts", sizes)
-    even = tokens * k
-    most = even * p if train.mesh.exchange is None else min(train.mesh.exchange * even, even * p)
-    if layer.ffn.capacity is not None:
-        most = min(most, even * layer.ffn.capacity * (1 if layer.ffn.capacity_counts_k else 1 / k))
-    return most + (tokens * layer.ffn.shared / _width(layer) if layer.ffn.shared else 0.0)
+    return layer.ffn.rows(layer, tokens, train.mesh.parts("experts", sizes), train.mesh.exchange)

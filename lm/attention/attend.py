@@ -7,14 +7,13 @@ import jax
 from lm.attention.backends import blocked, dense, pallas, ring
 from lm.attention.branches import AnyBranch, BlockBranch, Context
 from lm.attention.tiles import block
-from lm.errors import unknown
+from lm.errors import UserError, unknown
 
 BACKENDS = ("auto", "dense", "blocked", "pallas")
 
 
 def attend(
     ctx: Context,
-    v_BSKd: jax.Array,
     branches: tuple[AnyBranch, ...],
     *,
     softcap: float | None = None,
@@ -35,17 +34,16 @@ def attend(
     if backend not in BACKENDS:
         raise unknown("model.mixer.backend", backend, BACKENDS)
 
-    def local(ctx: Context, v_BSKd: jax.Array, branches: tuple[AnyBranch, ...]) -> tuple[jax.Array, jax.Array]:
-        return _here(ctx, v_BSKd, branches, softcap, backend, block_q, block_k)
+    def local(ctx: Context, branches: tuple[AnyBranch, ...]) -> tuple[jax.Array, jax.Array]:
+        return _here(ctx, branches, softcap, backend, block_q, block_k)
 
     if ring.wanted(ctx, branches):
-        return ring.attend(ctx, v_BSKd, branches, local)
-    return local(ctx, v_BSKd, branches)
+        return ring.attend(ctx, branches, local)
+    return local(ctx, branches)
 
 
 def _here(
     ctx: Context,
-    v_BSKd: jax.Array,
     branches: tuple[AnyBranch, ...],
     softcap: float | None,
     backend: str,
@@ -56,14 +54,20 @@ def _here(
     B, T, H, _ = ctx.q_BTHd.shape
     S = ctx.k_BSKd.shape[1]
     if backend == "pallas":
-        return pallas.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
+        return pallas.attend(ctx, branches, softcap, block_q, block_k)
+    if ctx.queries.ancestors_BTT is not None:  # a tree is small, and no tile of it can be skipped by index
+        if backend == "blocked":
+            raise UserError("model.mixer.backend: 'blocked' serves texts, these tokens are a tree; valid: auto, dense")
+        if not ctx.sources[0].new:
+            raise UserError("model.cache: it does not keep new tokens apart, as a tree of them needs; valid: full")
+        return dense.attend(ctx, branches, softcap)
     given_q, given_k = block_q, block_k
     chosen = block(B * H, jax.default_backend())
     block_q, block_k = block_q or chosen[0], block_k or chosen[1]
     listed = T > 1 and all(isinstance(branch, BlockBranch) for branch in branches)
     tiled = listed or (T == S and T > block_q)
     if backend == "auto" and tiled and pallas.platform() == "tpu" and pallas.refusal(ctx, branches) is None:
-        return pallas.attend(ctx, v_BSKd, branches, softcap, given_q, given_k)
+        return pallas.attend(ctx, branches, softcap, given_q, given_k)
     if backend == "blocked" or (backend == "auto" and tiled):
-        return blocked.attend(ctx, v_BSKd, branches, softcap, block_q, block_k)
-    return dense.attend(ctx, v_BSKd, branches, softcap)
+        return blocked.attend(ctx, branches, softcap, block_q, block_k)
+    return dense.attend(ctx, branches, softcap)

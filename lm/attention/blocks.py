@@ -10,41 +10,40 @@ Letters beyond those of `lm.attention.branches`: N blocks, n chosen blocks, w to
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lm.attention.branches import Context, Tokens
 
 STEP = 512  # queries scored at a time
 
 
-class Summary(Protocol):
-    """What is kept of a block, and how a query ranks it; a frozen dataclass."""
+class Summary:
+    """What is kept of a block, and how a query ranks it: a frozen dataclass with a field `size`, tokens of a block."""
 
-    @property
-    def size(self) -> int:
-        """Tokens of a block."""
-        ...
+    size: int
 
     def places(self, index: jax.Array) -> jax.Array:
         """Positions, float32, that keys (and the queries that are summarised with them) are rotated to, by in-document
         index: where a block cache keeps them."""
-        ...
+        raise NotImplementedError
 
-    def zeros(self, batch: int, n: int, n_heads: int, head_dim: int, dtype: Any) -> jax.Array:
+    def zeros(self, batch: int, n: int, n_heads: int, head_dim: int, dtype: DTypeLike) -> jax.Array:
         """Room for `n` summaries: ``[batch, n, ...]``."""
-        ...
+        raise NotImplementedError
 
     def summarise(self, q_BNwHd: jax.Array, k_BNwKd: jax.Array, v_BNwKd: jax.Array, scale: float) -> jax.Array:
         """Summaries ``[B, N, ...]`` of complete blocks; queries and keys at their `places`."""
-        ...
+        raise NotImplementedError
 
     def score(self, q_BTHd: jax.Array, summaries: jax.Array) -> jax.Array:
         """float32 ``[B, H, T, N]``: how much raw queries want each block."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,6 @@ def table(ctx: Context, summary: Summary) -> BlockTable:
         first = jnp.maximum(starts, 0)
         numbers = jnp.where(starts >= 0, jnp.take_along_axis(index, first, 1) // w, -1)
         at = None if segments is None else jnp.take_along_axis(segments, first, 1)
-    assert ctx.v_BSKd is not None
     places = summary.places(index)
     q = ctx.positions.rotate(ctx.q_BTHd, places[:, :, None], ctx.length)
     k = ctx.keys_at(None if ctx.rotated else places)[0]
@@ -130,7 +128,9 @@ def take(x_BSXd: jax.Array, starts_BN: jax.Array, size: int) -> jax.Array:
     return x_BSXd[rows, jnp.minimum(slots, x_BSXd.shape[1] - 1)]
 
 
-def _summaries(summary: Summary, starts: jax.Array, scale: float, q: Any, k: Any, v: Any) -> jax.Array:
+def _summaries(
+    summary: Summary, starts: jax.Array, scale: float, q: jax.Array, k: jax.Array, v: jax.Array
+) -> jax.Array:
     """A few blocks at a time, so that memory does not grow with the text."""
     q, k, v = (jax.lax.stop_gradient(x) for x in (q, k, v))
     B, N = starts.shape
@@ -148,7 +148,7 @@ def _summaries(summary: Summary, starts: jax.Array, scale: float, q: Any, k: Any
     return jnp.moveaxis(out, 0, 1).reshape(B, N + rest, *out.shape[3:])[:, :N]
 
 
-def over_queries(fn: Any, n: int, *arrays: jax.Array) -> Any:
+def over_queries(fn: Callable[..., Any], n: int, *arrays: jax.Array) -> Any:
     """``fn`` of pieces of `n` queries of arrays ``[B, T, …]``; results ``[B, H, T, …]`` are put together again."""
     T = arrays[0].shape[1]
     if T <= n:
@@ -166,7 +166,14 @@ def over_queries(fn: Any, n: int, *arrays: jax.Array) -> Any:
     return jax.tree.map(whole, jax.lax.map(lambda xs: fn(*xs), tuple(pieces(x) for x in arrays)))
 
 
-def pick(q_BTHd: jax.Array, queries: Tokens, table: BlockTable, summary: Summary, k: int, candidates: Any) -> jax.Array:
+def pick(
+    q_BTHd: jax.Array,
+    queries: Tokens,
+    table: BlockTable,
+    summary: Summary,
+    k: int,
+    candidates: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     """Ids int32 ``[B, H, T, k]`` of `table`, a few queries at a time.
 
     ``candidates(index[B, T, 1], numbers[B, 1, N]) -> bool``: whether a query may choose a block of its own document.

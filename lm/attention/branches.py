@@ -6,6 +6,7 @@ n gathered keys.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,9 @@ import jax.numpy as jnp
 from kernels_pallas.branches.merging import merge
 from kernels_pallas.common import NEG
 from lm.attention.masks import Mask
+from lm.positions.base import Positions
 
-__all__ = ["NEG", "AnyBranch", "BlockBranch", "Branch", "Context", "Tokens", "Where", "merge", "place"]
+__all__ = ["NEG", "AnyBranch", "BlockBranch", "Branch", "Context", "Keys", "Tokens", "Where", "merge", "place"]
 
 Where = jax.Array | float | None
 
@@ -29,7 +31,8 @@ class Tokens:
     `index`: int32 in-document index (masks), negative = padding or an empty cache slot; `positions`: float32
     real-valued positions (rotations, biases); `segments`: int32 document ids of a packed row or None.
     `contiguous`: index is 0, 1, … along every row, so tiles may be skipped by absolute index. `leading`: an index
-    i < leading, where present, sits in slot i (cache slots of the first tokens).
+    i < leading, where present, sits in slot i (cache slots of the first tokens). `ancestors_BTT`: bool, of new tokens
+    that are no text but a tree: whether token s is on the way from the root to token t, t itself included.
     """
 
     index_BT: jax.Array
@@ -37,6 +40,23 @@ class Tokens:
     segments_BT: jax.Array | None = None
     contiguous: bool = field(default=False, metadata={"static": True})
     leading: int = field(default=0, metadata={"static": True})
+    ancestors_BTT: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Keys:
+    """One source of keys: a cache, new tokens, a memory. ``k[B, S, K, d]`` and ``v[B, S, K, d]`` with their `tokens`.
+
+    Keys are raw (unrotated), or with `rotated` at ``tokens.positions_BT``. Where the queries are among the keys, the
+    last `new` slots are theirs.
+    """
+
+    k_BSKd: jax.Array
+    v_BSKd: jax.Array
+    tokens: Tokens
+    rotated: bool = field(default=False, metadata={"static": True})
+    new: int = field(default=0, metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -45,7 +65,7 @@ class Branch:
 
     `q_positions` / `k_positions`: None = the tokens' own, a number = that constant, or float32 ``[B, T]`` /
     ``[B, S]``. `rows`: only the last so many queries take part. `gather_BHTn`: instead of all keys, the listed key
-    slots per head and query (-1 = none); T is `rows` when that is set.
+    slots per head and query (-1 = none); T is `rows` when that is set. `source`: which of the context's sources.
     """
 
     mask: Mask
@@ -53,6 +73,7 @@ class Branch:
     k_positions: Where = None
     rows: int | None = None
     gather_BHTn: jax.Array | None = None
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,24 +100,43 @@ AnyBranch = Branch | BlockBranch
 
 @dataclass(frozen=True)
 class Context:
-    """What a pattern may look at to form its branches: queries, keys, values, and both sides' tokens.
+    """What a pattern may look at to form its branches: raw queries, and the sources of keys and values.
 
-    Queries and keys are raw (unrotated); with `rotated` the keys already carry the rotation to ``keys.positions_BT``.
-    `blocks`: what a cache knows about its blocks (`lm.attention.blocks.BlockTable`), None without one. `apart`: as many
-    queries as keys, yet of different tokens (two parts of a text), so rows say nothing about distances.
+    Most patterns read the first source, whose arrays are also ``k_BSKd``, ``v_BSKd`` and ``keys``. `blocks`: what a
+    cache knows about its blocks (`lm.attention.blocks.BlockTable`), None without one. `apart`: as many queries as keys,
+    yet of different tokens (two parts of a text), so rows say nothing about distances.
     """
 
     q_BTHd: jax.Array
-    k_BSKd: jax.Array
     queries: Tokens
-    keys: Tokens
-    positions: Any
+    sources: tuple[Keys, ...]
+    positions: Positions
     length: jax.Array
     scale: float
-    rotated: bool = False
-    v_BSKd: jax.Array | None = None
     blocks: Any = None
     apart: bool = False
+
+    @property
+    def k_BSKd(self) -> jax.Array:
+        return self.sources[0].k_BSKd
+
+    @property
+    def v_BSKd(self) -> jax.Array:
+        return self.sources[0].v_BSKd
+
+    @property
+    def keys(self) -> Tokens:
+        return self.sources[0].tokens
+
+    @property
+    def rotated(self) -> bool:
+        """Whether keys already carry the rotation to ``keys.positions_BT``."""
+        return self.sources[0].rotated
+
+    def of(self, branch: AnyBranch) -> Context:
+        """The context of a branch: the same queries, and its source as the first one."""
+        at = branch.source if isinstance(branch, Branch) else 0
+        return self if at == 0 else dataclasses.replace(self, sources=(self.sources[at],))
 
     def queries_at(self, where: Where, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
         """The last `rows` queries rotated to `where` ``[B, rows, H, d]``, and those positions ``[B, rows]``."""

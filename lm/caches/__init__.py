@@ -1,95 +1,90 @@
-"""SOCKET cache: keys and values of earlier tokens, as explicit pytrees.
+"""SOCKET cache: keys and values of earlier tokens, as explicit pytrees (`lm.caches.base`).
 
-A plug is a frozen dataclass with ``init(batch, n_kv_heads, head_dim, dtype, rotated) -> state``; the state has
-``extend(k_BTKd, v_BTKd, tokens) -> (state, k_BSKd, v_BSKd, keys)`` (everything the T new queries may see, and what is
-known about it), and ``rotated``: whether keys are stored after their rotation. Rotated is the rule: each key is
+A model's cache is one state per layer, which the layer's mixer makes. Keys are stored after their rotation: each is
 rotated once, and a pattern that wants a key elsewhere turns it by the difference. Raw keys are needed only where
-frequencies depend on the length of the text. Optional: ``places(tokens) -> float32[B, T]``, where keys are rotated to
-before they are stored (default: their own positions); ``summarise(ctx) -> (state, ctx)``, called after `extend` with
-the queries in sight, for caches that keep more than keys and values; ``AXES``, the logical axes of its arrays by field
-(`lm.sharding.layout`), without which every device holds all of them.
+frequencies depend on the length of the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from lm.attention.branches import Tokens
-from lm.caches.blocks import Blocks
-from lm.caches.full import Full
-from lm.caches.sink_window import SinkWindow
-from lm.config import ModelConfig
+from lm.attention.branches import Keys, Tokens
+from lm.caches.base import Axes, State
 from lm.errors import UserError
-from lm.plug import Table
+from lm.plug import Model, Table
 
-__all__ = ["TABLE", "Tokens", "axes", "check", "default", "init", "n_bytes", "needs_raw_keys"]
+__all__ = ["TABLE", "Caches", "State", "Tokens", "axes", "begun", "check", "commit", "init", "n_bytes", "seal"]
 
 TABLE = Table(
     {
+        "auto": "lm.caches.auto:Auto",
         "full": "lm.caches.full:Full",
         "sink_window": "lm.caches.sink_window:SinkWindow",
-        "block_memory": "lm.caches.blocks:Blocks",
+        "block_memory": "lm.caches.blocks:BlockMemory",
     }
 )
 
-
-def needs_raw_keys(cfg: ModelConfig) -> bool:
-    """Whether rotary frequencies change with the length of the text."""
-    return bool(getattr(cfg.positions, "length_dependent", False))
+Caches = tuple[State | None, ...]  # one per layer
 
 
-def default(cfg: ModelConfig, capacity: int, quantize: str | None = None) -> Any:
-    """The smallest cache that loses nothing under the layer's pattern; `quantize`: ``int8`` or None."""
-    summary = getattr(cfg.pattern, "summary", None)
-    if summary is not None:
-        return Blocks(capacity, cfg.n_heads, summary, quantize)
-    keeps = getattr(cfg.pattern, "keeps", None)
-    if keeps is None or keeps[0] >= capacity:
-        return Full(capacity, quantize)
-    return SinkWindow(keeps[0], min(keeps[1], capacity - keeps[0]), quantize)
-
-
-def check(cfg: ModelConfig) -> None:
+def check(cfg: Model) -> None:
     """Raises `UserError` with the reason when a layer of the model cannot continue a text token by token."""
     for i, layer in enumerate(cfg.layers()):
-        why = getattr(layer.ffn, "uncached", "")
-        if why:
-            raise UserError(f"model.ffn: layer {i} cannot generate or decode with a cache: {why}")
+        for key, why in (("ffn", layer.ffn.uncached), ("mixer", layer.mixer.uncached(layer))):
+            if why:
+                raise UserError(f"model.{key}: layer {i} cannot generate or decode with a cache: {why}")
 
 
-def init(cfg: ModelConfig, batch: int, capacity: int, plug: Any = None, quantize: str | None = None) -> tuple[Any, ...]:
-    """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer: of `plug`, or the smallest that
-    lose nothing under each layer's pattern. Raises `UserError` for models that cannot be decoded (`check`), and where
-    `plug` lacks summaries that a pattern needs."""
+def init(cfg: Model, batch: int, capacity: int) -> Caches:
+    """Empty caches for `batch` rows of at most `capacity` tokens, one state per layer. Raises `UserError` for models
+    that cannot be decoded (`check`)."""
     check(cfg)
-    for layer in cfg.layers() if plug is not None else ():
-        wanted = getattr(layer.pattern, "summary", None)
-        if wanted is not None and getattr(plug, "summary", None) != wanted:
-            raise UserError(
-                f"cache: {type(plug).__name__} keeps no {wanted} for pattern {type(layer.pattern).__name__}; "
-                "valid: the pattern's own cache (none named)"
-            )
-    return tuple(
-        (plug or default(layer, capacity, quantize)).init(
-            batch, layer.n_kv_heads, layer.head_dim, layer.dtype, not needs_raw_keys(layer)
-        )
-        for layer in cfg.layers()
-    )
+    return tuple(layer.mixer.cache(layer, batch, capacity) for layer in cfg.layers())
 
 
-def axes(cache: Any, place: Callable[[tuple[str | None, ...]], Any]) -> Any:
+def axes(cache: Caches, place: Callable[[Axes], object]) -> tuple[object, ...]:
     """The caches of all layers with ``place(logical axes)`` in the place of every array."""
 
-    def layer(state: Any) -> Any:
-        known: dict[str, tuple[str | None, ...]] = getattr(type(state), "AXES", {})
+    def layer(state: State | None) -> object:
+        known = {} if state is None else state.AXES
         return jax.tree_util.tree_map_with_path(lambda path, _: place(known.get(str(path[0].name), ())), state)
 
     return tuple(layer(state) for state in cache)
 
 
-def n_bytes(cache: Any) -> int:
+def seal(cache: Caches) -> Caches:
+    """The caches after a prompt has been read."""
+    return tuple(None if state is None else state.seal() for state in cache)
+
+
+def begun(cache: Caches) -> Caches:
+    """The caches as they are after their first tokens."""
+    return tuple(None if state is None else state.begun() for state in cache)
+
+
+def commit(cache: Caches, fresh: tuple[Keys | None, ...], path_BP: jax.Array, count_B: jax.Array) -> Caches:
+    """The caches with a path of tokens kept that a call without ``commit`` has read.
+
+    `fresh`: what that call gave for every layer (`lm.model.output.Output.fresh`). `path_BP` int32: which of its tokens,
+    in order; `count_B` int32: how many of a row's path count. A row that keeps none stays as it was.
+    """
+    live = jnp.arange(path_BP.shape[1]) < count_B[:, None]
+    rows = jnp.arange(path_BP.shape[0])[:, None]
+
+    def one(state: State | None, keys: Keys | None) -> State | None:
+        if state is None or keys is None:
+            return state
+        tokens = keys.tokens
+        chosen = Tokens(jnp.where(live, tokens.index_BT[rows, path_BP], -1), tokens.positions_BT[rows, path_BP])
+        return state.write(Keys(keys.k_BSKd[rows, path_BP], keys.v_BSKd[rows, path_BP], chosen, keys.rotated))
+
+    return tuple(one(state, keys) for state, keys in zip(cache, fresh, strict=True))
+
+
+def n_bytes(cache: Caches) -> int:
     """Bytes of all arrays of a cache."""
     return sum(int(leaf.nbytes) for leaf in jax.tree.leaves(cache))

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lm.attention.branches import Tokens
-from lm.caches.codec import Plain, codec
-from lm.caches.layout import keys_in, keys_out, values_in, values_out, write
-from lm.errors import UserError
+from lm.attention.branches import Keys, Tokens
+from lm.caches.base import Axes, Cache, State, no_summary
+from lm.caches.codec import Codec, Plain, Quantize, codec
+from lm.caches.layout import AXES, keys_in, keys_out, values_in, values_out, write
+from lm.plug import Model, bounded
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class SinkWindowState:
+class SinkWindowState(State):
     """Slots ``0 … sinks - 1`` hold the first tokens; token i after them lives in ring slot
     ``sinks + (i - sinks) % window``. An index of -1 marks an empty slot."""
 
@@ -27,35 +30,53 @@ class SinkWindowState:
     positions_BC: jax.Array
     sinks: int = field(metadata={"static": True})
     rotated: bool = field(default=True, metadata={"static": True})
-    codec: Any = field(default=Plain(), metadata={"static": True})
+    codec: Codec = field(default=Plain(), metadata={"static": True})
     fresh: bool = field(default=True, metadata={"static": True})
-    AXES: ClassVar[dict[str, tuple[str | None, ...]]] = {
+    AXES: ClassVar[Mapping[str, Axes]] = {
         "k_BKCd": ("batch", "kv_heads", None, None),
         "v_BKdC": ("batch", "kv_heads", None, None),
         "index_BC": ("batch", None),
         "positions_BC": ("batch", None),
     }
 
-    def extend(self, k: jax.Array, v: jax.Array, tokens: Tokens) -> tuple[Any, jax.Array, jax.Array, Tokens]:
-        """One token replaces the oldest of the ring. A chunk sees the old ring *and* itself, then replaces."""
-        new_k, new_v = self.codec.encode(k), self.codec.encode(v)
-        state = self._put(new_k, new_v, tokens.index_BT, tokens.positions_BT)
+    def begun(self) -> Self:
+        return dataclasses.replace(self, fresh=False)
 
-        def read(stored: Any) -> jax.Array:
-            return self.codec.decode(stored, k.dtype)
+    def read(self, new: Keys) -> tuple[Keys, ...]:
+        """The ring, and behind it the new tokens as the cache would keep them: a chunk sees the old ring and itself."""
+        k, v, tokens = self.codec.encode(new.k_BSKd), self.codec.encode(new.v_BSKd), new.tokens
+        return (self._read(k, v, tokens, new.k_BSKd.dtype),)
 
-        if k.shape[1] == 1:
-            kept = Tokens(state.index_BC, state.positions_BC, leading=self.sinks)
-            return state, keys_out(read(state.k_BKCd)), values_out(read(state.v_BKdC)), kept
+    def _read(self, k: Any, v: Any, tokens: Tokens, dtype: DTypeLike) -> Keys:
+        def decoded(stored: Any) -> jax.Array:
+            return self.codec.decode(stored, dtype)
+
+        T = tokens.index_BT.shape[1]
         if self.fresh:
-            return state, read(new_k), read(new_v), tokens
-        both_k = keys_out(jnp.concatenate([read(self.k_BKCd), read(keys_in(new_k))], axis=2))
-        both_v = values_out(jnp.concatenate([read(self.v_BKdC), read(values_in(new_v))], axis=3))
+            return Keys(decoded(k), decoded(v), tokens, self.rotated, T)
+        both_k = keys_out(jnp.concatenate([decoded(self.k_BKCd), decoded(keys_in(k))], axis=2))
+        both_v = values_out(jnp.concatenate([decoded(self.v_BKdC), decoded(values_in(v))], axis=3))
         index = jnp.concatenate([self.index_BC, tokens.index_BT], axis=1)
         positions = jnp.concatenate([self.positions_BC, tokens.positions_BT], axis=1)
-        return state, both_k, both_v, Tokens(index, positions)
+        return Keys(both_k, both_v, Tokens(index, positions), self.rotated, T)
 
-    def _put(self, k: Any, v: Any, index: jax.Array, positions: jax.Array) -> SinkWindowState:
+    def write(self, new: Keys) -> Self:
+        """Each token to its slot; of a chunk, the last ones."""
+        return self._put(self.codec.encode(new.k_BSKd), self.codec.encode(new.v_BSKd), new.tokens)
+
+    def extend(self, new: Keys) -> tuple[Self, tuple[Keys, ...]]:
+        """One token replaces the oldest of the ring, and sees the slots just written. A chunk is read, then written."""
+        k, v, dtype = self.codec.encode(new.k_BSKd), self.codec.encode(new.v_BSKd), new.k_BSKd.dtype
+        state = self._put(k, v, new.tokens)
+        if new.k_BSKd.shape[1] > 1:
+            return state, (self._read(k, v, new.tokens, dtype),)
+        kept = Tokens(state.index_BC, state.positions_BC, leading=self.sinks)
+        k_BSKd = keys_out(self.codec.decode(state.k_BKCd, dtype))
+        v_BSKd = values_out(self.codec.decode(state.v_BKdC, dtype))
+        return state, (Keys(k_BSKd, v_BSKd, kept, self.rotated),)
+
+    def _put(self, k: Any, v: Any, tokens: Tokens) -> Self:
+        index, positions = tokens.index_BT, tokens.positions_BT
         size = self.index_BC.shape[1]
         window = size - self.sinks
         last = index.max(axis=1, keepdims=True)
@@ -72,14 +93,11 @@ class SinkWindowState:
         )
 
 
-_AXES = (2, 3, 1, 1)  # of the slots, in keys, values, index and positions
-
-
 def _put_one(old: Any, new: Any, slot_BT: jax.Array, kept_BT: jax.Array) -> Any:
     """One token per row, each to a slot of its own; in place."""
 
     def one(o: jax.Array, n: jax.Array, axis: int) -> jax.Array:
-        def row(b: Any, o: jax.Array) -> jax.Array:
+        def row(b: int | jax.Array, o: jax.Array) -> jax.Array:
             at = [jnp.int32(0)] * o.ndim
             at[0], at[axis] = jnp.int32(b), slot_BT[b, 0]
             mine = jax.lax.dynamic_slice_in_dim(n, b, 1, 0).astype(o.dtype)
@@ -89,7 +107,7 @@ def _put_one(old: Any, new: Any, slot_BT: jax.Array, kept_BT: jax.Array) -> Any:
         return row(0, o) if o.shape[0] == 1 else jax.lax.fori_loop(0, o.shape[0], row, o)
 
     return tuple(
-        jax.tree.map(lambda x, y, axis=axis: one(x, y, axis), o, n) for o, n, axis in zip(old, new, _AXES, strict=True)
+        jax.tree.map(lambda x, y, axis=axis: one(x, y, axis), o, n) for o, n, axis in zip(old, new, AXES, strict=True)
     )
 
 
@@ -107,27 +125,24 @@ def _put_many(old: Any, new: Any, slot_BT: jax.Array, kept_BT: jax.Array) -> Any
         return jnp.where(at >= 0, taken, o)
 
     return tuple(
-        jax.tree.map(lambda x, y, axis=axis: one(x, y, axis), o, n) for o, n, axis in zip(old, new, _AXES, strict=True)
+        jax.tree.map(lambda x, y, axis=axis: one(x, y, axis), o, n) for o, n, axis in zip(old, new, AXES, strict=True)
     )
 
 
 @dataclass(frozen=True)
-class SinkWindow:
+class SinkWindow(Cache):
     """Room for `sinks` first tokens and the last `window` tokens per row; `quantize`: None or ``int8``."""
 
-    sinks: int = 4
-    window: int = 1024
-    quantize: str | None = None
+    sinks: int = bounded(4, at_least=0)
+    window: int = bounded(1024, at_least=1)
+    quantize: Quantize | None = None
 
-    def __post_init__(self) -> None:
-        if self.window < 1 or self.sinks < 0:
-            raise UserError(f"cache: window must be at least 1 and sinks at least 0, found {self}")
-        codec(self.quantize)
+    def check(self, cfg: Model) -> None:
+        no_summary(self, cfg)
 
-    def init(self, batch: int, n_kv_heads: int, head_dim: int, dtype: Any, rotated: bool = True) -> SinkWindowState:
-        size = self.sinks + self.window
-        kept = codec(self.quantize)
-        kv = kept.encode(jnp.zeros((batch, size, n_kv_heads, head_dim), dtype))
+    def init(self, cfg: Model, batch: int, capacity: int) -> SinkWindowState:
+        size, kept = self.sinks + self.window, codec(self.quantize)
+        kv = kept.encode(jnp.zeros((batch, size, cfg.kv_heads, cfg.head_width), cfg.dtype))
         empty = jnp.full((batch, size), -1, jnp.int32)
-        k, v = keys_in(kv), values_in(kv)
+        k, v, rotated = keys_in(kv), values_in(kv), not cfg.positions.length_dependent
         return SinkWindowState(k, v, empty, jnp.zeros(empty.shape), self.sinks, rotated, kept)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lm.data.document import Document, identity
+from lm.data.texts.document import Document, identity
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,18 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import caches
-from lm.config import ModelConfig
 from lm.decoding.sampling import Sampling, draw, shape
 from lm.errors import UserError
-from lm.model.decoder import Decoder, readout
-from lm.model.params import unstack
+from lm.model.inputs import Inputs
+from lm.model.language_model import LanguageModel
+from lm.watch import Watch
 
 FIRST = 4096  # most tokens of the first piece of a prompt: nothing is cached yet, so tiles of attention can be skipped
 PIECE = 256  # tokens of every further piece
 STRIDE = 16  # tokens between looks of the host (stop strings, streaming)
-
-State = dict[str, Any]
+HIDDEN = Watch(logits=False)
 
 
 @dataclass(frozen=True)
@@ -43,22 +42,42 @@ class Generated:
 class Settings:
     """What one compiled loop depends on."""
 
-    cfg: ModelConfig
+    model: LanguageModel
     sampling: Sampling
     stop: tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """A generation between two tokens, B rows with room for R new ones.
+
+    `hidden_BD`: of the last token read, the next one is drawn from it; `index_B` int32: tokens read; `keys_B`: one
+    random key per row; `tokens_BR` int32 and `logprobs_BR` float32: the answers; `count_B` int32: tokens in them;
+    `done_B`: whether a stop token came; `in_prompt_BV` bool and `made_BV` int32: for penalties (``[B, 1]`` without).
+    """
+
+    hidden_BD: jax.Array
+    cache: Any
+    index_B: jax.Array
+    keys_B: jax.Array
+    tokens_BR: jax.Array
+    logprobs_BR: jax.Array
+    count_B: jax.Array
+    done_B: jax.Array
+    in_prompt_BV: jax.Array
+    made_BV: jax.Array
 
 
 class Generator:
     """Generates with one model. Programs are compiled once per batch size and (rounded) prompt length.
 
-    `cache`: a plug of `lm.caches`, None = the smallest that loses nothing under the model's pattern; `quantize`: None
-    or ``int8``.
+    Raises `UserError` for a model whose texts cannot be continued token by token.
     """
 
-    def __init__(self, cfg: ModelConfig, params: Any, cache: Any = None, quantize: str | None = None) -> None:
-        caches.check(cfg)
-        self.cfg, self.params = cfg, unstack(params)
-        self.cache, self.quantize = cache, quantize
+    def __init__(self, model: LanguageModel, params: Any) -> None:
+        jax.eval_shape(lambda: model.cache(1, 1))
+        self.model, self.params = model, model.unstacked(params)
 
     def __call__(
         self,
@@ -106,29 +125,38 @@ class Generator:
         """
         self._check(prompts, sampling, max_new_tokens, stop, samples)
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
-        settings = Settings(self.cfg, sampling, tuple(sorted(set(stop))))
+        settings = Settings(self.model, sampling, tuple(sorted(set(stop))))
         rows = [list(p) for p in prompts for _ in range(samples)]
         keys = [jax.random.fold_in(jax.random.key(seed), s) for seed in seeds for s in range(samples)]
         state = self._read(rows, jnp.stack(keys), settings, max_new_tokens)
         given, finished = np.zeros(len(rows), int), np.zeros(len(rows), bool)
         while not finished.all():
             state = _advance(settings, self.params, state, jnp.int32(min(stride, max_new_tokens)))
-            look = jax.device_get({k: state[k] for k in ("tokens", "logprobs", "count", "done")})
+            tokens, logprobs, count, done = jax.device_get(
+                (state.tokens_BR, state.logprobs_BR, state.count_B, state.done_B)
+            )
             for row in np.flatnonzero(~finished):
-                n = int(look["count"][row])
-                end = "stop" if look["done"][row] else "length" if n >= max_new_tokens else ""
+                n = int(count[row])
+                end = "stop" if done[row] else "length" if n >= max_new_tokens else ""
                 fresh = slice(given[row], n)
                 yield (
                     int(row) // samples,
                     int(row) % samples,
-                    look["tokens"][row, fresh].tolist(),
-                    look["logprobs"][row, fresh].tolist(),
+                    tokens[row, fresh].tolist(),
+                    logprobs[row, fresh].tolist(),
                     end,
                 )
                 given[row], finished[row] = n, bool(end)
 
-    def _check(self, prompts: Any, sampling: Sampling, max_new_tokens: int, stop: Sequence[int], samples: int) -> None:
-        V = self.cfg.vocab_size
+    def _check(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop: Sequence[int],
+        samples: int,
+    ) -> None:
+        V = self.model.vocab_size
         if not prompts:
             raise UserError("prompt: none given; valid: one or more")
         if max_new_tokens < 1 or samples < 1:
@@ -145,7 +173,7 @@ class Generator:
             if not 0 <= t < V:
                 raise UserError(f"stop: unknown token id {t}; valid: 0 to {V - 1}")
         sampling.check(V)
-        room = getattr(self.cache, "capacity", None)
+        room = self.model.room
         need = padded(max(len(p) for p in prompts)) + max_new_tokens
         if room is not None and need > room:
             raise UserError(
@@ -153,7 +181,7 @@ class Generator:
                 f"padding {need}, more than the cache of {room}; valid: a shorter prompt, fewer new tokens or a larger "
                 "cache"
             )
-        size = self.cfg.positions.table_size
+        size = self.model.limit
         if size and max(len(p) for p in prompts) + max_new_tokens > size:
             raise UserError(
                 f"prompt: {max(len(p) for p in prompts)} tokens and {max_new_tokens} new ones, the model has {size} "
@@ -165,40 +193,41 @@ class Generator:
         longest = max(len(r) for r in rows)
         width = padded(longest)
         tokens, index = np.zeros((len(rows), width), np.int32), np.full((len(rows), width), -1, np.int32)
-        for i, row in enumerate(rows):  # padded on the left, so that all rows end together
-            tokens[i, width - len(row) :] = row
-            index[i, width - len(row) :] = np.arange(len(row))
-        cache = caches.init(self.cfg, len(rows), width + room, self.cache, self.quantize)
-        hidden, at = None, 0
+        for i, row in enumerate(rows):  # padded on the right: a row's tokens fill its cache from the first slot on
+            tokens[i, : len(row)] = row
+            index[i, : len(row)] = np.arange(len(row))
+        model = self.model
+        cache, hidden, at = model.cache(len(rows), width + room), None, 0
         while at < width:
             n = min(FIRST if at == 0 else PIECE, width - at)
-            hidden, cache = prefill(self.cfg, self.params, tokens[:, at : at + n], index[:, at : at + n], cache)
+            piece = slice(at, at + n)
+            hidden, cache = prefill(model, self.params, tokens[:, piece], index[:, piece], cache, hidden)
             at += n
-        V = self.cfg.vocab_size if settings.sampling.penalises else 1
-        in_prompt = np.zeros((len(rows), V), bool)
+        assert hidden is not None
+        state = initial_state(settings, hidden, model.seal(cache), keys, room)
+        in_prompt = np.zeros(state.in_prompt_BV.shape, bool)
         if settings.sampling.penalises:
             for i, row in enumerate(rows):
                 in_prompt[i, row] = True
-        state = initial_state(settings, hidden, cache, keys, room)
         lengths = jnp.array([len(r) for r in rows], jnp.int32)
-        return {**state, "index": lengths, "in_prompt": jnp.asarray(in_prompt)}
+        return dataclasses.replace(state, index_B=lengths, in_prompt_BV=jnp.asarray(in_prompt))
 
 
-def initial_state(settings: Settings, hidden_BD: Any, cache: Any, keys_B: Any, room: int) -> State:
-    """The state before the first of at most `room` new tokens; ``index``, the prompts' lengths, is 0."""
-    B, V = keys_B.shape[0], settings.cfg.vocab_size if settings.sampling.penalises else 1
-    return {
-        "hidden": hidden_BD,
-        "cache": cache,
-        "index": jnp.zeros(B, jnp.int32),
-        "keys": keys_B,
-        "tokens": jnp.zeros((B, room), jnp.int32),
-        "logprobs": jnp.zeros((B, room), jnp.float32),
-        "count": jnp.zeros(B, jnp.int32),
-        "done": jnp.zeros(B, bool),
-        "in_prompt": jnp.zeros((B, V), bool),
-        "made": jnp.zeros((B, V), jnp.int32),
-    }
+def initial_state(settings: Settings, hidden_BD: jax.Array, cache: Any, keys_B: jax.Array, room: int) -> State:
+    """The state before the first of at most `room` new tokens; ``index_B``, the prompts' lengths, is 0."""
+    B, V = keys_B.shape[0], settings.model.vocab_size if settings.sampling.penalises else 1
+    return State(
+        hidden_BD,
+        cache,
+        index_B=jnp.zeros(B, jnp.int32),
+        keys_B=keys_B,
+        tokens_BR=jnp.zeros((B, room), jnp.int32),
+        logprobs_BR=jnp.zeros((B, room), jnp.float32),
+        count_B=jnp.zeros(B, jnp.int32),
+        done_B=jnp.zeros(B, bool),
+        in_prompt_BV=jnp.zeros((B, V), bool),
+        made_BV=jnp.zeros((B, V), jnp.int32),
+    )
 
 
 def padded(length: int) -> int:
@@ -209,22 +238,33 @@ def padded(length: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
-def prefill(cfg: ModelConfig, params: Any, tokens_BT: Any, index_BT: Any, cache: Any) -> tuple[jax.Array, Any]:
-    """Reads one piece of the prompts: the last token's hidden states ``[B, D]`` and the cache."""
-    out = Decoder(cfg).apply({"params": params}, tokens_BT, index_BT=index_BT, cache=cache, logits=False)
-    return out.hidden_BTD[:, -1], out.cache
+def prefill(
+    model: LanguageModel,
+    params: Any,
+    tokens_BT: jax.Array,
+    index_BT: jax.Array,
+    cache: Any,
+    hidden_BD: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """Reads one piece of the prompts: hidden states ``[B, D]`` of every row's last token so far, and the cache.
+    `hidden_BD`: those of the pieces before, for rows that have ended; None at the first piece."""
+    out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), cache, HIDDEN)
+    live_BT = index_BT >= 0
+    last_B = jnp.maximum(live_BT.sum(1) - 1, 0)
+    new_BD = out.hidden_BTD[jnp.arange(last_B.shape[0]), last_B]
+    return new_BD if hidden_BD is None else jnp.where(live_BT.any(1)[:, None], new_BD, hidden_BD), out.cache
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _advance(settings: Settings, params: Any, state: State, steps: Any) -> State:
+def _advance(settings: Settings, params: Any, state: State, steps: jax.Array) -> State:
     """Up to `steps` more tokens for every row that is not finished."""
-    room = state["tokens"].shape[1]
+    room = state.tokens_BR.shape[1]
 
-    def more(carry: tuple[Any, State]) -> jax.Array:
+    def more(carry: tuple[jax.Array, State]) -> jax.Array:
         i, s = carry
-        return (i < steps) & jnp.any(~s["done"] & (s["count"] < room))
+        return (i < steps) & jnp.any(~s.done_B & (s.count_B < room))
 
-    def one(carry: tuple[Any, State]) -> tuple[Any, State]:
+    def one(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         i, s = carry
         return i + 1, one_token(settings, params, s)
 
@@ -233,32 +273,31 @@ def _advance(settings: Settings, params: Any, state: State, steps: Any) -> State
 
 def one_token(settings: Settings, params: Any, state: State) -> State:
     """The state with one more token drawn and read, for every row that is not finished."""
-    cfg, sampling, s = settings.cfg, settings.sampling, state
-    B, room = s["tokens"].shape
+    model, sampling, s = settings.model, settings.sampling, state
+    B, room = s.tokens_BR.shape
     rows = jnp.arange(B)
-    logits = readout(cfg, params, s["hidden"])
-    shaped = shape(logits, sampling, s["in_prompt"], s["made"])
-    token = draw(shaped, sampling, jax.vmap(jax.random.fold_in)(s["keys"], s["count"]))
+    logits = model.readout(params, s.hidden_BD)
+    shaped = shape(logits, sampling, s.in_prompt_BV, s.made_BV)
+    token = draw(shaped, sampling, jax.vmap(jax.random.fold_in)(s.keys_B, s.count_B))
     logprob = jax.nn.log_softmax(logits, axis=-1)[rows, token]
-    live = ~s["done"] & (s["count"] < room)
-    slot = jnp.where(live, s["count"], room)  # out of bounds: dropped
+    live = ~s.done_B & (s.count_B < room)
+    slot = jnp.where(live, s.count_B, room)  # out of bounds: dropped
     stop = jnp.zeros(B, bool)
     for t in settings.stop:
         stop |= token == t
-    made = s["made"]
+    made = s.made_BV
     if sampling.penalises:
         made = made.at[rows, token].add(live.astype(jnp.int32))
-    out = Decoder(cfg).apply(
-        {"params": params}, token[:, None], index_BT=s["index"][:, None], cache=s["cache"], logits=False
+    out = model.apply(params, Inputs(token[:, None], index_BT=s.index_B[:, None]), s.cache, HIDDEN)
+    return State(
+        out.hidden_BTD[:, -1],
+        out.cache,
+        index_B=s.index_B + 1,
+        keys_B=s.keys_B,
+        tokens_BR=s.tokens_BR.at[rows, slot].set(token, mode="drop"),
+        logprobs_BR=s.logprobs_BR.at[rows, slot].set(logprob, mode="drop"),
+        count_B=s.count_B + live,
+        done_B=s.done_B | (stop & live),
+        in_prompt_BV=s.in_prompt_BV,
+        made_BV=made,
     )
-    return {
-        **s,
-        "hidden": out.hidden_BTD[:, -1],
-        "cache": out.cache,
-        "index": s["index"] + 1,
-        "tokens": s["tokens"].at[rows, slot].set(token, mode="drop"),
-        "logprobs": s["logprobs"].at[rows, slot].set(logprob, mode="drop"),
-        "count": s["count"] + live,
-        "done": s["done"] | (stop & live),
-        "made": made,
-    }

@@ -1,11 +1,4 @@
-"""SOCKET ffn: the channel-mixing layer of a block.
-
-A plug is a frozen dataclass with ``module(model_config, name) -> nn.Module`` whose call maps ``x[B, T, D]`` to the
-same shape. Optional: ``reports = True``: the module is called with ``(x, lm.ffn.context.Call)`` and gives the output
-and a report (`lm.model.reports`, also for ``update`` and ``report``); ``for_layer(i)``: the plug of layer i;
-``uncached``: why a text cannot be continued token by token, empty when it can; ``active``: the share of stacked
-experts a token uses.
-"""
+"""SOCKET ffn: the channel-mixing layer of a block (`lm.ffn.base.FFN`)."""
 
 from __future__ import annotations
 

@@ -10,29 +10,25 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from lm.config import ModelConfig
+from lm.ffn.base import Activated
+from lm.layer import LayerInputs, LayerOut
+from lm.plug import Model
+from lm.watch import Watch
 from lm.weights.project import Project
 
-AXES = {
-    "gate/kernel": ("embed", "mlp"),
-    "gate/bias": ("mlp",),
-    "up/kernel": ("embed", "mlp"),
-    "up/bias": ("mlp",),
-    "down/kernel": ("mlp", "embed"),
-    "down/bias": ("embed",),
-}
-
+IN, OUT = ("embed", "mlp"), ("mlp", "embed")
+NOTHING = Watch()
 Activation = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
-class SwiGLU:
+class SwiGLU(Activated):
     """Gate activation: SiLU."""
 
     bias: bool = False
     activation: ClassVar[Activation] = staticmethod(jax.nn.silu)
 
-    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+    def module(self, cfg: Model, name: str | None = None) -> nn.Module:
         return _GLU(cfg, type(self).activation, self.bias, name=name)
 
 
@@ -51,16 +47,17 @@ class GeGLUTanh(SwiGLU):
 
 
 class _GLU(nn.Module):
-    cfg: ModelConfig
+    cfg: Model
     activation: Activation
     bias: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F = self.cfg.d_model, self.cfg.d_ff
-        gate = Project((D, F), 1, self.bias, self.cfg, name="gate")(x_BTD)
-        up = Project((D, F), 1, self.bias, self.cfg, name="up")(x_BTD)
-        return nn.checkpoint(_Down)((F, D), 1, self.bias, self.cfg, self.activation, name="down")(gate, up)
+    def __call__(self, x_BTD: jax.Array, layer: LayerInputs | None = None) -> LayerOut:
+        D, F, watch = self.cfg.d_model, self.cfg.d_ff, NOTHING if layer is None else layer.watch
+        gate = Project((D, F), 1, self.bias, self.cfg, IN, name="gate")(x_BTD, watch)
+        up = Project((D, F), 1, self.bias, self.cfg, IN, name="up")(x_BTD, watch)
+        down = nn.checkpoint(_Down, static_argnums=(3,))
+        return LayerOut(down((F, D), 1, self.bias, self.cfg, OUT, self.activation, name="down")(gate, up, watch))
 
 
 class _Down(Project):
@@ -70,5 +67,5 @@ class _Down(Project):
     activation: Activation
 
     @nn.compact
-    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:  # type: ignore[override]
-        return Project.__call__(self, self.activation(gate) * up)
+    def __call__(self, gate: jax.Array, up: jax.Array, watch: Watch) -> jax.Array:  # type: ignore[override]
+        return Project.__call__(self, self.activation(gate) * up, watch)

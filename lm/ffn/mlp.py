@@ -11,20 +11,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import ModelConfig
+from lm.ffn.base import Activated
+from lm.ffn.glu import IN, NOTHING, OUT
+from lm.layer import LayerInputs, LayerOut
+from lm.plug import Model
 from lm.weights.project import Project
 
 Activation = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
-class Gelu:
+class Gelu(Activated):
     """Exact GELU (arXiv 1606.08415)."""
 
     bias: bool = True
     activation: ClassVar[Activation] = staticmethod(functools.partial(jax.nn.gelu, approximate=False))
 
-    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+    def module(self, cfg: Model, name: str | None = None) -> nn.Module:
         return _MLP(cfg, type(self).activation, self.bias, name=name)
 
 
@@ -54,12 +57,12 @@ class Relu2(Gelu):
 
 
 class _MLP(nn.Module):
-    cfg: ModelConfig
+    cfg: Model
     activation: Activation
     bias: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        D, F = self.cfg.d_model, self.cfg.d_ff
-        up = Project((D, F), 1, self.bias, self.cfg, name="up")(x_BTD)
-        return Project((F, D), 1, self.bias, self.cfg, name="down")(self.activation(up))
+    def __call__(self, x_BTD: jax.Array, layer: LayerInputs | None = None) -> LayerOut:
+        D, F, watch = self.cfg.d_model, self.cfg.d_ff, NOTHING if layer is None else layer.watch
+        up = Project((D, F), 1, self.bias, self.cfg, IN, name="up")(x_BTD, watch)
+        return LayerOut(Project((F, D), 1, self.bias, self.cfg, OUT, name="down")(self.activation(up), watch))

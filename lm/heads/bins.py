@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lm.config import ModelConfig
 from lm.errors import UserError
+from lm.heads.base import Head
+from lm.plug import Model
 
 
 @dataclass(frozen=True)
-class Bins:
+class Bins(Head):
     """Every id of the vocabulary is a bin of a bounded quantity that is mapped to [-1, 1].
 
     Id j has the centre ``-1 + (2j + 1) / V`` (arXiv 2410.22269, section 2.2). `order` puts it in another place: id j is
@@ -28,6 +29,7 @@ class Bins:
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if sum((bool(self.order), bool(self.centres), self.shuffle is not None)) > 1:
             raise UserError("model.head: order, centres and shuffle say the same thing; valid: one of them, or none")
         if self.order and sorted(self.order) != list(range(len(self.order))):
@@ -43,10 +45,9 @@ class Bins:
         if not 0.0 < self.epsilon < 1.0 or not math.isfinite(self.epsilon):
             raise UserError(f"model.head.epsilon: must lie in (0, 1), found {self.epsilon}")
 
-    def check(self, cfg: ModelConfig) -> None:
+    def check(self, cfg: Model) -> None:
         """Raises `UserError` when the bins are not as many as the ids of the vocabulary."""
-        for name in ("order", "centres"):
-            n = len(getattr(self, name))
+        for name, n in (("order", len(self.order)), ("centres", len(self.centres))):
             if n and n != cfg.vocab_size:
                 raise UserError(
                     f"model.head.{name}: {n} bins, but model.vocab_size = {cfg.vocab_size} ids; "
@@ -55,7 +56,7 @@ class Bins:
         if cfg.vocab_size < 2:
             raise UserError(f"model.vocab_size: {cfg.vocab_size} bins make no distribution; valid: 2 or more")
 
-    def positions(self, n: int) -> np.ndarray:
+    def bins(self, n: int) -> np.ndarray:
         """The centres of ids 0 … n - 1, float64 ``[n]``."""
         if self.centres:
             return np.array(self.centres, np.float64)

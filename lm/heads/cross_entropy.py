@@ -9,14 +9,13 @@ and never stored. Letters: B batch, T tokens, t tokens of a piece, D width, V vo
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm.sharding import constrain, parts
-
-Sums = dict[str, jax.Array]
+from lm.heads.base import Sums, Targets
+from lm.sharding.layout import constrain, parts
 
 
 def pieces(chunk: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
@@ -52,15 +51,7 @@ def _parts_of(T: int) -> int:
 
 
 def linear_loss(
-    hidden_BTD: jax.Array,
-    table_VD: jax.Array,
-    bias_V: jax.Array | None,
-    targets_BT: jax.Array,
-    weights_BT: jax.Array,
-    *,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    chunk: int = 1024,
+    over: Targets, table_VD: jax.Array, bias_V: jax.Array | None, *, softcap: float | None = None
 ) -> tuple[jax.Array, Sums]:
     """``sum w (log Z - logit_target + z_loss log^2 Z)`` and the sums ``nll, weight, z, correct``, float32 scalars.
 
@@ -68,15 +59,24 @@ def linear_loss(
     own derivative is not defined). Matrix products run in the hidden states' type, all else in float32.
     """
     bias = jnp.zeros((), jnp.float32) if bias_V is None else bias_V
-    settings = (softcap, z_loss, chunk, bias_V is not None)
-    weights = weights_BT.astype(jnp.float32)
-    loss, sums = _loss(settings, hidden_BTD, table_VD, bias, targets_BT, weights)
+    settings = _Settings(softcap, over.z_loss, over.chunk, bias_V is not None)
+    weights = over.weights_BT.astype(jnp.float32)
+    loss, sums = _loss(settings, over.hidden_BTD, table_VD, bias, over.targets_BT, weights)
     return loss, jax.tree.map(jax.lax.stop_gradient, sums)
 
 
-def _piece(settings: Any, table_DV: Any, bias: Any, hidden: Any, targets: Any, weights: Any) -> tuple[Any, ...]:
+class _Settings(NamedTuple):
+    softcap: float | None
+    z_loss: float
+    chunk: int
+    biased: bool
+
+
+def _piece(
+    settings: _Settings, table_DV: jax.Array, bias: jax.Array, hidden: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[Any, ...]:
     """Logits ``[B t, V]``, log Z and the target's place in them, and the sums of one piece."""
-    softcap, _, _, biased = settings
+    softcap, biased = settings.softcap, settings.biased
     hidden, targets, weights = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), weights.reshape(-1)
     logits = jnp.dot(hidden, table_DV, preferred_element_type=jnp.float32)
     if biased:
@@ -95,32 +95,36 @@ def _piece(settings: Any, table_DV: Any, bias: Any, hidden: Any, targets: Any, w
     return logits, log_z, hidden, targets, weights, sums
 
 
-def _total(settings: Any, sums: Sums) -> tuple[jax.Array, Sums]:
-    return sums["nll"] + settings[1] * sums["z"], sums
+def _total(settings: _Settings, sums: Sums) -> tuple[jax.Array, Sums]:
+    return sums["nll"] + settings.z_loss * sums["z"], sums
 
 
 _ZERO = ("nll", "weight", "z", "correct")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> tuple[jax.Array, Sums]:
+def _loss(
+    settings: _Settings, hidden: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, Sums]:
     table_DV = constrain(table.astype(hidden.dtype), "vocab", None).T
 
-    def step(total: Sums, xs: Any) -> tuple[Sums, None]:
+    def step(total: Sums, xs: tuple[jax.Array, ...]) -> tuple[Sums, None]:
         return jax.tree.map(jnp.add, total, _piece(settings, table_DV, bias, *xs)[-1]), None
 
     zero = {name: jnp.zeros(()) for name in _ZERO}
-    return _total(settings, jax.lax.scan(step, zero, pieces(settings[2], hidden, targets, weights))[0])
+    return _total(settings, jax.lax.scan(step, zero, pieces(settings.chunk, hidden, targets, weights))[0])
 
 
-def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, weights: Any) -> Any:
+def _forward(
+    settings: _Settings, hidden: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.Array, weights: jax.Array
+) -> Any:
     softcap, z_loss, chunk, biased = settings
     B, T, _ = hidden.shape
     # Once: devices fetch what others hold of the matrix, and every product of the loop reads it as it lies in memory.
     matrix = constrain(table.astype(hidden.dtype), "vocab", None)
     table_DV = matrix.T
 
-    def step(carry: Any, xs: Any) -> tuple[Any, jax.Array]:
+    def step(carry: tuple[Sums, jax.Array, jax.Array], xs: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         total, d_table_DV, d_bias = carry
         logits, log_z, h, targets, weights, sums = _piece(settings, table_DV, bias, *xs)
         grow = weights * (1.0 + 2.0 * z_loss * log_z) if z_loss else weights
@@ -143,7 +147,7 @@ def _forward(settings: Any, hidden: Any, table: Any, bias: Any, targets: Any, we
     return _total(settings, sums), (whole(d_h, B, T), d_table_DV.T.astype(table.dtype), d_bias.astype(bias.dtype))
 
 
-def _backward(settings: Any, saved: Any, cotangents: Any) -> Any:
+def _backward(settings: _Settings, saved: tuple[jax.Array, ...], cotangents: tuple[jax.Array, Sums]) -> Any:
     scale = cotangents[0]
     return (*(x * scale.astype(x.dtype) for x in saved), None, None)
 

@@ -10,21 +10,23 @@ V bins.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.heads.bins import Bins
+from lm.plug import Model
 from lm.weights.project import uniform
+from lm.weights.weight import param
 
-AXES = {"head/coefficients": ("embed", "freq"), "head/coefficients_bias": ("freq",)}
 _EXACT = jax.lax.Precision.HIGHEST  # accelerators would otherwise multiply float32 in bfloat16 or TF32
 
 
@@ -52,14 +54,21 @@ class Fourier(Bins):
             raise UserError(f"model.head.frequencies: must be 0 or more, found {self.frequencies}")
         if not 0.0 <= self.gamma < math.inf:
             raise UserError(f"model.head.gamma: must be finite and not negative, found {self.gamma}")
-        for name in ("kernel_scale", "bias_scale"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise UserError(f"model.head.{name}: must be finite and positive, found {getattr(self, name)}")
+        for name, scale in (("kernel_scale", self.kernel_scale), ("bias_scale", self.bias_scale)):
+            if not 0.0 < scale < math.inf:
+                raise UserError(f"model.head.{name}: must be finite and positive, found {scale}")
 
-    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+    @property
+    def resolution(self) -> int:
+        return self.frequencies
+
+    def at_resolution(self, n: int) -> Self:
+        return dataclasses.replace(self, frequencies=n)
+
+    def module(self, cfg: Model, name: str | None = None) -> nn.Module:
         return _Fourier(cfg, name=name)
 
-    def aux(self, cfg: ModelConfig, params: dict[str, Any], hidden: jax.Array) -> dict[str, jax.Array]:
+    def aux(self, cfg: Model, params: Mapping[str, Any], hidden: jax.Array) -> dict[str, jax.Array]:
         """``{"fourier": gamma * regulariser}`` of every token, float32 ``[...]``; empty where gamma is 0."""
         if self.gamma == 0.0:
             return {}
@@ -68,13 +77,14 @@ class Fourier(Bins):
 
 
 class _Fourier(nn.Module):
-    cfg: ModelConfig
+    cfg: Model
 
     def setup(self) -> None:
         cfg, head = self.cfg, self.cfg.head
         n, bound = 2 * (head.frequencies + 1), cfg.d_model**-0.5
-        self.kernel = self.param("coefficients", uniform(bound * head.kernel_scale), (cfg.d_model, n), cfg.param_dtype)
-        self.bias = self.param("coefficients_bias", uniform(bound * head.bias_scale), (n,), cfg.param_dtype)
+        kernel, bias, of = uniform(bound * head.kernel_scale), uniform(bound * head.bias_scale), cfg.param_dtype
+        self.kernel = param(self, "coefficients", kernel, (cfg.d_model, n), of, axes=("embed", "freq"))
+        self.bias = param(self, "coefficients_bias", bias, (n,), of, axes=("freq",))
 
     def coefficients(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Real and imaginary part of a, float32 ``[..., N + 1]``."""
@@ -85,7 +95,7 @@ class _Fourier(nn.Module):
 
     def __call__(self, h: jax.Array, table_VD: jax.Array) -> jax.Array:
         head = self.cfg.head
-        y = probabilities(*self.coefficients(h), head.positions(self.cfg.vocab_size))
+        y = probabilities(*self.coefficients(h), head.bins(self.cfg.vocab_size))
         return jnp.log(y + head.epsilon)
 
 

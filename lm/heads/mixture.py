@@ -9,16 +9,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import ModelConfig
-from lm.errors import UserError
 from lm.heads.bins import Bins
+from lm.plug import Model, bounded
 from lm.weights.project import uniform
-
-AXES = {
-    "head/mixture": ("embed", "components"),
-    "head/mixture_bias": ("components",),
-    "head/spread": ("components",),
-}
+from lm.weights.weight import param
 
 
 @dataclass(frozen=True)
@@ -31,37 +25,34 @@ class Mixture(Bins):
     component that the input does not change, at first one bin wide.
     """
 
-    components: int = 2
+    components: int = bounded(2, at_least=1)
     conditional: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.components < 1:
-            raise UserError(f"model.head.components: must be at least 1, found {self.components}")
-
-    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+    def module(self, cfg: Model, name: str | None = None) -> nn.Module:
         return _Mixture(cfg, name=name)
 
 
 class _Mixture(nn.Module):
-    cfg: ModelConfig
+    cfg: Model
 
     @nn.compact
     def __call__(self, h: jax.Array, table_VD: jax.Array) -> jax.Array:
         cfg, head = self.cfg, self.cfg.head
         K, n = head.components, head.components * (3 if head.conditional else 1)
         bound = cfg.d_model**-0.5
-        kernel = self.param("mixture", uniform(bound), (cfg.d_model, n), cfg.param_dtype).astype(jnp.float32)
-        bias = self.param("mixture_bias", uniform(bound), (n,), cfg.param_dtype).astype(jnp.float32)
+        init, of = uniform(bound), cfg.param_dtype
+        kernel = param(self, "mixture", init, (cfg.d_model, n), of, axes=("embed", "components")).astype(jnp.float32)
+        bias = param(self, "mixture_bias", init, (n,), of, axes=("components",)).astype(jnp.float32)
         flat = jnp.dot(h.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST) + bias
         width = math.log(math.expm1(2.0 / cfg.vocab_size))  # softplus of it is one bin
-        raw = self.param("spread", nn.initializers.constant(width), (K,), cfg.param_dtype).astype(jnp.float32)
+        start = nn.initializers.constant(width)
+        raw = param(self, "spread", start, (K,), of, axes=("components",)).astype(jnp.float32)
         log_weight = jnp.full((K,), -math.log(K), jnp.float32)
         if head.conditional:
             raw, log_weight = raw + flat[..., K : 2 * K], jax.nn.log_softmax(flat[..., 2 * K :])
         spread = jax.nn.softplus(raw)[..., None] + 1e-4  # a Gaussian much narrower than a bin would miss every centre
         mean = jnp.tanh(flat[..., :K])[..., None]
-        x = jnp.asarray(head.positions(cfg.vocab_size), jnp.float32)
+        x = jnp.asarray(head.bins(cfg.vocab_size), jnp.float32)
         log_density = -0.5 * ((x - mean) / spread) ** 2 - jnp.log(spread) - 0.5 * math.log(2 * math.pi)
         mixed = jax.nn.logsumexp(log_density + log_weight[..., None], axis=-2)
         return jnp.logaddexp(mixed, math.log(head.epsilon))

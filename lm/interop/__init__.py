@@ -11,12 +11,20 @@ from typing import Any
 from lm.config import ModelConfig, build, merge
 from lm.data.tokenizers import Tokenizer, check_vocab
 from lm.errors import UserError, nearest
+from lm.interop.readers import tensors
+from lm.interop.readers.base import Reader
+from lm.train.folder import ABOUT
+
+__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model read from disk. `identity` is a content hash; `params` is None when they were not asked for;
-    `chat_template` is Jinja source, None for models that are not tuned to converse."""
+    """A model read from disk.
+
+    `params` is None when they were not asked for. `identity` is a content hash of the checkpoint's files.
+    `chat_template` is Jinja source, None for a model that is not tuned to converse.
+    """
 
     config: ModelConfig
     params: Any
@@ -62,29 +70,33 @@ def find(name: str) -> Path:
     )
 
 
+def reader(source: str) -> Reader:
+    """Who reads the checkpoint `source`, a name or a path; raises `UserError` when there is none."""
+    # The readers' libraries load on first use.
+    path = find(source) if source in PRETRAINED else Path(source).expanduser()
+    if path.is_dir() and (path / ABOUT).is_file():
+        from lm.interop.readers.run_folder import Run
+
+        return Run(path, reader)
+    if path.is_dir():
+        from lm.interop.readers.huggingface import Directory
+
+        return Directory(path)
+    if path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
+        from lm.interop.readers.gguf_file import File
+
+        return File(path)
+    if path.exists():
+        raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
+    raise UserError(
+        f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {', '.join(sorted(PRETRAINED))}, a Hugging "
+        "Face directory, a training's folder, or a .gguf file that exists"
+    )
+
+
 def _magic(path: Path) -> bytes:
     with path.open("rb") as f:
         return f.read(4)
-
-
-def reader(source: str) -> Any:
-    """Who reads the checkpoint `source`, a name or a path; raises `UserError` when there is none."""
-    from lm.interop import gguf_file, huggingface, run_folder  # the readers' libraries load on first use
-
-    path = find(source) if source in PRETRAINED else Path(source).expanduser()
-    if path.is_dir() and (path / run_folder.FILE).is_file():
-        return run_folder.Run(path, reader)
-    if path.is_dir():
-        return huggingface.Directory(path)
-    if path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
-        return gguf_file.File(path)
-    if path.exists():
-        raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
-    known = ", ".join(sorted(PRETRAINED))
-    raise UserError(
-        f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {known}, a Hugging Face directory, "
-        "a training's folder, or a .gguf file that exists"
-    )
 
 
 def config(source: str) -> ModelConfig:
@@ -100,21 +112,23 @@ def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params
     for overrides that ask for other parameters, and for anything missing, truncated, foreign or of the wrong shape,
     naming file and tensor.
     """
-    found = reader(source)
-    native = build(ModelConfig, found.model(), "model")
-    params = found.params(native) if load_params else None
+    checkpoint = reader(source)
+    native = build(ModelConfig, checkpoint.model(), "model")
+    params = checkpoint.params(native) if load_params else None
     merged = merge(native, overrides, "model") if overrides else native
     if overrides and params is not None:
-        from lm.interop import tensors
-
         tensors.check(merged, params, str(source))
-    tokenizer = found.tokenizer()
+    tokenizer = checkpoint.tokenizer()
     if tokenizer is not None:
         check_vocab(tokenizer, merged)
-    eos_id, bos_id = found.special()
+    eos_id, bos_id = checkpoint.special()
     return Checkpoint(
-        merged, params, tokenizer, found.identity(), str(source), eos_id, bos_id, chat_template=found.chat_template()
+        merged,
+        params,
+        tokenizer,
+        checkpoint.identity(),
+        str(source),
+        eos_id,
+        bos_id,
+        chat_template=checkpoint.chat_template(),
     )
-
-
-__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]

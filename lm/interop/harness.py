@@ -22,14 +22,16 @@ from lm.decoding import Generator, Sampling
 from lm.decoding.chat import render
 from lm.decoding.generator import padded
 from lm.errors import UserError
-from lm.model.decoder import Decoder, readout
-from lm.model.params import unstack
+from lm.interop import Checkpoint
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel, LanguageModel
+from lm.watch import Watch
 
 SCORED = 512  # positions whose logits exist at one time
 
 
 class DecoderLM(TemplateLM):
-    """One checkpoint (`lm.interop.Checkpoint`) read with `config`.
+    """One checkpoint (`lm.interop.Checkpoint`) read with `config`, or with another model of its parameters.
 
     `max_length`: tokens of context, None = the trained length; `batch_size`: rows scored at a time.
     """
@@ -38,8 +40,8 @@ class DecoderLM(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: Any,
-        config: ModelConfig | None = None,
+        checkpoint: Checkpoint,
+        config: ModelConfig | LanguageModel | None = None,
         *,
         max_length: int | None = None,
         batch_size: int = 8,
@@ -48,19 +50,21 @@ class DecoderLM(TemplateLM):
         super().__init__()
         if checkpoint.tokenizer is None:
             raise UserError(f"{checkpoint.source}: has no tokenizer, which tasks of text need")
-        self.checkpoint, self.config = checkpoint, config or checkpoint.config
+        config = checkpoint.config if config is None else config
+        self.checkpoint, self.language_model = (
+            checkpoint,
+            config if isinstance(config, LanguageModel) else DecoderModel(config),
+        )
         self.tokenizer, self.params = checkpoint.tokenizer, checkpoint.params
-        self.max_length = max_length or self.config.max_positions
+        self.max_length = max_length or self.language_model.trained_length
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
-        self._generator = Generator(self.config, unstack(self.params))
+        self._generator = Generator(self.language_model, self.params)
 
     @property
     def eot_token_id(self) -> int:
         """The end of a text; for a tokenizer without one, its beginning, else id 0."""
-        for found in (self.checkpoint.eos_id, self.tokenizer.eos_id, self.checkpoint.bos_id, self.tokenizer.bos_id):
-            if found is not None:
-                return int(found)
-        return 0
+        ids = (self.checkpoint.eos_id, self.tokenizer.eos_id, self.checkpoint.bos_id, self.tokenizer.bos_id)
+        return next((int(i) for i in ids if i is not None), 0)
 
     @property
     def prefix_token_id(self) -> int:
@@ -113,7 +117,7 @@ class DecoderLM(TemplateLM):
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
             index[b, : len(row) - 1] = np.arange(len(row) - 1)
-        made = _scores(self.config, min(SCORED, width))(self.params, tokens[:, :-1], index, tokens[:, 1:])
+        made = _scores(self.language_model, min(SCORED, width))(self.params, tokens[:, :-1], index, tokens[:, 1:])
         return np.asarray(made[0], np.float64), np.asarray(made[1])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -165,16 +169,16 @@ class DecoderLM(TemplateLM):
 
 
 @functools.lru_cache(maxsize=4)
-def _scores(cfg: ModelConfig, piece: int) -> Any:
+def _scores(model: LanguageModel, piece: int) -> Any:
     def run(
-        params: Any, tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
+        params: dict[str, Any], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        out = Decoder(cfg).apply({"params": params}, tokens_BT, index_BT=index_BT, logits=False)
+        out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), watch=Watch(logits=False))
         B, T, D = out.hidden_BTD.shape
         n = -(-T // piece)
 
         def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits = readout(cfg, params, args[0])
+            logits = model.readout(params, args[0])
             own = jnp.take_along_axis(logits, args[1][..., None], -1)[..., 0]
             return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, -1) == args[1]
 

@@ -1,30 +1,13 @@
 """SOCKET measure: what an experiment reads off a model.
 
-A plug is a frozen dataclass with ``run(subject, progress) -> Measured``; ``cost(model_config) -> float`` (relative, for
-time-left estimates); ``identity() -> str`` (hash of the data it reads); ``stochastic``: whether the seed matters;
-``untrained`` (False where absent): nothing of the subject's parameters is read, so that none are trained for it.
+A plug is a frozen dataclass that inherits `Measure`: ``run(subject, progress) -> Measured``, and where they differ from
+the defaults ``cost``, ``identity``, ``stochastic`` and ``untrained``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
-
-from lm.measures.base import Measured, Subject
+from lm.measures.base import Measure, Measured, Progress, Subject
 from lm.plug import Table
-
-Progress = Callable[[float, str], None]
-
-
-class Measure(Protocol):
-    stochastic: ClassVar[bool]
-
-    def run(self, subject: Subject, progress: Progress) -> Measured: ...
-
-    def cost(self, cfg: Any) -> float: ...
-
-    def identity(self) -> str: ...
-
 
 TABLE = Table(
     {

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.model.decoder import Decoder, readout
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel, LanguageModel
+from lm.watch import Watch
 
 Progress = Callable[[float, str], None]
 
@@ -23,11 +26,23 @@ Progress = Callable[[float, str], None]
 class Subject:
     """A model under measurement; `run`: the folder of the training that made its parameters."""
 
-    config: ModelConfig
+    model: LanguageModel
     params: Any
     tokenizer: Any
     seed: int = 0
     run: Path | None = None
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of a decoder. Raises `UserError` for a model that is none: the measure is about one."""
+        if not isinstance(self.model, DecoderModel):
+            raise UserError(f"measures: {type(self.model).__name__} is no decoder; valid: a measure of any model")
+        return self.model.cfg
+
+    @property
+    def n_layers(self) -> int:
+        """Layers that report progress, at least 1."""
+        return max(len(self.model.layers()), 1)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,30 @@ class Measured:
     samples: dict[str, list[float]]
     curves: dict[str, Any] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Measure:
+    """What every measure answers; a plug is a frozen dataclass that says where its answers differ."""
+
+    stochastic: ClassVar[bool] = True
+    """Whether the seed matters."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether nothing of the subject's parameters is read, so that none are trained for it."""
+        return False
+
+    def cost(self, cfg: ModelConfig) -> float:
+        """Work on a model, relative to other measures, for estimates of the time left."""
+        return 1.0
+
+    def identity(self) -> str:
+        """A hash of the data that is read; raises `UserError` for data that cannot be."""
+        return ""
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        """The numbers; `progress` takes the fraction done and a word on it."""
+        raise NotImplementedError(f"{type(self).__name__}.run")
 
 
 class _Ticker:
@@ -63,18 +102,20 @@ def encode(tokenizer: Any, text: str, what: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=8)
-def _hidden(cfg: ModelConfig) -> Any:
+def _hidden(model: LanguageModel) -> Any:
+    watch = Watch(logits=False, on_layer=_TICK)
+
     def run(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        return Decoder(cfg).apply({"params": params}, tokens_BT, logits=False, on_layer=_TICK).hidden_BTD
+        return model.apply(params, Inputs(tokens_BT), watch=watch).hidden_BTD
 
     return jax.jit(run)
 
 
 @functools.lru_cache(maxsize=8)
-def _scores(cfg: ModelConfig, piece: int) -> Any:
+def _scores(model: LanguageModel, piece: int) -> Any:
     def run(params: Any, hidden_TD: jax.Array, targets_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits = readout(cfg, params, args[0])
+            logits = model.readout(params, args[0])
             hit = jnp.take_along_axis(logits, args[1][:, None], axis=-1)[:, 0]
             return jax.nn.logsumexp(logits, axis=-1) - hit, jnp.argmax(logits, -1) == args[1]
 
@@ -88,33 +129,30 @@ def _scores(cfg: ModelConfig, piece: int) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _records(cfg: ModelConfig, last: int) -> Any:
-    def run(params: Any, tokens_BT: jax.Array) -> Any:
-        out = Decoder(cfg).apply({"params": params}, tokens_BT, logits=False, records=last, on_layer=_TICK)
-        return out.records
-
-    return jax.jit(run)
+def _watched(model: LanguageModel, watch: Watch) -> Any:
+    return jax.jit(lambda params, tokens_BT: model.apply(params, Inputs(tokens_BT), watch=watch).taps)
 
 
-def records(
-    subject: Subject, tokens: Any, last: int, on_layer: Callable[[], None] | None = None
-) -> list[dict[str, np.ndarray]]:
-    """What each layer's mixer records of the `last` tokens: name -> array ``[last, …]``."""
+def watched(
+    subject: Subject, tokens: Sequence[int], name: str, last: int, on_layer: Callable[[], None] | None = None
+) -> list[np.ndarray]:
+    """What the layers hand out under `name` (`lm.watch.Watch`) of the `last` tokens: arrays ``[last, …]``."""
+    watch = Watch(taps=(name,), last=last, logits=False, on_layer=_TICK)
     _TICK.listener = on_layer
     try:
-        made = _records(subject.config, last)(subject.params, jnp.asarray(tokens, jnp.int32)[None])
-        return [{name: np.asarray(x[0]) for name, x in layer.get("attn", {}).items()} for layer in made]
+        taps = _watched(subject.model, watch)(subject.params, jnp.asarray(tokens, jnp.int32)[None])
+        return [np.asarray(layer[name][0]) for layer in taps if name in layer]
     finally:
         _TICK.listener = None
 
 
-def exponent(lengths: Any, times: Any) -> float:
+def exponent(lengths: ArrayLike, times: ArrayLike) -> float:
     """The slope p of a straight line through (log length, log time): time ~ length ** p."""
     return float(np.polyfit(np.log(np.asarray(lengths, float)), np.log(np.asarray(times, float)), 1)[0])
 
 
 def score(
-    subject: Subject, tokens: Any, last: int, on_layer: Callable[[], None] | None = None
+    subject: Subject, tokens: Sequence[int], last: int, on_layer: Callable[[], None] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """NLL in nats, and whether the token is the model's first choice, of the `last` tokens given all before them.
 
@@ -123,8 +161,8 @@ def score(
     ids = jnp.asarray(tokens, jnp.int32)
     _TICK.listener = on_layer
     try:
-        hidden = _hidden(subject.config)(subject.params, ids[None, :-1])[0, -last:]
-        nll, best = _scores(subject.config, min(512, last))(subject.params, hidden, ids[-last:])
+        hidden = _hidden(subject.model)(subject.params, ids[None, :-1])[0, -last:]
+        nll, best = _scores(subject.model, min(512, last))(subject.params, hidden, ids[-last:])
         return np.asarray(nll, np.float64), np.asarray(best)
     finally:
         _TICK.listener = None

@@ -3,110 +3,97 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import flax.linen as nn
 import jax
 
-from lm.attention.attend import BACKENDS, attend
-from lm.attention.backends import pallas
-from lm.attention.branches import Context, Tokens
-from lm.config import ModelConfig
-from lm.errors import UserError, unknown
+from lm.attention.attend import attend
+from lm.attention.branches import Context, Keys
+from lm.caches.base import State
+from lm.errors import UserError
+from lm.layer import LayerInputs, LayerOut
+from lm.mixers.base import Mixer
+from lm.plug import Model, bounded
+from lm.watch import tap
 from lm.weights.project import Project
 
-AXES = {
-    "q/kernel": ("embed", "heads", "head_dim"),
-    "q/bias": ("heads", "head_dim"),
-    "k/kernel": ("embed", "kv_heads", "head_dim"),
-    "k/bias": ("kv_heads", "head_dim"),
-    "v/kernel": ("embed", "kv_heads", "head_dim"),
-    "v/bias": ("kv_heads", "head_dim"),
-    "o/kernel": ("heads", "head_dim", "embed"),
-    "o/bias": ("embed",),
-    "q_norm/scale": ("head_dim",),
-    "q_norm/bias": ("head_dim",),
-    "k_norm/scale": ("head_dim",),
-    "k_norm/bias": ("head_dim",),
-}
+IN, KV, OUT = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim"), ("heads", "head_dim", "embed")
 
 
 @dataclass(frozen=True)
-class SoftmaxAttention:
+class SoftmaxAttention(Mixer):
     """Settings that do not change with the pattern.
 
-    `backend`: ``auto | dense | blocked | pallas``; `block_q`, `block_k`: tile of the last two, tokens, None = by the
-    number of rows and heads (`lm.attention.tiles.block`) or the kernel's own; `softcap`: logits become
-    ``c tanh(logits / c)``; `qk_norm`: normalise queries and keys per head before positions; `scale`: logit scale,
-    None = ``head_dim ** -0.5``.
+    `block_q`, `block_k`: tile of the backends that have one, tokens, None = by the number of rows and heads
+    (`lm.attention.tiles.block`) or the kernel's own; `softcap`: logits become ``c tanh(logits / c)``; `qk_norm`:
+    normalise queries and keys per head before positions; `scale`: logit scale, None = ``head_dim ** -0.5``.
     """
 
-    backend: str = "auto"
-    block_q: int | None = None
-    block_k: int | None = None
+    backend: Literal["auto", "dense", "blocked", "pallas"] = "auto"  # type: ignore[assignment]
+    block_q: int | None = bounded(None, at_least=1)
+    block_k: int | None = bounded(None, at_least=1)
     softcap: float | None = None
     qk_norm: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None
 
-    def check(self, cfg: ModelConfig) -> None:
-        if self.backend not in BACKENDS:
-            raise unknown("model.mixer.backend", self.backend, BACKENDS)
-        if self.backend == "pallas":
-            pallas.check(cfg.pattern)
-        for name in ("block_q", "block_k"):
-            size = getattr(self, name)
-            if size is not None and size < 1:
-                raise UserError(f"model.mixer.{name}: must be at least 1 or None, found {size}")
+    def check(self, cfg: Model) -> None:
+        if self.backend == "pallas" and cfg.pattern.lists_keys:
+            raise UserError(
+                "model.mixer.backend: 'pallas' serves plain branches, and this "
+                f"{type(cfg.pattern).__name__} lists keys at run time; valid: auto, dense, blocked"
+            )
         if self.softcap is not None and not self.softcap > 0:
             raise UserError(f"model.mixer.softcap: must be positive or None, found {self.softcap}")
 
-    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+    def module(self, cfg: Model, name: str | None = None) -> nn.Module:
         return _Attention(cfg, name=name)
 
+    def cache(self, cfg: Model, batch: int, capacity: int) -> State:
+        state: State = cfg.cache.init(cfg, batch, capacity)
+        return state
 
-def _own(tokens: Tokens) -> jax.Array:
-    return tokens.positions_BT
+    def flops(self, cfg: Model, start: int, tokens: int) -> float:
+        return float(2 * 2 * cfg.n_heads * cfg.head_width * cfg.pattern.seen(start, tokens))
+
+    def flops_per_token(self, cfg: Model, seq_len: int) -> float:
+        return 2 * 2 * cfg.n_heads * cfg.head_width * seq_len / 2
 
 
 class _Attention(nn.Module):
-    cfg: ModelConfig
+    cfg: Model
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, length: jax.Array, cache: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BTD: jax.Array, layer: LayerInputs, cache: State | None = None) -> LayerOut:
         cfg, a = self.cfg, self.cfg.mixer
-        D, H, K, d = cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        assert K is not None and d is not None
-        q = Project((D, H, d), 1, a.qkv_bias, cfg, name="q")(x_BTD)
-        k = Project((D, K, d), 1, a.qkv_bias, cfg, name="k")(x_BTD)
-        v = Project((D, K, d), 1, a.qkv_bias, cfg, name="v")(x_BTD)
+        D, H, K, d = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_width
+        tokens, length, watch = layer.tokens, layer.length, layer.watch
+        q = Project((D, H, d), 1, a.qkv_bias, cfg, IN, name="q")(x_BTD, watch)
+        k = Project((D, K, d), 1, a.qkv_bias, cfg, KV, name="k")(x_BTD, watch)
+        v = Project((D, K, d), 1, a.qkv_bias, cfg, KV, name="v")(x_BTD, watch)
         if a.qk_norm:
-            q = cfg.norm.module(cfg.param_dtype, name="q_norm")(q)
-            k = cfg.norm.module(cfg.param_dtype, name="k_norm")(k)
-        keys, rotated = tokens, False
+            q = cfg.norm.module(cfg.param_dtype, name="q_norm", axis="head_dim")(q)
+            k = cfg.norm.module(cfg.param_dtype, name="k_norm", axis="head_dim")(k)
         positions = cfg.positions.bind(cfg)
+        new = Keys(k, v, tokens, new=tokens.index_BT.shape[1])
+        sources: tuple[Keys, ...] = (new,)
         if cache is not None:
-            rotated = cache.rotated
-            places = getattr(cache, "places", _own)(tokens)
-            k = positions.rotate(k, places[:, :, None], length) if rotated else k
-            cache, k, v, keys = cache.extend(k, v, tokens)
+            k = positions.rotate(k, cache.places(tokens)[:, :, None], length) if cache.rotated else k
+            new = Keys(k, v, tokens, cache.rotated)
+            cache, sources = cache.extend(new) if layer.commit else (cache, cache.read(new))
         scale = a.scale if a.scale is not None else d**-0.5
-        ctx = Context(q, k, tokens, keys, positions, length, scale, rotated, v)
-        if hasattr(cache, "summarise"):
-            cache, ctx = cache.summarise(ctx)
+        ctx = Context(q, tokens, sources, positions, length, scale)
+        if cache is not None:
+            prepared, ctx = cache.prepare(ctx)
+            cache = prepared if layer.commit else cache
         branches = cfg.pattern.branches(ctx)
-        if self.is_mutable_collection("records") and hasattr(cfg.pattern, "records"):
-            for name, value in cfg.pattern.records(ctx, branches).items():
-                self.sow("records", name, value, reduce_fn=lambda _, x: x, init_fn=lambda: None)
-        out, _ = attend(
-            ctx,
-            v,
-            branches,
-            softcap=a.softcap,
-            backend=a.backend,
-            block_q=a.block_q,
-            block_k=a.block_k,
-        )
-        y = Project((H, d, D), 2, a.out_bias, cfg, name="o")(out.astype(x_BTD.dtype))
-        return y, cache
+        if watch.taps:
+            for name, value in cfg.pattern.taps(ctx, branches).items():
+                tap(self, watch, name, value)
+        out, lse = attend(ctx, branches, softcap=a.softcap, backend=a.backend, block_q=a.block_q, block_k=a.block_k)
+        if cache is not None and layer.commit:
+            cache = cache.observe(ctx, out, lse)
+        y = Project((H, d, D), 2, a.out_bias, cfg, OUT, name="o")(out.astype(x_BTD.dtype), watch)
+        return LayerOut(y, cache, fresh=None if layer.commit else new)

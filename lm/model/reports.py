@@ -3,16 +3,17 @@
 A layer's report is a dict, empty for most layers:
 
 * ``loss``: a float32 scalar, weighted already; the mean over reporting layers joins the training loss;
-* ``sums``: float32 arrays that add up over the parts of a batch and over batches;
-* ``taps``: arrays per token, only when the decoder was asked for taps.
+* ``sums``: float32 arrays that add up over the parts of a batch and over batches.
 
-The layer's plug may say what its sums mean: ``report(sums) -> {name: number or list}`` for the log, and
-``update(params, sums) -> {name: array}`` for parameters that no gradient moves; the training step puts those in place
-of what the optimizer made of them. Objective, training step and log know this protocol and no method.
+The layer's plug says what its sums mean (`lm.ffn.base.FFN`): ``report`` for the log, and ``update`` for parameters that
+no gradient moves; the training step puts those in place of what the optimizer made of them. An objective never sees
+reports: `lm.objectives.forward.Forward` collects them, and the training step adds them.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,42 +29,44 @@ Sums = tuple[dict[str, Any], ...]
 
 def has_reports(cfg: ModelConfig) -> bool:
     """Whether any layer reports, and so wants to know that it is trained."""
-    return any(getattr(layer.ffn, "reports", False) for layer in cfg.layers())
+    return any(layer.ffn.reports for layer in cfg.layers())
 
 
-def add(reports: Reports, loss: jax.Array, sums: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-    """An objective's `loss` (a sum over targets) and `sums`, with the layers' own losses and sums added.
+def add(calls: Sequence[Reports], loss: jax.Array, sums: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+    """An objective's `loss` (a sum over targets) and `sums`, with the layers' own losses and sums added: of every call
+    of the model that it has made.
 
     `loss` grows by the mean of the layers' losses times the weight of the targets, so that dividing by that weight
     leaves the mean itself; `sums` gains ``aux``. Both stay as they are where no layer reports.
     """
-    own = [r["loss"] for r in reports if "loss" in r]
+    own = [r["loss"] for reports in calls for r in reports if "loss" in r]
     if own:
         loss = loss + sums["weight"] * jnp.stack(own).mean()
-    if any("sums" in r for r in reports):
-        sums = {**sums, "aux": jax.tree.map(jax.lax.stop_gradient, tuple(r.get("sums", {}) for r in reports))}
+    told = [tuple(r.get("sums", {}) for r in reports) for reports in calls]
+    if any(r for reports in told for r in reports):
+        total = functools.reduce(functools.partial(jax.tree.map, jnp.add), told)
+        sums = {**sums, "aux": jax.tree.map(jax.lax.stop_gradient, total)}
     return loss, sums
 
 
-def merge_microbatches(said: Any) -> Any:
-    """``(taps, records, report)`` of stacked layers, from those of the parts of a batch on a leading axis: losses are
-    means over the parts, sums add up. Raises `UserError` where taps or records were asked for."""
-    taps, records, reports = said
-    if jax.tree.leaves((taps, records, reports.get("taps"))):
-        raise UserError("train.mesh.stage: taps and records of layers do not come from stages; valid: 1")
+def merge_microbatches(made: tuple[Any, dict[str, Any]]) -> tuple[Any, dict[str, Any]]:
+    """Taps and report of a layer, from those of the parts of a batch on a leading axis: losses are means over the
+    parts, sums add up. Raises `UserError` where something was watched: it does not come from stages."""
+    taps, report = made
+    if jax.tree.leaves(taps):
+        raise UserError("train.mesh.stage: taps of layers do not come from stages; valid: 1")
     how = {"loss": jnp.mean, "sums": jnp.sum}
-    return taps, records, {name: jax.tree.map(lambda a, f=how[name]: f(a, axis=0), x) for name, x in reports.items()}
+    return taps, {name: jax.tree.map(lambda a, f=how[name]: f(a, axis=0), x) for name, x in report.items()}
 
 
-def apply_rule_updates(cfg: ModelConfig, old: Any, new: Any, sums: Sums) -> Any:
+def apply_rule_updates(cfg: ModelConfig, old: dict[str, Any], new: dict[str, Any], sums: Sums) -> dict[str, Any]:
     """Parameters `new` with those that move by a rule set by it, from `old` ones and the step's `sums`."""
     for i, (layer, own) in enumerate(zip(cfg.layers(), sums, strict=True)):
-        rule = getattr(layer.ffn, "update", None)
-        if rule is None or not own:
+        if not own:
             continue
         stacked = "blocks" in old
         before = jax.tree.map(lambda p, i=i: p[i], old["blocks"]) if stacked else old[f"blocks_{i}"]
-        for name, value in rule(before["ffn"], own).items():
+        for name, value in layer.ffn.update(before["ffn"], own).items():
             place = ["blocks" if stacked else f"blocks_{i}", "ffn", *name.split("/")]
             new = _put(new, place, value, i if stacked else None)
     return new
@@ -79,8 +82,8 @@ def report(cfg: ModelConfig, sums: Sums, whole: bool = False) -> dict[str, Any]:
     """Numbers for the log, each the mean over the layers that report it; `whole`: lists too, one entry per layer."""
     found: dict[str, list[Any]] = {}
     for layer, own in zip(cfg.layers(), sums, strict=True):
-        say = getattr(layer.ffn, "report", None)
-        for name, value in (say({k: np.asarray(v, np.float64) for k, v in own.items()}) if say and own else {}).items():
+        told = layer.ffn.report({k: np.asarray(v, np.float64) for k, v in own.items()}) if own else {}
+        for name, value in told.items():
             found.setdefault(name, []).append(value)
     out: dict[str, Any] = {}
     for name, values in found.items():

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import jax
-
-from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.heads.cross_entropy import Sums
-from lm.model import reports
-from lm.model.decoder import Decoder
-from lm.objectives.likelihood import head_loss
-
-__all__ = ["Causal", "head_loss"]
+from lm.heads.base import Targets
+from lm.objectives.base import Batch, LossOut, Objective
+from lm.objectives.forward import Forward
+from lm.plug import bounded
 
 
 @dataclass(frozen=True)
-class Causal:
+class Causal(Objective):
     """Minimises ``sum_t w_t (-log p(target_t) + z_loss * log^2 Z_t)``, Z the softmax denominator.
 
     `z_loss` keeps log Z near 0 (PaLM, arXiv 2204.02311, section 5: 1e-4). `chunk`: tokens of the batch whose logits
@@ -27,19 +21,19 @@ class Causal:
     """
 
     z_loss: float = 0.0
-    chunk: int = 1024
+    chunk: int = bounded(1024, at_least=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.z_loss < math.inf:
             raise UserError(f"train.objective.z_loss: must be finite and not negative, found {self.z_loss}")
-        if self.chunk < 0:
-            raise UserError(f"train.objective.chunk: must be at least 1, or 0 for all tokens, found {self.chunk}")
 
-    def loss(self, cfg: ModelConfig, params: dict[str, Any], batch: dict[str, jax.Array]) -> tuple[jax.Array, Sums]:
-        """The loss and the sums ``nll``, ``weight``, ``z`` (of log^2 Z) and ``correct`` (the target had the largest
-        logit, ties included), each weighted; float32 scalars; with what layers add (`lm.model.reports.add`). See
-        `lm.objectives` for `batch`."""
-        where = {f"{name}_BT": batch[name] for name in ("segments", "index", "positions") if name in batch}
-        out = Decoder(cfg).apply({"params": params}, batch["inputs"], logits=False, key=batch.get("key"), **where)
-        found = head_loss(cfg, params, out.hidden_BTD, batch["targets"], batch["weights"], self.z_loss, self.chunk)
-        return reports.add(out.reports, *found)
+    @property
+    def logits_at_once(self) -> int:
+        return self.chunk
+
+    def loss(self, forward: Forward, batch: Batch) -> LossOut:
+        """The loss and the sums of `lm.objectives.likelihood.head_loss`."""
+        out = forward(forward.rows(batch))
+        over = Targets(out.hidden_BTD, batch["targets"], batch["weights"], self.z_loss, self.chunk)
+        return LossOut(*forward.likelihood(over))

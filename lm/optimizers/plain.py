@@ -2,82 +2,83 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 from optax import contrib
 
-from lm.errors import UserError
-from lm.model.params import logical
+from lm.model.params import Axes
+from lm.optimizers.base import Optimizer
 from lm.optimizers.per_tensor import per_tensor
 from lm.optimizers.sgd_sai import scale_by_sai
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Optimizer):
     """Adam with decoupled weight decay (arXiv 1711.05101). State: two moments per parameter."""
 
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
-    decay: str = "matrices"
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check(self, "b1", "b2")
+        super().__post_init__()
+        self._fractions(b1=self.b1, b2=self.b2)
 
-    def direction(self) -> optax.GradientTransformation:
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
         return optax.scale_by_adam(self.b1, self.b2, self.eps)
 
 
 @dataclass(frozen=True)
-class Adafactor:
+class Adafactor(Optimizer):
     """Adafactor (arXiv 1804.04235) with its update clipping, relative steps off. State: row and column sums of squares
     of tensors whose two largest axes reach `min_dim`, else one moment."""
 
     learning_rate: float = 1e-2
     weight_decay: float = 0.0
-    decay: str = "matrices"
     decay_rate: float = 0.8
     clipping_threshold: float = 1.0
     min_dim: int = 128
     multiply_by_parameter_scale: bool = True
 
     def __post_init__(self) -> None:
-        check(self, "decay_rate")
+        super().__post_init__()
+        self._fractions(decay_rate=self.decay_rate)
 
-    def direction(self) -> optax.GradientTransformation:
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
         steps = [
             optax.scale_by_factored_rms(decay_rate=self.decay_rate, min_dim_size_to_factor=self.min_dim),
             optax.clip_by_block_rms(self.clipping_threshold),
         ]
         if self.multiply_by_parameter_scale:
             steps.append(optax.scale_by_param_block_rms())
-        return per_tensor(optax.chain(*steps))
+        return per_tensor(optax.chain(*steps), axes)
 
 
 @dataclass(frozen=True)
-class Lion:
+class Lion(Optimizer):
     """Lion (arXiv 2302.06675): the sign of an interpolated momentum. State: one moment per parameter."""
 
     learning_rate: float = 1e-4
     weight_decay: float = 1.0
-    decay: str = "matrices"
     b1: float = 0.9
     b2: float = 0.99
 
     def __post_init__(self) -> None:
-        check(self, "b1", "b2")
+        super().__post_init__()
+        self._fractions(b1=self.b1, b2=self.b2)
 
-    def direction(self) -> optax.GradientTransformation:
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
         return optax.scale_by_lion(self.b1, self.b2)
 
 
 @dataclass(frozen=True)
-class Muon:
+class Muon(Optimizer):
     """Momentum orthogonalised by Newton-Schulz (Jordan 2024; arXiv 2502.16982 for `consistent_rms`).
 
     For the matrices inside blocks; embeddings, the head and vectors take Adam with rate ``adam_ratio`` times the
@@ -86,7 +87,6 @@ class Muon:
 
     learning_rate: float = 0.02
     weight_decay: float = 0.0
-    decay: str = "matrices"
     beta: float = 0.95
     ns_steps: int = 5
     nesterov: bool = True
@@ -96,9 +96,10 @@ class Muon:
     adam_b2: float = 0.95
 
     def __post_init__(self) -> None:
-        check(self, "beta", "adam_b1", "adam_b2")
+        super().__post_init__()
+        self._fractions(beta=self.beta, adam_b1=self.adam_b1, adam_b2=self.adam_b2)
 
-    def direction(self) -> optax.GradientTransformation:
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
         whole = contrib.muon(
             learning_rate=1.0,
             ns_steps=self.ns_steps,
@@ -108,20 +109,20 @@ class Muon:
             adam_learning_rate=self.adam_ratio,
             adam_b1=self.adam_b1,
             adam_b2=self.adam_b2,
-            muon_weight_dimension_numbers=_matrices,
+            muon_weight_dimension_numbers=functools.partial(_matrices, axes),
         )
         return optax.chain(whole, optax.scale(-1.0))  # the sign and the rate come last, for all plugs alike
 
 
-def _matrices(tree: Any) -> Any:
+def _matrices(axes: Axes, tree: Any) -> Any:
     """Which axes of a block's kernel are its input and its output, the others being mapped over; None: not a matrix
     of a block."""
 
-    def masked(leaf: Any) -> bool:
+    def masked(leaf: object) -> bool:
         return isinstance(leaf, optax.MaskedNode)
 
     def one(path: Any, leaf: Any) -> Any:
-        found = () if masked(leaf) else logical(path)
+        found = () if masked(leaf) else axes.at(path)
         own = [i for i, a in enumerate(found) if a not in ("layers", "experts")]
         if len(own) < 2 or not str(path[0].key).startswith("blocks"):
             return None
@@ -133,27 +134,17 @@ def _matrices(tree: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Optimizer):
     """SGD with momentum as a moving average, ``m <- mu m + (1 - mu) g``: SGD-SaI with every scale 1."""
 
     learning_rate: float = 0.1
     weight_decay: float = 0.0
-    decay: str = "all"
+    decay: Literal["matrices", "all"] = "all"
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check(self, "momentum")
+        super().__post_init__()
+        self._fractions(momentum=self.momentum)
 
-    def direction(self) -> optax.GradientTransformation:
-        return scale_by_sai(self.momentum, "one")
-
-
-def check(plug: Any, *fractions: str) -> None:
-    """Raises `UserError` unless rates are positive and `fractions` lie in [0, 1)."""
-    if not plug.learning_rate > 0:
-        raise UserError(f"train.optimizer.learning_rate: must be positive, found {plug.learning_rate}")
-    if not plug.weight_decay >= 0:
-        raise UserError(f"train.optimizer.weight_decay: must be 0 or more, found {plug.weight_decay}")
-    for name in fractions:
-        if not 0 <= getattr(plug, name) < 1:
-            raise UserError(f"train.optimizer.{name}: must lie in [0, 1), found {getattr(plug, name)}")
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
+        return per_tensor(scale_by_sai(self.momentum, "one"), axes)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from lm.errors import UserError
-from lm.plug import Table
+from lm.plug import Plug, Table, bounded
 
 
 def _steps(amount: float, total: int) -> int:
@@ -17,37 +19,42 @@ def _steps(amount: float, total: int) -> int:
     return math.ceil(amount * total) if amount < 1 else int(amount)
 
 
-def _check(plug: Any, *names: str) -> None:
-    for name in names:
-        if getattr(plug, name) < 0:
-            raise UserError(f"train.schedule.{name}: must be 0 or more, found {getattr(plug, name)}")
-    if not 0 <= getattr(plug, "final", 0.0) <= 1:
-        raise UserError(f"train.schedule.final: must lie in [0, 1], found {plug.final}")
+class Schedule(Plug):
+    """The learning rate over a run: a frozen dataclass of settings."""
+
+    KEY: ClassVar[str] = "train.schedule"
+
+    def factor(self, total: int) -> optax.Schedule:
+        """The factor at step 0, 1, … of `total`: the first step already moves."""
+        raise NotImplementedError
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise UserError(f"train.schedule.{name}: must lie in [0, 1], found {value}")
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Schedule):
     """1 after a linear warm-up. `warmup`: steps, or a fraction of the run below 1."""
 
-    warmup: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check(self, "warmup")
+    warmup: float = bounded(0.0, at_least=0)
 
     def factor(self, total: int) -> optax.Schedule:
-        """The factor at step 0, 1, …: the first step already moves, the peak is reached at step `warmup`."""
+        """The peak is reached at step `warmup`."""
         return _warm(_steps(self.warmup, total), optax.constant_schedule(1.0))
 
 
 @dataclass(frozen=True)
-class Cosine:
+class Cosine(Schedule):
     """Linear warm-up, then half a cosine down to `final`."""
 
-    warmup: float = 0.1
+    warmup: float = bounded(0.1, at_least=0)
     final: float = 0.1
 
     def __post_init__(self) -> None:
-        _check(self, "warmup")
+        super().__post_init__()
+        _share("final", self.final)
 
     def factor(self, total: int) -> optax.Schedule:
         warm = _steps(self.warmup, total)
@@ -55,29 +62,26 @@ class Cosine:
 
 
 @dataclass(frozen=True)
-class WSD:
+class WSD(Schedule):
     """Warm-up, stable, decay (arXiv 2404.06395): constant until the last `decay` of the run, then down to `final`.
 
     `shape`: ``linear``, or ``sqrt``, ``1 - sqrt(t)`` (arXiv 2405.18392).
     """
 
-    warmup: float = 0.05
-    decay: float = 0.2
+    warmup: float = bounded(0.05, at_least=0)
+    decay: float = bounded(0.2, at_least=0)
     final: float = 0.0
-    shape: str = "sqrt"
+    shape: Literal["linear", "sqrt"] = "sqrt"
 
     def __post_init__(self) -> None:
-        _check(self, "warmup", "decay")
-        if self.shape not in ("linear", "sqrt"):
-            raise UserError(f"train.schedule.shape: found {self.shape!r}; valid: linear, sqrt")
+        super().__post_init__()
+        _share("final", self.final)
 
     def factor(self, total: int) -> optax.Schedule:
         warm, down = _steps(self.warmup, total), max(_steps(self.decay, total), 1)
         power = 1.0 if self.shape == "linear" else 0.5
 
-        def fall(step: Any) -> Any:
-            import jax.numpy as jnp
-
+        def fall(step: jax.Array) -> jax.Array:
             done = jnp.clip((step - (total - warm - down)) / down, 0.0, 1.0) ** power
             return self.final + (1.0 - self.final) * (1.0 - done)
 

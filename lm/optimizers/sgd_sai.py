@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm.errors import UserError, unknown
+from lm.errors import UserError
+from lm.model.params import Axes
+from lm.optimizers.base import Optimizer
 from lm.optimizers.per_tensor import per_tensor
 
 EPS = 1e-8
-SCALES = ("g_snr", "sqrt_numel", "one")
-REFRESH = ("first_step", "first_nonzero")
 
 
 @dataclass(frozen=True)
-class SGDSaI:
+class SGDSaI(Optimizer):
     """``m <- mu m + (1 - mu) g`` (m = g at the first step); ``p <- (1 - lr wd) p - lr G m``.
 
     G is the gradient's signal-to-noise ratio ``||g|| / (std(g) + 1e-8)`` of each named tensor (algorithm 1 of the
@@ -32,24 +32,21 @@ class SGDSaI:
 
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
-    decay: str = "all"
+    decay: Literal["matrices", "all"] = "all"
     momentum: float = 0.9
-    scale: str = "g_snr"
-    refresh: str = "first_step"
+    scale: Literal["g_snr", "sqrt_numel", "one"] = "g_snr"
+    refresh: Literal["first_step", "first_nonzero"] = "first_step"
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"train.optimizer.{name}: must be 0 or more, found {getattr(self, name)}")
+        super().__post_init__()
+        for name, value in (("learning_rate", self.learning_rate), ("weight_decay", self.weight_decay)):
+            if not value >= 0:
+                raise UserError(f"train.optimizer.{name}: must be 0 or more, found {value}")
         if not 0 <= self.momentum < 1:
             raise UserError(f"train.optimizer.momentum: must lie in [0, 1), found {self.momentum}")
-        if self.scale not in SCALES:
-            raise unknown("train.optimizer.scale", self.scale, SCALES)
-        if self.refresh not in REFRESH:
-            raise unknown("train.optimizer.refresh", self.refresh, REFRESH)
 
-    def direction(self) -> optax.GradientTransformation:
-        return scale_by_sai(self.momentum, self.scale, self.refresh)
+    def direction(self, axes: Axes) -> optax.GradientTransformation:
+        return per_tensor(scale_by_sai(self.momentum, self.scale, self.refresh), axes)
 
 
 class SaIState(NamedTuple):
@@ -74,7 +71,7 @@ def g_snr(g: jax.Array) -> jax.Array:
 def scale_by_sai(
     momentum: float, scale: str = "g_snr", refresh: str = "first_step"
 ) -> optax.GradientTransformationExtraArgs | optax.GradientTransformation:
-    """The direction ``G m`` as an optax transformation."""
+    """The direction ``G m`` of one tensor as an optax transformation."""
 
     def init(p: jax.Array) -> SaIState:
         return SaIState(jnp.zeros_like(p), jnp.ones((), jnp.float32), jnp.zeros((), bool))
@@ -88,7 +85,7 @@ def scale_by_sai(
         new = SaIState(moment, factor, state.started | usable)
         return (factor * moment.astype(jnp.float32)).astype(g.dtype), new
 
-    return per_tensor(optax.GradientTransformation(init, update))
+    return optax.GradientTransformation(init, update)
 
 
 def _sqrt_numel(g: jax.Array) -> jax.Array:

@@ -8,10 +8,11 @@ from lm.attention.branches import Branch, Context
 from lm.attention.masks import Causal as CausalMask
 from lm.attention.masks import Full, Prefix
 from lm.errors import UserError
+from lm.patterns.base import Pattern
 
 
 @dataclass(frozen=True)
-class Causal:
+class Causal(Pattern):
     """Every earlier token and the token itself; `prefix` leading tokens are visible to all."""
 
     prefix: int = 0
@@ -25,7 +26,7 @@ class Causal:
 
 
 @dataclass(frozen=True)
-class Bidirectional:
+class Bidirectional(Pattern):
     """Every token of the document."""
 
     def branches(self, ctx: Context) -> tuple[Branch, ...]:

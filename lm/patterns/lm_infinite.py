@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from lm.attention.branches import NEG, Branch, Context
 from lm.attention.masks import Causal, Mask, Sinks, Window
 from lm.errors import UserError
+from lm.patterns.base import Pattern
+from lm.plug import bounded
 
 
 @dataclass(frozen=True)
-class LMInfinite:
+class LMInfinite(Pattern):
     """Key j is visible to query t iff ``j <= t`` and (``t - j < window`` or ``j < sinks``), at distance
     ``min(t - j, ceiling)``.
 
@@ -26,38 +29,37 @@ class LMInfinite:
     the last `top_k_queries` queries (1 = the reference code; None = every query, as the paper's text says).
     """
 
-    window: int | None = 4096
+    window: int | None = bounded(4096, at_least=1)
     sinks: int = 10
     ceiling: float | None = 4096.0
     top_k: int = 0
     top_k_from_layer: int = 4
     top_k_distance: float | None = None
-    top_k_queries: int | None = 1
+    top_k_queries: int | None = bounded(1, at_least=1)
 
     def __post_init__(self) -> None:
-        for name in ("window", "top_k_queries"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"model.pattern.{name}: must be at least 1 or None, found {value}")
-        for name in ("sinks", "top_k", "top_k_from_layer"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.pattern.{name}: must not be negative, found {getattr(self, name)}")
-        for name in ("ceiling", "top_k_distance"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise UserError(f"model.pattern.{name}: must be finite and not negative, or None, found {value}")
+        super().__post_init__()
+        for name, value in (("sinks", self.sinks), ("top_k", self.top_k), ("top_k_from_layer", self.top_k_from_layer)):
+            if value < 0:
+                raise UserError(f"model.pattern.{name}: must not be negative, found {value}")
+        for name, distance in (("ceiling", self.ceiling), ("top_k_distance", self.top_k_distance)):
+            if distance is not None and not 0 <= distance < math.inf:
+                raise UserError(f"model.pattern.{name}: must be finite and not negative, or None, found {distance}")
         if self.top_k and self.window is None:
             raise UserError("model.pattern.top_k: needs a window (there is no middle without one)")
 
-    def for_layer(self, layer: int) -> LMInfinite:
+    @classmethod
+    def trained_at(cls, length: int) -> Self:
+        return cls(length, ceiling=float(length))
+
+    def for_layer(self, i: int) -> Self:
         """Early layers do without the far tokens."""
-        if self.top_k and layer < self.top_k_from_layer:
+        if self.top_k and i < self.top_k_from_layer:
             return dataclasses.replace(self, top_k=0)
         return self
 
     @property
-    def keeps(self) -> tuple[int, int] | None:
-        """(sinks, window) a cache must hold; None = everything."""
+    def kept(self) -> tuple[int, int] | None:
         return None if self.window is None or self.top_k else (self.sinks, self.window)
 
     @property

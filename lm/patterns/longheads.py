@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lm.attention.blocks import BlockTable, pick, rank_positions, table
+from lm.attention.blocks import BlockTable, Summary, pick, rank_positions, table
 from lm.attention.branches import AnyBranch, BlockBranch, Branch, Context
 from lm.attention.masks import Causal, EarlyQueries, Mask, NearChunks, Sinks, Window
 from lm.errors import UserError
+from lm.patterns.base import Pattern, Picks
+from lm.plug import Model
 
 
 @dataclass(frozen=True)
-class ChunkFeature:
+class ChunkFeature(Summary):
     """The two-stage vector of a chunk, per query head (section 3.1): attention within the chunk, both ways, at
     positions 0 … size - 1; the mean of its outputs as a query over the same keys; the mix of those keys it gives."""
 
@@ -24,7 +27,7 @@ class ChunkFeature:
     def places(self, index: jax.Array) -> jax.Array:
         return (index % self.size).astype(jnp.float32)
 
-    def zeros(self, batch: int, n: int, n_heads: int, head_dim: int, dtype: Any) -> jax.Array:
+    def zeros(self, batch: int, n: int, n_heads: int, head_dim: int, dtype: DTypeLike) -> jax.Array:
         return jnp.zeros((batch, n, n_heads, head_dim), dtype)
 
     def summarise(self, q_BNwHd: jax.Array, k_BNwKd: jax.Array, v_BNwKd: jax.Array, scale: float) -> jax.Array:
@@ -45,7 +48,7 @@ class ChunkFeature:
 
 
 @dataclass(frozen=True)
-class LongHeads:
+class LongHeads(Pattern):
     """Query t sees, per head, ``n = attention_length / chunk`` chunks of `chunk` tokens side by side: the first, the
     one before its own, its own up to itself, and the n - 3 others whose vectors its raw query likes best. The keys
     take positions 0, 1, … in that order, the query the next (``include_self``: its own), so no distance reaches
@@ -102,22 +105,18 @@ class LongHeads:
         """What a cache must keep of every chunk."""
         return ChunkFeature(self.chunk)
 
-    def check(self, cfg: Any) -> None:
+    @property
+    def picks(self) -> Picks:
+        return Picks(self.chunk, self.n_chunks, self.begin)
+
+    @property
+    def most_seen(self) -> int:
+        return self.attention_length
+
+    def check(self, cfg: Model) -> None:
         """Rotary positions of fixed frequencies, and an attention length the model knows."""
-        rotary = getattr(cfg.positions, "scaling", None)
-        if rotary is None:
-            raise UserError(
-                f"model.pattern: longheads renumbers rotary positions, model.positions is "
-                f"{type(cfg.positions).__name__.lower()}; valid: rope"
-            )
-        if getattr(cfg.positions, "length_dependent", False):
-            raise UserError(
-                f"model.pattern: longheads does not go with model.positions.scaling = {type(rotary).__name__.lower()}, "
-                "whose frequencies change with the length of the text; valid: default, linear, ntk, yarn, llama3"
-            )
-        known = cfg.max_positions
-        if getattr(rotary, "original", None) is None and type(rotary).__name__ in ("Linear", "Ntk", "Yarn"):
-            known = int(known * (rotary.factor or 1.0))
+        cfg.positions.fixed("model.pattern", "longheads", "renumbers")
+        known = cfg.positions.known(cfg)
         if self.attention_length > known:
             raise UserError(
                 f"model.pattern.attention_length: {self.attention_length} exceeds the {known} positions that the "
@@ -188,7 +187,7 @@ class LongHeads:
         listed = jnp.where(t >= begin, chosen, jnp.where(every <= t // w, every, -1))
         return jnp.where(t >= 0, listed, -1), (index % w)[:, None]
 
-    def records(self, ctx: Context, branches: tuple[AnyBranch, ...]) -> dict[str, jax.Array]:
+    def taps(self, ctx: Context, branches: tuple[AnyBranch, ...]) -> dict[str, jax.Array]:
         """``blocks`` int32 ``[B, T, H, n]``: numbers of the chunks seen, ascending but for -1; all -1 before
         `begin_selective_length`."""
         w, n, index = self.chunk, self.n_chunks, ctx.queries.index_BT

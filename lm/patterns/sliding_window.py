@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 from lm.attention.branches import Branch, Context
 from lm.attention.masks import Causal, Window
-from lm.errors import UserError
+from lm.patterns.base import Pattern
+from lm.plug import bounded
 
 
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(Pattern):
     """The last `window` tokens including the query's own (see `masks` for the convention)."""
 
-    window: int = 4096
+    window: int = bounded(4096, at_least=1)
 
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise UserError(f"model.pattern.window: must be at least 1, found {self.window}")
+    @classmethod
+    def trained_at(cls, length: int) -> Self:
+        return cls(length)
 
     @property
-    def keeps(self) -> tuple[int, int]:
-        """(sinks, window) a cache must hold."""
+    def kept(self) -> tuple[int, int]:
         return 0, self.window
 
     def branches(self, ctx: Context) -> tuple[Branch, ...]:

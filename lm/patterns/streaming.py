@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import jax.numpy as jnp
 
 from lm.attention.branches import Branch, Context
 from lm.attention.masks import Causal, Sinks, Window
 from lm.errors import UserError
+from lm.patterns.base import Pattern
 
 
 @dataclass(frozen=True)
-class Streaming:
+class Streaming(Pattern):
     """The first `sinks` tokens and the last `window` tokens including the query's own.
 
     `sink_positions="cache"` is the paper's: positions are those inside a cache that holds just these tokens, so a
@@ -32,9 +33,12 @@ class Streaming:
                 f"found window={self.window}, sinks={self.sinks}"
             )
 
+    @classmethod
+    def trained_at(cls, length: int) -> Self:
+        return cls(length)
+
     @property
-    def keeps(self) -> tuple[int, int]:
-        """(sinks, window) a cache must hold."""
+    def kept(self) -> tuple[int, int]:
         return self.sinks, self.window
 
     def branches(self, ctx: Context) -> tuple[Branch, ...]:

@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm.positions.nope import NoPE
+from lm.positions.base import Positions
 
 
 def slopes(n_heads: int, style: str = "bloom") -> tuple[float, ...]:
@@ -32,7 +32,7 @@ def slopes(n_heads: int, style: str = "bloom") -> tuple[float, ...]:
 
 
 @dataclass(frozen=True)
-class Alibi(NoPE):
+class Alibi(Positions):
     """Adds ``-m_h * (q_position - k_position)`` to the logits of head h."""
 
     style: Literal["bloom", "mpt"] = "bloom"

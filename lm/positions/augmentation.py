@@ -1,41 +1,44 @@
-"""SOCKET augmentation: positions that differ from training row to training row.
-
-A plug is a frozen dataclass with ``positions(config, seq_len, rng, index_BT) -> float32[B, T]`` (None: the tokens'
-own), `stochastic`, and ``check(model_config, seq_len)``, which raises `UserError` for a model or a length of rows that
-it does not fit.
-"""
+"""SOCKET augmentation: positions that differ from training row to training row (`Augmentation`)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
-from lm.plug import Table
+from lm.plug import Model, Plug, Table, bounded
 
 KEY = "train.augmentation"
 
 
-@dataclass(frozen=True)
-class Own:
-    """Every token at its own index."""
+class Augmentation(Plug):
+    """Positions of training rows: a frozen dataclass of settings."""
+
+    KEY: ClassVar[str] = KEY
 
     @property
     def stochastic(self) -> bool:
+        """Whether positions are drawn."""
         return False
 
-    def check(self, cfg: Any, seq_len: int) -> None:
-        pass
+    def check(self, cfg: Model, seq_len: int) -> None:
+        """Raises `UserError` for a model or a length of rows that it does not fit."""
 
-    def positions(self, cfg: Any, seq_len: int, rng: jax.Array, index_BT: jax.Array) -> jax.Array | None:
+    def positions(self, cfg: Model, seq_len: int, rng: jax.Array, index_BT: jax.Array) -> jax.Array | None:
+        """float32 ``[B, T]`` for rows whose tokens have these places in their documents; None: the tokens' own."""
         return None
 
 
 @dataclass(frozen=True)
-class E2LLM:
+class Own(Augmentation):
+    """Every token at its own index."""
+
+
+@dataclass(frozen=True)
+class E2LLM(Augmentation):
     """E2-LLM (arXiv 2401.06951, section 3.2): token m stands at ``(m + t_m) / g``, g and t drawn for every row.
 
     `g` is uniform in 1 … `g_max` (`scale` fixes it instead); ``t_m`` is 0 for the first `sinks` tokens and one t for
@@ -45,39 +48,19 @@ class E2LLM:
     ``model.positions.scaling = linear`` of factor g, for any g.
     """
 
-    g_max: int = 20
-    scale: int | None = None
-    sinks: int = 4
-    window: int | None = None
-    max_offset: int | None = None
+    g_max: int = bounded(20, at_least=1)
+    scale: int | None = bounded(None, at_least=1)
+    sinks: int = bounded(4, at_least=0)
+    window: int | None = bounded(None, at_least=1)
+    max_offset: int | None = bounded(None, at_least=0)
     per_batch: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("g_max", "scale", "window"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{KEY}.{name}: must be at least 1, found {value}")
-        for name in ("sinks", "max_offset"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{KEY}.{name}: must be at least 0, found {value}")
 
     @property
     def stochastic(self) -> bool:
         return True
 
-    def check(self, cfg: Any, seq_len: int) -> None:
-        rotary = getattr(cfg.positions, "scaling", None)
-        if rotary is None:
-            raise UserError(
-                f"{KEY}: e2_llm moves rotary positions, model.positions is {type(cfg.positions).__name__.lower()}; "
-                "valid: rope"
-            )
-        if getattr(cfg.positions, "length_dependent", False):
-            raise UserError(
-                f"{KEY}: e2_llm does not go with model.positions.scaling = {type(rotary).__name__.lower()}, whose "
-                "frequencies change with the length of the text; valid: default, linear, ntk, yarn, llama3"
-            )
+    def check(self, cfg: Model, seq_len: int) -> None:
+        cfg.positions.fixed(KEY, "e2_llm", "moves")
         largest = self.scale or self.g_max
         bound = self.bound(largest, cfg, seq_len)
         if self.max_offset is not None and self.max_offset > bound:
@@ -86,11 +69,11 @@ class E2LLM:
                 f"(g = {largest} times {self.window or cfg.max_positions} positions, less {seq_len} tokens)"
             )
 
-    def bound(self, g: int, cfg: Any, seq_len: int) -> int:
+    def bound(self, g: int, cfg: Model, seq_len: int) -> int:
         """The largest offset that keeps every position below `window` at scale `g`."""
         return max(g * (self.window or cfg.max_positions) - seq_len, 0)
 
-    def positions(self, cfg: Any, seq_len: int, rng: jax.Array, index_BT: jax.Array) -> jax.Array | None:
+    def positions(self, cfg: Model, seq_len: int, rng: jax.Array, index_BT: jax.Array) -> jax.Array | None:
         """float32 ``[B, T]`` of the rows' token indices."""
         rows = 1 if self.per_batch else index_BT.shape[0]
         for_scale, for_offset = jax.random.split(rng)

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lm.errors import UserError
-from lm.positions.nope import NoPE
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lm import weights
+from lm.plug import Model, bounded
+from lm.positions.base import Positions
 
 
 @dataclass(frozen=True)
-class Learned(NoPE):
+class Learned(Positions):
     """A table of `size` rows. Positions are rounded down and clipped to the table."""
 
-    size: int = 1024
+    size: int = bounded(1024, at_least=1)
 
     @property
-    def table_size(self) -> int:
+    def limit(self) -> int:
         return self.size
 
-    def check(self, cfg: object) -> None:
-        if self.size < 1:
-            raise UserError(f"model.positions.size: must be at least 1, found {self.size}")
+    def absolute(self, scope: nn.Module, cfg: Model, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        shape, init = (self.size, cfg.d_model), nn.initializers.normal(cfg.init_std)
+        table = weights.param(scope, "pos_embed", init, shape, cfg.param_dtype, axes=("positions", "embed"))
+        rows = jnp.clip(jnp.floor(positions_BT), 0, self.size - 1).astype(jnp.int32)
+        return x_BTD + weights.rows(table, rows).astype(x_BTD.dtype)

@@ -3,27 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import jax
+from lm.positions.base import Positions
 
 
 @dataclass(frozen=True)
-class NoPE:
-    """The identity; also the base of encodings that leave queries and keys alone."""
-
-    @property
-    def table_size(self) -> int:
-        return 0
-
-    def bind(self, cfg: Any) -> Any:
-        return self
-
-    def rotate(self, x: jax.Array, positions: jax.Array, length: jax.Array | float) -> jax.Array:
-        return x
-
-    def move(self, x: jax.Array, at: jax.Array, to: jax.Array, length: jax.Array | float) -> jax.Array:
-        return x
-
-    def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None:
-        return None
+class NoPE(Positions):
+    """The identity."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
-from lm.plug import socket
+from lm.plug import Model, bounded, socket
+from lm.positions.base import Positions
+from lm.positions.scaling import Scaling
 
 
 @dataclass(frozen=True)
-class Rope:
+class Rope(Positions):
     """Rotates pairs ``(i, i + width/2)`` of the first ``width = int(head_dim * fraction)`` channels.
 
     This is the split-half layout; checkpoints stored with adjacent pairs are permuted at import.
@@ -24,37 +26,39 @@ class Rope:
 
     theta: float = 10000.0
     fraction: float = 1.0
-    scaling: Any = socket("lm.positions.scaling", "default")
-    trained: int | None = None
-
-    @property
-    def table_size(self) -> int:
-        return 0
+    scaling: Scaling = socket("lm.positions.scaling", "default")
+    trained: int | None = bounded(None, at_least=1)
 
     def width(self, head_dim: int) -> int:
         return int(head_dim * self.fraction)
 
-    def check(self, cfg: Any) -> None:
-        width = self.width(cfg.head_dim)
-        if width % 2 or not 0 < width <= cfg.head_dim:
+    def check(self, cfg: Model) -> None:
+        width = self.width(cfg.head_width)
+        if width % 2 or not 0 < width <= cfg.head_width:
             raise UserError(
-                f"model.positions.fraction: rotary width int({cfg.head_dim} * {self.fraction}) = {width} "
-                f"must be even and in 2 … {cfg.head_dim}"
+                f"model.positions.fraction: rotary width int({cfg.head_width} * {self.fraction}) = {width} "
+                f"must be even and in 2 … {cfg.head_width}"
             )
-        if self.trained is not None and self.trained < 1:
-            raise UserError(f"model.positions.trained: must be at least 1 or None, found {self.trained}")
         if not self.theta > 1.0:
             raise UserError(f"model.positions.theta: must exceed 1, found {self.theta}")
-        check_width = getattr(self.scaling, "check_width", None)
-        if check_width is not None:
-            check_width(width)
+        self.scaling.check_width(width)
+
+    @property
+    def rotary(self) -> bool:
+        return True
 
     @property
     def length_dependent(self) -> bool:
-        """Whether rotations change with the number of positions in use, so that keys must be cached raw."""
-        return bool(getattr(self.scaling, "length_dependent", False))
+        return self.scaling.length_dependent
 
-    def bind(self, cfg: Any) -> Rope:
+    @property
+    def scaling_name(self) -> str:
+        return type(self.scaling).__name__.lower()
+
+    def known(self, cfg: Model) -> int:
+        return int(cfg.max_positions * self.scaling.stretch)
+
+    def bind(self, cfg: Model) -> Self:
         return self if self.trained is not None else dataclasses.replace(self, trained=cfg.max_positions)
 
     def frequencies(self, head_dim: int, length: jax.Array | float) -> jax.Array:
@@ -88,9 +92,6 @@ class Rope:
         turned = pair * cos[..., None, :] + pair[..., ::-1, :] * (sign * sin[..., None, :])
         turned = turned.reshape(*x.shape[:-1], width)
         return turned if width == x.shape[-1] else jnp.concatenate([turned, x[..., width:]], axis=-1)
-
-    def bias(self, q_positions: jax.Array, k_positions: jax.Array, n_heads: int) -> jax.Array | None:
-        return None
 
 
 def _kept(x: jax.Array) -> jax.Array:

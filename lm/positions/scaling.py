@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from lm.errors import UserError
-from lm.plug import Table
+from lm.plug import Plug, Table
 
 Frequencies = tuple[jax.Array, float]
 
@@ -29,7 +30,7 @@ def inverse_frequencies(theta: float | jax.Array, width: int) -> Any:
     return 1.0 / xp.power(theta, exponents)
 
 
-def _f32(x: Any) -> jax.Array:
+def _f32(x: ArrayLike | tuple[float, ...]) -> jax.Array:
     return jnp.asarray(x, jnp.float32)
 
 
@@ -48,16 +49,35 @@ def _base_change(name: str, width: int) -> None:
         raise UserError(f"model.positions.scaling: {name} needs a rotary width of at least 4, found {width}")
 
 
+class Scaling(Plug):
+    """A rule for the frequencies of rotary embedding: a frozen dataclass of settings."""
+
+    KEY: ClassVar[str] = "model.positions.scaling"
+    length_dependent: ClassVar[bool] = False  # whether frequencies change with the number of positions in use
+
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
+        """Inverse frequencies float32 ``[width // 2]`` and the attention factor."""
+        raise NotImplementedError
+
+    def check_width(self, width: int) -> None:
+        """Raises `UserError` for a rotary width that the rule cannot scale."""
+
+    @property
+    def stretch(self) -> float:
+        """By how much it stretches the length that the model was trained at."""
+        return 1.0
+
+
 @dataclass(frozen=True)
-class Default:
+class Default(Scaling):
     """Unscaled rotary embedding."""
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         return _f32(inverse_frequencies(theta, width)), 1.0
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Scaling):
     """Position interpolation (arXiv 2306.15595): all frequencies divided by `factor`."""
 
     factor: float = 1.0
@@ -65,12 +85,16 @@ class Linear:
     def __post_init__(self) -> None:
         _positive("linear", self.factor)
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    @property
+    def stretch(self) -> float:
+        return self.factor
+
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         return _f32(inverse_frequencies(theta, width) / self.factor), 1.0
 
 
 @dataclass(frozen=True)
-class Ntk:
+class Ntk(Scaling):
     """NTK-aware base change: ``theta * factor ** (width / (width - 2))``, whatever the length."""
 
     factor: float = 1.0
@@ -78,16 +102,20 @@ class Ntk:
     def __post_init__(self) -> None:
         _positive("ntk", self.factor)
 
+    @property
+    def stretch(self) -> float:
+        return self.factor
+
     def check_width(self, width: int) -> None:
         _base_change("ntk", width)
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         base = theta * self.factor ** (width / (width - 2))
         return _f32(inverse_frequencies(base, width)), 1.0
 
 
 @dataclass(frozen=True)
-class Dynamic:
+class Dynamic(Scaling):
     """Dynamic NTK: the base grows with the length in use; equal to `Default` up to the trained length.
 
     The frequencies of *all* positions depend on the length, so a longer input changes earlier outputs.
@@ -102,7 +130,7 @@ class Dynamic:
     def check_width(self, width: int) -> None:
         _base_change("dynamic", width)
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         ratio = jnp.maximum(_f32(length), trained) / trained
         base = theta * (self.factor * ratio - (self.factor - 1.0)) ** (width / (width - 2))
         return _f32(inverse_frequencies(base, width)), 1.0
@@ -113,7 +141,7 @@ def _mscale(factor: float, scale: float = 1.0) -> float:
 
 
 @dataclass(frozen=True)
-class Yarn:
+class Yarn(Scaling):
     """YaRN (arXiv 2309.00071 sections 3.2-3.4): interpolate slow frequencies, keep fast ones, raise the temperature.
 
     The ramp is linear in the frequency's index, as in the authors' code and `transformers`.
@@ -139,7 +167,11 @@ class Yarn:
                 f"found beta_fast={self.beta_fast}, beta_slow={self.beta_slow}"
             )
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    @property
+    def stretch(self) -> float:
+        return (self.factor or 1.0) if self.original is None else 1.0
+
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         original = self.original or trained
         factor = self.factor if self.factor is not None else trained / original
 
@@ -164,7 +196,7 @@ class Yarn:
 
 
 @dataclass(frozen=True)
-class LongRope:
+class LongRope(Scaling):
     """LongRoPE (arXiv 2402.13753): per-frequency divisors, one list within the original length and one beyond."""
 
     short_factor: tuple[float, ...] = ()
@@ -176,20 +208,19 @@ class LongRope:
 
     def __post_init__(self) -> None:
         _length(self.original, 2)
-        for name in ("short_factor", "long_factor"):
-            if not all(x > 0 for x in getattr(self, name)):
+        for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
+            if not all(x > 0 for x in factors):
                 raise UserError(f"model.positions.scaling.{name}: all numbers must be positive")
 
     def check_width(self, width: int) -> None:
-        for name in ("short_factor", "long_factor"):
-            n = len(getattr(self, name))
+        for name, n in (("short_factor", len(self.short_factor)), ("long_factor", len(self.long_factor))):
             if n != width // 2:
                 raise UserError(
                     f"model.positions.scaling.{name}: {n} numbers found, "
                     f"{width // 2} needed (half the rotary width {width})"
                 )
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         original = self.original or trained
         factor = self.factor if self.factor is not None else trained / original
         divisors = jnp.where(_f32(length) > original, _f32(self.long_factor), _f32(self.short_factor))
@@ -200,7 +231,7 @@ class LongRope:
 
 
 @dataclass(frozen=True)
-class Llama3:
+class Llama3(Scaling):
     """Llama 3.1's rule: keep short wavelengths, divide long ones by `factor`, blend between."""
 
     factor: float = 8.0
@@ -217,7 +248,7 @@ class Llama3:
                 f"{self.low_freq_factor}, found {self.high_freq_factor}"
             )
 
-    def frequencies(self, theta: float, width: int, length: Any, trained: int) -> Frequencies:
+    def frequencies(self, theta: float, width: int, length: jax.Array | float, trained: int) -> Frequencies:
         f = inverse_frequencies(theta, width)
         turns = (self.original or trained) * f / (2 * math.pi)
         u = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)

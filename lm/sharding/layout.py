@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +38,6 @@ RULES: dict[str, tuple[str, ...]] = {
     "vocab": ("tensor",),
     "experts": ("expert",),
     "layers": ("stage",),
-    "head_dim": (),
-    "positions": (),
-    "routes": (),
-    "freq": (),
-    "components": (),
-    "one": (),
 }
 
 
@@ -79,7 +73,7 @@ class Layout:
     rules: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in AXES}
+        sizes = self._given()
         for name, n in sizes.items():
             if n < 1 and n != -1:
                 raise UserError(f"train.mesh.{name}: must be at least 1, or -1 for what is left, found {n}")
@@ -95,8 +89,6 @@ class Layout:
             raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}
         for logical, to in dict(self.rules).items():
-            if logical not in RULES:
-                raise unknown(f"train.mesh.rules.{logical}", logical, RULES)
             axes = () if to is None or to == "" else (to,) if isinstance(to, str) else tuple(to)
             for axis in axes:
                 if axis not in AXES:
@@ -107,14 +99,25 @@ class Layout:
             rules[logical] = axes
         object.__setattr__(self, "rules", _Rules(rules))
 
+    def check_rules(self, declared: Iterable[str]) -> None:
+        """Raises `UserError` for a rule about an axis that neither the table nor the model's parameters name
+        (`declared`)."""
+        valid = {*RULES, *declared}
+        for logical in self.rules:
+            if logical not in valid:
+                raise unknown(f"train.mesh.rules.{logical}", logical, valid)
+
     def resized(self, sizes: Mapping[str, int]) -> Layout:
         """The same with other numbers of devices along some axes."""
         changes: dict[str, Any] = dict(sizes)
         return dataclasses.replace(self, **changes)
 
+    def _given(self) -> dict[str, int]:
+        return {name: vars(self)[name] for name in AXES}
+
     def sizes(self, n_devices: int) -> dict[str, int]:
         """Devices along every axis. Raises `UserError` unless they multiply to `n_devices`."""
-        sizes = {name: getattr(self, name) for name in AXES}
+        sizes = self._given()
         given = math.prod(n for n in sizes.values() if n != -1)
         free = next((name for name, n in sizes.items() if n == -1), None)
         if n_devices % given or (free is None and given != n_devices):

@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from lm.config import ModelConfig
+from lm.surgery.base import Params, Surgery
+from lm.surgery.calibration import Calibration
 
 
 @dataclass(frozen=True)
-class FullTraining:
+class FullTraining(Surgery):
     """The trained tree is the parameter tree."""
 
     @property
     def trains(self) -> bool:
         return True
 
-    @property
-    def adds(self) -> bool:
-        return False
-
-    @property
-    def stochastic(self) -> bool:
-        return False
-
-    def apply(self, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    def apply(self, cfg: ModelConfig, params: Params, data: Calibration | None = None) -> tuple[ModelConfig, Params]:
         return cfg, params
 
-    def check(self, cfg: ModelConfig) -> None:
-        pass
-
-    def init(self, cfg: ModelConfig, params: Any, rng: jax.Array) -> Any:
+    def init(self, cfg: ModelConfig, params: Params, rng: jax.Array) -> Params:
         return params
 
-    def attach(self, cfg: ModelConfig, params: Any, trained: Any, rng: jax.Array | None = None) -> Any:
+    def attach(self, cfg: ModelConfig, params: Params, trained: Params, rng: jax.Array | None = None) -> Params:
         return trained
 
-    def merge(self, cfg: ModelConfig, params: Any, trained: Any) -> Any:
+    def merge(self, cfg: ModelConfig, params: Params, trained: Params) -> Params:
         return trained

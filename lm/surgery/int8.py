@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import jax
 
 from lm import weights
 from lm.config import ModelConfig
 from lm.model import params as params_lib
+from lm.surgery.base import Params, Surgery
+from lm.surgery.calibration import Calibration
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Surgery):
     """Every linear layer's weight and the embedding table, but for names that fit a shell pattern of `keep`; stacked
     experts and their router stay as they are.
 
@@ -24,17 +25,14 @@ class Int8:
 
     keep: tuple[str, ...] = ()
 
-    @property
-    def trains(self) -> bool:
-        return False
-
-    def apply(self, cfg: ModelConfig, params: Any) -> tuple[ModelConfig, Any]:
+    def apply(self, cfg: ModelConfig, params: Params, data: Calibration | None = None) -> tuple[ModelConfig, Params]:
         """The same model with `lm.weights.Int8` in the place of matrices; `params` stacked or one tree per layer."""
+        axes = params_lib.axes(cfg)
         inputs = {_place(name): n_in for name, n_in in params_lib.inputs(cfg).items()}
 
-        def one(path: Any, leaf: Any, stacked: int) -> Any:
-            name = "/".join(str(getattr(k, "key", k)) for k in path)
-            if weights.special(leaf) or any(fnmatchcase(name, pattern) for pattern in self.keep):
+        def one(path: tuple[jax.tree_util.DictKey, ...], leaf: weights.AnyWeight, stacked: int) -> weights.AnyWeight:
+            name = "/".join(str(k.key) for k in path)
+            if isinstance(leaf, weights.Weight) or any(fnmatchcase(name, pattern) for pattern in self.keep):
                 return leaf
             if name == "embed":
                 return weights.Int8.of(leaf, 0, 1, table=True)
@@ -42,7 +40,7 @@ class Int8:
             return weights.Int8.of(leaf, stacked, n_in) if n_in else leaf
 
         made = jax.jit(
-            lambda tree: jax.tree_util.tree_map_with_path(one, tree, params_lib.stacks(tree), is_leaf=weights.special)
+            lambda tree: jax.tree_util.tree_map_with_path(one, tree, axes.stacks(tree), is_leaf=weights.special)
         )
         return cfg, made(params)
 

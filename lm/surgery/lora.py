@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,12 +16,12 @@ from lm import weights
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
 from lm.model import params as params_lib
-
-_TABLES = ("embed", "pos_embed")  # read by rows
+from lm.plug import bounded
+from lm.surgery.base import Params, Surgery
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(Surgery):
     """``W x + (alpha / rank) B A x`` (eq. 3): `W` stays, `A` and `B` are trained; B is zero before the first step.
 
     `targets` and `whole` are shell patterns over parameter names (``blocks/attn/q/kernel``, ``*/ffn/*``, ``embed``;
@@ -30,16 +30,15 @@ class LoRA:
     """
 
     targets: tuple[str, ...] = ("*/attn/q/kernel", "*/attn/v/kernel")
-    rank: int = 8
+    rank: int = bounded(8, at_least=1)
     alpha: float = 16.0
     dropout: float = 0.0
     whole: tuple[str, ...] = ()
     rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         key = "train.surgery"
-        if self.rank < 1:
-            raise UserError(f"{key}.rank: must be at least 1, found {self.rank}")
         if not 0 < self.alpha < math.inf:
             raise UserError(f"{key}.alpha: must be positive and finite, found {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -73,7 +72,7 @@ class LoRA:
     def _plan(self, cfg: ModelConfig) -> dict[str, int | None]:
         """Trained parameter -> its number of input axes behind stacking ones; None = trained whole."""
         tree = params_lib.abstract(cfg)
-        shapes, stacked = params_lib.names(tree), params_lib.names(params_lib.stacks(tree))
+        shapes, stacked = params_lib.names(tree), params_lib.names(params_lib.axes(cfg).stacks(tree))
         inputs = params_lib.inputs(cfg)
         out: dict[str, int | None] = {}
         for name in _matching(self.targets, shapes, "targets"):
@@ -97,13 +96,13 @@ class LoRA:
             out[name] = None
         return out
 
-    def init(self, cfg: ModelConfig, params: Any, rng: jax.Array) -> Any:
+    def init(self, cfg: ModelConfig, params: Params, rng: jax.Array) -> Params:
         """``{…: {"lora_a": [stack, in, r], "lora_b": [stack, r, out]}}``, nested like `params`; `whole` ones copied.
 
         A is uniform with variance ``1 / (3 in)`` (the initialisation of the authors' code), B zero.
         """
-        plan, leaves = self._plan(cfg), params_lib.names(params)
-        stacked = params_lib.names(params_lib.stacks(params))
+        plan, leaves, tables = self._plan(cfg), params_lib.names(params), params_lib.tables(cfg)
+        stacked = params_lib.names(params_lib.axes(cfg).stacks(params))
         flat: dict[str, Any] = {}
         for i, (name, n_in) in enumerate(sorted(plan.items())):
             leaf = leaves[name]
@@ -113,18 +112,18 @@ class LoRA:
             n = stacked[name]
             stack, shape = leaf.shape[:n], leaf.shape[n:]
             fan_in, fan_out = math.prod(shape[:n_in]), math.prod(shape[n_in:])
-            bound = fan_in**-0.5 if name not in _TABLES else fan_out**-0.5
+            bound = fan_in**-0.5 if name not in tables else fan_out**-0.5
             a = jax.random.uniform(jax.random.fold_in(rng, i), (*stack, fan_in, self.rank), jnp.float32, -bound, bound)
             flat[f"{name}/lora_a"] = a
             flat[f"{name}/lora_b"] = jnp.zeros((*stack, self.rank, fan_out), jnp.float32)
         return _nest(flat)
 
-    def attach(self, cfg: ModelConfig, params: Any, trained: Any, rng: jax.Array | None = None) -> Any:
+    def attach(self, cfg: ModelConfig, params: Params, trained: Params, rng: jax.Array | None = None) -> Params:
         """`params` with `lm.weights.LowRank` in the place of targets that linear layers and tables read, and with
         formed sums where other code reads them. `rng`: training, with dropout."""
-        read = {*params_lib.inputs(cfg), *_TABLES}
+        read = {*params_lib.inputs(cfg), *params_lib.tables(cfg)}
 
-        def one(name: str, leaf: Any, a: jax.Array, b: jax.Array) -> Any:
+        def one(name: str, leaf: weights.AnyWeight, a: jax.Array, b: jax.Array) -> Params:
             key = None
             if rng is not None and self.dropout:
                 mine = jax.random.fold_in(rng, zlib.crc32(name.encode()))
@@ -134,14 +133,14 @@ class LoRA:
 
         return _replaced(params, trained, one)
 
-    def merge(self, cfg: ModelConfig, params: Any, trained: Any) -> Any:
+    def merge(self, cfg: ModelConfig, params: Params, trained: Params) -> Params:
         """Plain parameters, each target with its low-rank term added."""
         return _replaced(
             params, trained, lambda name, leaf, a, b: weights.LowRank(leaf, a, b, scale=self.scale).dense()
         )
 
 
-def _matching(patterns: tuple[str, ...], names: Any, key: str) -> list[str]:
+def _matching(patterns: tuple[str, ...], names: Collection[str], key: str) -> list[str]:
     out: dict[str, None] = {}
     for pattern in patterns:
         found = [n for n in names if fnmatchcase(n, pattern)]
@@ -165,7 +164,7 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _replaced(params: Any, trained: Any, low_rank: Callable[..., Any], at: str = "") -> Any:
+def _replaced(params: Params, trained: Params, low_rank: Callable[..., Any], at: str = "") -> Params:
     """`params` with what `trained` names in its place."""
     out = dict(params)
     for part, below in trained.items():

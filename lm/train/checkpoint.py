@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from lm.errors import TrainingStopped, UserError
 from lm.sharding import processes
+from lm.train.folder import CHECKPOINTS
 
 
 class SaveFailed(TrainingStopped):
@@ -56,7 +57,7 @@ class Checkpoints:
         """Steps of complete checkpoints, oldest first."""
         return sorted(self.manager.all_steps())
 
-    def save(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Mapping[str, object], about: Mapping[str, Any]) -> None:
         """Starts writing; returns when the state may change again. Raises `SaveFailed`, also for an earlier save."""
         marks = _marks(state)
         items = ocp.args.Composite(
@@ -72,11 +73,11 @@ class Checkpoints:
         self.manager.wait_until_finished()
         self.manager.check_for_errors()
 
-    def _guard(self, step: int | None, action: Callable[[], Any]) -> None:
+    def _guard(self, step: int | None, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as e:  # whatever the file system and the library's threads come up with
-            left = self._complete()
+            left = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
             have = f"the last complete checkpoint is step {left[-1]}" if left else "there is no complete checkpoint"
             what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
             free = shutil.disk_usage(self.folder).free / 2**20
@@ -84,12 +85,9 @@ class Checkpoints:
                 f"{self.folder}: {what} cannot be written ({_first_line(e)}; {free:,.0f} MiB free on the disk); {have}"
             ) from e
 
-    def _complete(self) -> list[int]:
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
-
     def newest(
-        self, like: Any, check: Callable[[dict[str, Any]], None], tell: Callable[[str], None]
-    ) -> tuple[int, Any] | None:
+        self, like: Mapping[str, object], check: Callable[[dict[str, Any]], None], tell: Callable[[str], None]
+    ) -> tuple[int, dict[str, Any]] | None:
         """The newest sound checkpoint's step and state, placed as `like` (arrays or shapes); None when there is none.
 
         `check(about)` may raise `UserError` for a checkpoint of something else. Damaged ones are told and put aside.
@@ -102,8 +100,8 @@ class Checkpoints:
                 # What one process cannot read is damaged for all, and nobody waits for it in a collective.
                 why = next(filter(None, processes.everyones(why)), "")
             if not why:
-                found = _marks(state)
-                wrong = [k for k, v in about["fingerprints"].items() if found.get(k) != v]
+                marks = _marks(state)
+                wrong = [k for k, v in about["fingerprints"].items() if marks.get(k) != v]
                 why = f"{wrong[0]} is not what was saved" if wrong else ""
             if not why:
                 return step, state
@@ -118,14 +116,16 @@ class Checkpoints:
         except Exception as e:  # any error of any reader: the file is not what was written
             return {}, _first_line(e)
 
-    def _state(self, step: int, like: Any) -> tuple[Any, str]:
-        """Its state, and why it cannot be read. The manager's own reading waits for the other processes, who wait for
-        this one for minutes when it fails."""
+    def _state(self, step: int, like: Mapping[str, object]) -> tuple[dict[str, Any], str]:
+        """The state of `step`, and why it cannot be read.
+
+        Orbax's manager is not asked: where reading fails in one process, its others wait for that one for minutes.
+        """
         try:
             args = ocp.args.StandardRestore(_abstract(like))
             return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / "state", args=args), ""
         except Exception as e:
-            return None, _first_line(e)
+            return {}, _first_line(e)
 
     def _put_aside(self, step: int, why: str, tell: Callable[[str], None]) -> None:
         older = [s for s in self.steps if s < step]
@@ -148,14 +148,31 @@ class Checkpoints:
             self.manager.close()
 
 
-def _marks(state: Any) -> dict[str, int]:
+def read_part(folder: Path, step: int, like: Mapping[str, object]) -> dict[str, Any]:
+    """Of the state that the run in `folder` saved at `step`, what `like` (arrays or shapes) has, on the first device.
+
+    Nothing else of the state is read. Raises `UserError` for a checkpoint that cannot be read.
+    """
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
+    how = ocp.checkpoint_utils.construct_restore_args(placed)
+    args = ocp.args.PyTreeRestore(item=placed, restore_args=how, partial_restore=True)
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            part = reader.restore((folder / CHECKPOINTS / str(step) / "state").absolute(), args=args)
+    except Exception as e:  # the library raises a dozen types for damaged files
+        raise UserError(f"{folder}: the checkpoint of step {step} cannot be read ({_first_line(e)})") from None
+    return dict(part)
+
+
+def _marks(state: object) -> dict[str, int]:
     """Fingerprints by the leaf's place in the tree."""
     flat = jax.tree_util.tree_flatten_with_path(jax.device_get(_fingerprints(state)))[0]
     return {jax.tree_util.keystr(path): int(mark) for path, mark in flat}
 
 
 @jax.jit
-def _fingerprints(state: Any) -> Any:
+def _fingerprints(state: object) -> Any:
     """A uint32 per leaf that depends on every bit and its place, and not on how the leaf is spread over devices."""
 
     def one(x: jax.Array) -> jax.Array:
@@ -171,11 +188,11 @@ def _fingerprints(state: Any) -> Any:
     return jax.tree.map(one, state)
 
 
-def _abstract(like: Any) -> Any:
-    def one(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=getattr(x, "sharding", None))
+def _abstract(like: object) -> Any:
+    def shape(x: np.ndarray | jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if isinstance(x, np.ndarray) else x.sharding)
 
-    return jax.tree.map(one, like)
+    return jax.tree.map(shape, like)
 
 
 def _first_line(e: BaseException) -> str:

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lm.config import ModelConfig, to_dict
 from lm.errors import UserError, unknown
-from lm.plug import socket, table
+from lm.model import params
+from lm.objectives.base import Objective
+from lm.optimizers.base import Optimizer
+from lm.optimizers.schedules import Schedule
+from lm.plug import bounded, check_bounds, socket, table
+from lm.positions.augmentation import Augmentation
 from lm.sharding.layout import Layout
+from lm.surgery.base import Surgery
 
-PACKINGS = ("concat", "best_fit")
+
+class Frozen(dict[str, str]):
+    """A mapping that can be hashed, because nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(sorted(self.items())))
 
 
 @dataclass(frozen=True)
@@ -26,18 +38,15 @@ class DataConfig:
     texts: tuple[str, ...] = ("kjv",)
     weights: tuple[float, ...] = ()
     tokenizer: str = "bpe:4096"
-    seq_len: int = 256
-    packing: str = "concat"
+    seq_len: int = bounded(256, at_least=2)
+    packing: Literal["concat", "best_fit"] = "concat"
     held_out: float = 0.05
     split_seed: int = 0
 
     def __post_init__(self) -> None:
+        check_bounds(self, "train.data")
         if not self.texts:
             raise UserError("train.data.texts: is empty; valid: one or more texts, python -m lm.data.texts lists them")
-        if self.seq_len < 2:
-            raise UserError(f"train.data.seq_len: must be at least 2, found {self.seq_len}")
-        if self.packing not in PACKINGS:
-            raise unknown("train.data.packing", self.packing, PACKINGS)
         if not 0 <= self.held_out < 1:
             raise UserError(f"train.data.held_out: must lie in [0, 1), found {self.held_out}")
         if self.weights and len(self.weights) != len(self.texts):
@@ -53,47 +62,41 @@ class TrainConfig:
     """`batch`: rows per step over all devices and accumulation steps; `accumulate`: parts it is computed in.
 
     `surgery`: what is trained, all parameters (``none``) or adapters to them. `augmentation`: positions of rows while
-    training. `clip`: largest global gradient norm,
-    None = any. Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 =
-    never), and over all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and
-    at the end; the newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many
-    non-finite steps in a row end the run. `profile`: (first, last) step of a profiler window. `mesh`: how state and
-    batches lie on the devices; the result does not depend on it beyond the order of additions
-    (but for ``mesh.exchange``).
+    training. `models`: frozen models that the objective asks for, name -> checkpoint or ``arm:NAME``. `clip`: largest
+    global gradient norm, None = any.
+
+    Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 = never), and over
+    all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and at the end; the
+    newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many non-finite steps in a
+    row end the run. `profile`: (first, last) step of a profiler window. `mesh`: how state and batches lie on the
+    devices; the result does not depend on it beyond the order of additions (but for ``mesh.exchange``).
     """
 
-    steps: int = 1000
-    batch: int = 16
-    accumulate: int = 1
+    steps: int = bounded(1000, at_least=1)
+    batch: int = bounded(16, at_least=1)
+    accumulate: int = bounded(1, at_least=1)
     data: DataConfig = field(default_factory=DataConfig)
-    objective: Any = socket("lm.objectives", "causal")
-    optimizer: Any = socket("lm.optimizers", "adamw")
-    surgery: Any = socket("lm.surgery", "none")
-    augmentation: Any = socket("lm.positions.augmentation", "own")
-    schedule: Any = socket("lm.optimizers.schedules", "cosine")
+    objective: Objective = socket("lm.objectives", "causal")
+    optimizer: Optimizer = socket("lm.optimizers", "adamw")
+    surgery: Surgery = socket("lm.surgery", "none")
+    augmentation: Augmentation = socket("lm.positions.augmentation", "own")
+    schedule: Schedule = socket("lm.optimizers.schedules", "cosine")
     mesh: Layout = field(default_factory=Layout)
+    models: Mapping[str, str] = field(default_factory=dict, metadata={"later": True})
     clip: float | None = 1.0
-    eval_every: int = 100
-    eval_rows: int = 64
-    final_rows: int = 4096
-    save_every: int = 200
-    keep_last: int = 2
-    keep_every: int = 0
-    max_skipped: int = 10
-    log_every: int = 1
+    eval_every: int = bounded(100, at_least=0)
+    eval_rows: int = bounded(64, at_least=1)
+    final_rows: int = bounded(4096, at_least=1)
+    save_every: int = bounded(200, at_least=1)
+    keep_last: int = bounded(2, at_least=1)
+    keep_every: int = bounded(0, at_least=0)
+    max_skipped: int = bounded(10, at_least=1)
+    log_every: int = bounded(1, at_least=1)
     tensorboard: bool = False
     profile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "eval_rows", "final_rows", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: must be at least 1, found {getattr(self, name)}")
-        for name in ("max_skipped", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name}: must be at least 1, found {getattr(self, name)}")
-        for name in ("eval_every", "keep_every"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name}: must be 0 or more, found {getattr(self, name)}")
+        check_bounds(self, "train")
         if self.batch % self.accumulate:
             valid = ", ".join(str(n) for n in range(1, self.batch + 1) if self.batch % n == 0)
             raise UserError(
@@ -103,6 +106,15 @@ class TrainConfig:
             trainable = [name for name, plug in table("lm.surgery").items() if plug().trains]
             name = to_dict(self)["surgery"]["name"]
             raise UserError(f"train.surgery: {name} makes weights to read, not to train; valid: {', '.join(trainable)}")
+        for name in self.objective.models:
+            if name not in self.models:
+                raise UserError(
+                    f"train.models.{name}: is missing, train.objective asks for it; valid: a checkpoint, or arm:NAME"
+                )
+        for name in self.models:
+            if name not in self.objective.models:
+                raise unknown(f"train.models.{name}", name, self.objective.models)
+        object.__setattr__(self, "models", Frozen(self.models))
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"train.clip: must be positive or None, found {self.clip}")
         if self.profile and (len(self.profile) != 2 or not 0 <= self.profile[0] <= self.profile[1]):
@@ -117,6 +129,7 @@ class TrainConfig:
         """Raises `UserError` for a model that cannot be trained so."""
         self.surgery.check(cfg)
         self.augmentation.check(cfg, self.data.seq_len)
+        self.mesh.check_rules(params.axes(cfg).used())
 
     @property
     def tokens_per_step(self) -> int:
@@ -145,5 +158,5 @@ _BESIDE = (
     "profile",
     "mesh",
 )
-_ABSENT = {"surgery": {"name": "none"}, "augmentation": {"name": "own"}}
+_ABSENT: dict[str, Any] = {"surgery": {"name": "none"}, "augmentation": {"name": "own"}}
 assert set(_BESIDE) <= {f.name for f in dataclasses.fields(TrainConfig)}

@@ -6,11 +6,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lm.data import bpe, corpus, texts
+from lm.data import corpus, texts, tokenizers
 from lm.data.loader import Loader
 from lm.data.packing import Packed
+from lm.data.texts import Document
+from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 from lm.train.config import DataConfig, TrainConfig
 
@@ -19,7 +20,7 @@ from lm.train.config import DataConfig, TrainConfig
 class Data:
     """`held_out` None: nothing is held out. `bytes_per_token` turns nats per token into bits per byte."""
 
-    tokenizer: Any
+    tokenizer: Tokenizer
     train: tuple[Packed, ...]
     held_out: Packed | None
     bytes_per_token: float
@@ -37,7 +38,7 @@ class Data:
         )
 
 
-def prepare(train: TrainConfig, cache: Path, tokenizer: Any = None) -> Data:
+def prepare(train: TrainConfig, cache: Path, tokenizer: Tokenizer | None = None) -> Data:
     """Reads, tokenizes (both kept under `cache`), splits and packs the texts; `tokenizer` is the checkpoint's own.
 
     Raises `UserError` for missing or broken texts, for text that is too short, and for a tokenizer that is none.
@@ -47,7 +48,7 @@ def prepare(train: TrainConfig, cache: Path, tokenizer: Any = None) -> Data:
     if not d.weights:  # then all texts are one source, so that texts of one document each can be split as well
         sources = [[doc for docs in sources for doc in docs]]
     if d.tokenizer or tokenizer is None:
-        tokenizer = bpe.by_name(
+        tokenizer = tokenizers.by_name(
             d.tokenizer or "bytes", lambda: [x for docs in sources for x in _trained_on(docs, d)], cache
         )
     whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
@@ -62,13 +63,13 @@ def prepare(train: TrainConfig, cache: Path, tokenizer: Any = None) -> Data:
     return Data(tokenizer, trained, held_out, n_bytes / n_tokens, identity)
 
 
-def _trained_on(documents: list[Any], d: DataConfig) -> list[Any]:
+def _trained_on(documents: list[Document], d: DataConfig) -> list[Document]:
     """Those that are not held out: a tokenizer must not have seen the others either."""
     held = corpus.held_out([doc.name for doc in documents], d.held_out, d.split_seed)
     return [doc for doc, out in zip(documents, held, strict=True) if not out]
 
 
-def _documents(spec: str) -> list[Any]:
+def _documents(spec: str) -> list[Document]:
     try:
         return texts.documents(spec)
     except UserError as e:

@@ -31,26 +31,23 @@ def per_token(cfg: ModelConfig, seq_len: int, frozen: bool = False) -> float:
     gradient; adapters to them are not counted), and attention over the causal half of rows
     of `seq_len` tokens whatever the pattern skips (arXiv 2204.02311, appendix B). Embedding look-ups are free."""
     blocks, head = weights(cfg)
-    attention = 0.0
-    for layer in cfg.layers():
-        assert layer.head_dim is not None
-        attention += 2 * 2 * layer.n_heads * layer.head_dim * seq_len / 2
-    return (4.0 if frozen else 6.0) * (blocks + head) + 3.0 * attention
+    mixing = sum(layer.mixer.flops_per_token(layer, seq_len) for layer in cfg.layers())
+    return (4.0 if frozen else 6.0) * (blocks + head) + 3.0 * mixing
 
 
 def weights(cfg: ModelConfig) -> tuple[float, float]:
     """Weights of matrices that a token passes: in the layers, and in the head."""
     tree = params.abstract(cfg)
-    stacked = params.names(params.stacks(tree))
-    axes, layers = params.names_of_axes(tree), cfg.layers()
-    found = {"blocks": 0.0, "head": cfg.vocab_size * cfg.d_model if getattr(cfg.head, "tie", False) else 0.0}
+    axes, layers = params.axes(cfg), cfg.layers()
+    stacked, tables = params.names(axes.stacks(tree)), params.tables(cfg)
+    found = {"blocks": 0.0, "head": cfg.vocab_size * cfg.d_model if cfg.head.reads_embedding else 0.0}
     for name, leaf in params.names(tree).items():
-        if leaf.ndim - stacked[name] >= 2 and name not in ("embed", "pos_embed"):
+        if leaf.ndim - stacked[name] >= 2 and name not in tables:
             first = name.split("/")[0]
             place = first.removeprefix("blocks_")
             ffn = layers[int(place) if place.isdigit() else 0].ffn
             # Of stacked experts a token passes through some; everything else serves every token.
-            share = getattr(ffn, "active", 1.0) if "experts" in axes[name].split(", ") else 1.0
+            share = ffn.active if "experts" in axes[name] else 1.0
             found["head" if first == "head" else "blocks"] += leaf.size * share
     return found["blocks"], found["head"]
 
@@ -59,15 +56,8 @@ def forward(cfg: ModelConfig, start: int, tokens: int, head: bool = True) -> flo
     """FLOPs of a row's forward pass over `tokens` tokens after `start` others: two per weight of a matrix, and
     attention to as many keys as the layer's pattern lets a query see at most."""
     blocks, last = weights(cfg)
-    attention = 0.0
-    for layer in cfg.layers():
-        assert layer.head_dim is not None
-        kept = getattr(layer.pattern, "keeps", None)
-        most = sum(kept) if kept is not None else getattr(layer.pattern, "attention_length", None) or start + tokens
-        below = min(max(most - start, 0), tokens)  # queries that see all before them
-        seen = below * start + below * (below + 1) / 2 + (tokens - below) * most
-        attention += 2 * 2 * layer.n_heads * layer.head_dim * seen
-    return 2.0 * tokens * (blocks + (last if head else 0.0)) + attention
+    mixing = sum(layer.mixer.flops(layer, start, tokens) for layer in cfg.layers())
+    return 2.0 * tokens * (blocks + (last if head else 0.0)) + mixing
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lm.errors import UserError
+from lm.files import write_json, write_text
+from lm.train.folder import GOODPUT, METRICS
 
 KINDS = ("init", "compile", "step", "data", "eval", "save", "idle")
 
@@ -37,17 +38,21 @@ class Ledger:
         done["idle"] = max(total - sum(done.values()), 0.0)
         return {**{k: round(v, 3) for k, v in done.items()}, "total": round(total, 3), "goodput": done["step"] / total}
 
+    def write(self, folder: Path) -> None:
+        """Adds the summary to ``goodput.json``, which has an entry for every session of the run in `folder`."""
+        path = folder / GOODPUT
+        sessions = json.loads(path.read_text()) if path.is_file() else []
+        write_json(path, [*sessions, self.summary()])
+
 
 class Log:
     """``metrics.jsonl``: one object per line, in the order of steps, and TensorBoard files beside it when asked."""
 
     def __init__(self, folder: Path, after: int | None, tensorboard: bool) -> None:
         """Keeps the lines of steps up to `after` (None = none): a resumed run's log is that of an unbroken one."""
-        self.path = folder / "metrics.jsonl"
-        kept = [] if after is None else [line for line in read(self.path) if line["step"] <= after]
-        swap = self.path.with_suffix(".tmp")
-        swap.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(swap, self.path)
+        self.path = folder / METRICS
+        before = [] if after is None else [line for line in read(self.path) if line["step"] <= after]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
         self.file = self.path.open("a", encoding="utf-8")
         self.board: Any = None
         if tensorboard:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.model import params
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
+from lm.objectives.base import Batch
+from lm.objectives.forward import HIDDEN
 from lm.sharding import pipeline
 from lm.sharding.layout import using
 from lm.train.config import TrainConfig
-from lm.train.step import Batch, State, evaluator, step
+from lm.train.step import ALONE, Beside, State, evaluator, step
 
 
 class Placement:
@@ -27,6 +30,7 @@ class Placement:
 
     def __init__(self, cfg: ModelConfig, train: TrainConfig, devices: Sequence[Any] | None = None) -> None:
         self.cfg, self.train, self.layout = cfg, train, train.mesh
+        self._compiled: dict[Any, Any] = {}
         self.mesh = self.layout.mesh(devices)
         sizes = dict(self.mesh.shape)
         n = self.layout.parts("batch", sizes)
@@ -46,15 +50,15 @@ class Placement:
             cfg.layers(), stages, train.batch // train.accumulate, n, self.layout.in_flight(stages), cfg.scan_layers
         )
         whole = params.abstract(cfg)
-        self.shapes = {name: leaf.shape for name, leaf in params.names(whole).items()}
-        axes = {name: params.logical_of(name) for name in self.shapes}
-        self.layout.check({name: (shape, axes[name]) for name, shape in self.shapes.items()}, sizes)
-        self.outside = self.layout.layout_around_stages(sizes)
-        self.rows = NamedSharding(self.mesh, self.outside.spec(("batch", "length")))
+        self.shapes, self.axes = {name: leaf.shape for name, leaf in params.names(whole).items()}, params.axes(cfg)
+        self.layout.check_rules(self.axes.used())
+        self.layout.check({name: (shape, self.axes[name]) for name, shape in self.shapes.items()}, sizes)
+        self.layout_around_stages = self.layout.layout_around_stages(sizes)
+        self.rows = NamedSharding(self.mesh, self.layout_around_stages.spec(("batch", "length")))
         if stages > 1 or self.layout.parts("length", sizes) > 1:  # what layers cannot do in parts is said now
             tokens = jax.ShapeDtypeStruct((train.batch // train.accumulate, train.data.seq_len), "int32")
-            with using(self.outside, self.mesh):
-                jax.eval_shape(lambda p, t: Decoder(cfg).apply({"params": p}, t, logits=False), whole, tokens)
+            with using(self.layout_around_stages, self.mesh):
+                jax.eval_shape(lambda p, t: DecoderModel(cfg).apply(p, Inputs(t), watch=HIDDEN), whole, tokens)
 
     def _sharding(self, names: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.layout.spec(names))
@@ -63,13 +67,37 @@ class Placement:
         """A sharding for every leaf of a tree (arrays or shapes): a parameter's rule for parameters and for whatever of
         an optimizer's state has a parameter's name and shape, everywhere for the rest."""
 
-        def one(path: Any, leaf: Any) -> NamedSharding:
+        def one(path: params.Path, leaf: Any) -> NamedSharding:
             name = params.owner(path, np.shape(leaf), self.shapes)
-            return (
-                NamedSharding(self.mesh, PartitionSpec()) if name is None else self._sharding(params.logical_of(name))
-            )
+            return self._everywhere if name is None else self._sharding(self.axes[name])
 
         return jax.tree_util.tree_map_with_path(one, tree)
+
+    @property
+    def _everywhere(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def beside(self, beside: Beside) -> Beside:
+        """A sharding for every leaf of what a step reads and never changes; a frozen model's parameters by its own
+        axes, where it is a decoder."""
+        found = {}
+        for name, model in beside.models:
+            tree = beside.params[name]
+            if isinstance(model, DecoderModel):
+                found[name] = jax.tree.map(self._sharding, params.axes(model.cfg).tree(tree), is_leaf=_is_axes)
+            else:
+                found[name] = jax.tree.map(lambda _: self._everywhere, tree)
+        return Beside(self.shardings(beside.base), found, beside.models)
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Raises `UserError` unless a batch has the arrays that the objective declares."""
+        wanted = self.train.objective.batch(self.train.batch, self.train.data.seq_len)
+        missing = [name for name in wanted if name not in batch]
+        if missing:
+            raise UserError(
+                f"train.objective: needs {missing[0]!r} of every batch, the rows have {', '.join(sorted(batch))}; "
+                "valid: an objective that fits the rows"
+            )
 
     def batch(self, local: dict[str, np.ndarray]) -> Batch:
         """This process's rows as arrays over all devices."""
@@ -92,36 +120,42 @@ class Placement:
             )
         return first // n, shape[0] // n
 
-    def compile(self, state: State, batch: Batch, base: Any = None) -> Any:
-        """The step ``(state, batch, base) -> (state, metrics)`` ahead of time; its state argument is donated. Arrays or
-        `jax.ShapeDtypeStruct`."""
-        return self.lower(state, batch, base).compile()
+    def compile(self, state: State, batch: Batch, beside: Beside = ALONE) -> Any:
+        """The step ``(state, batch, beside) -> (state, metrics)`` ahead of time; its state argument is donated. Arrays
+        or `jax.ShapeDtypeStruct`. Compiled once for every shape of a batch."""
+        at = tuple(sorted((name, x.shape, str(x.dtype)) for name, x in batch.items()))
+        if at not in self._compiled:
+            self._compiled[at] = self.lower(state, batch, beside).compile()
+        return self._compiled[at]
 
     def evaluator(self) -> Any:
-        """``(trained, batch, base) -> sums`` of the objective: every process has the whole batch and computes with its
-        own rows."""
-        fn = evaluator(self.cfg, self.train, NamedSharding(self.mesh, PartitionSpec()))
+        """``(trained, batch, beside) -> sums`` of the objective: every process has the whole batch and computes with
+        its own rows."""
+        fn = evaluator(self.cfg, self.train, self._everywhere)
 
-        def evaluate(trained: Any, batch: dict[str, np.ndarray], base: Any = None) -> dict[str, Any]:
+        def evaluate(trained: Any, batch: dict[str, np.ndarray], beside: Beside = ALONE) -> dict[str, Any]:
             cut = {k: jax.make_array_from_callback(v.shape, self.rows, v.__getitem__) for k, v in batch.items()}
-            with using(self.outside, self.mesh):
-                out: dict[str, Any] = fn(trained, cut, base)
+            with using(self.layout_around_stages, self.mesh):
+                out: dict[str, Any] = fn(trained, cut, beside)
             return out
 
         return evaluate
 
-    def lower(self, state: State, batch: Batch, base: Any = None) -> Any:
+    def lower(self, state: State, batch: Batch, beside: Beside = ALONE) -> Any:
         """`compile` without the last step."""
         cfg, train, where = self.cfg, self.train, self.shardings(state)
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
         fn = jax.jit(
-            lambda s, b, base: step(cfg, train, s, b, base),
-            in_shardings=(where, {k: self.rows for k in batch}, self.shardings(base)),
-            out_shardings=(where, everywhere),
+            lambda s, b, beside: step(cfg, train, s, b, beside),
+            in_shardings=(where, {k: self.rows for k in batch}, self.beside(beside)),
+            out_shardings=(where, self._everywhere),
             donate_argnums=0,
         )
-        with using(self.outside, self.mesh):
-            return fn.lower(state, batch, base)
+        with using(self.layout_around_stages, self.mesh):
+            return fn.lower(state, batch, beside)
+
+
+def _is_axes(x: object) -> bool:
+    return isinstance(x, tuple) and all(isinstance(name, str) for name in x)
 
 
 def _said(axes: Sequence[str], sizes: dict[str, int]) -> str:

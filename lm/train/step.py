@@ -1,25 +1,48 @@
-"""The training step: a pure function of state and batch, jitted once, its state donated."""
+"""The training step: a pure function of state and batch, jitted once per shape of a batch, its state donated."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lm import optimizers
 from lm.config import ModelConfig
+from lm.model import params as params_lib
 from lm.model import reports
+from lm.model.language_model import DecoderModel, LanguageModel
+from lm.objectives.base import Batch
+from lm.objectives.forward import Forward, Frozen
+from lm.optimizers.base import make
 from lm.train.config import TrainConfig
 
 State = dict[str, Any]
-Batch = dict[str, jax.Array]
+Params = Any  # a tree of arrays and weights
 
 
-def transformation(train: TrainConfig) -> optax.GradientTransformation:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Beside:
+    """What a step reads and never changes: the parameters `base` that trained ones are added to (None where the surgery
+    adds to none), and the parameters of frozen models by name, whose `models` are static."""
+
+    base: Params = None
+    params: dict[str, Params] = field(default_factory=dict)
+    models: tuple[tuple[str, LanguageModel], ...] = field(default=(), metadata={"static": True})
+
+    def frozen(self) -> dict[str, Frozen]:
+        """The models as an objective runs them."""
+        return {name: Frozen(model, self.params[name]) for name, model in self.models}
+
+
+ALONE = Beside()
+
+
+def transformation(cfg: ModelConfig, train: TrainConfig) -> optax.GradientTransformation:
     """The run's optimizer: clipping, the plug's direction, weight decay, schedule."""
-    return optimizers.make(train.optimizer, train.schedule.factor(train.steps), train.clip)
+    return make(train.optimizer, train.schedule.factor(train.steps), params_lib.axes(cfg), train.clip)
 
 
 def draws(cfg: ModelConfig, train: TrainConfig) -> bool:
@@ -27,53 +50,82 @@ def draws(cfg: ModelConfig, train: TrainConfig) -> bool:
     return train.stochastic or reports.has_reports(cfg)
 
 
-def initial(params: Any, train: TrainConfig, seed: int | None = None) -> State:
+def initial(cfg: ModelConfig, train: TrainConfig, params: Params, seed: int | None = None) -> State:
     """State before step 0: what is trained as `params`, optimizer state `opt`, and int32 scalars `step`, `skipped`
     (non-finite steps so far) and `run` (those in a row up to now); `seed`, to be given where steps draw numbers."""
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "run")}
     drawn = {} if seed is None else {"seed": jnp.asarray(seed, jnp.int32)}
-    return {"params": params, "opt": transformation(train).init(params), **counters, **drawn}
+    return {"params": params, "opt": transformation(cfg, train).init(params), **counters, **drawn}
 
 
 def gradients(
-    cfg: ModelConfig, train: TrainConfig, params: Any, batch: Batch, base: Any = None, rng: jax.Array | None = None
-) -> tuple[Any, dict[str, Any]]:
+    cfg: ModelConfig,
+    train: TrainConfig,
+    params: Params,
+    batch: Batch,
+    beside: Beside = ALONE,
+    rng: jax.Array | None = None,
+) -> tuple[Params, dict[str, Any]]:
     """Gradients (float32) of the mean loss over the batch's weighted targets, and sums ``nll, weight, …``.
 
     The mean is over the whole batch however it is cut: accumulation gives the big batch's gradient (losses that layers
-    add are per part). `params` is what is trained; `base` what it is attached to, where the surgery adds to parameters
-    that stay (None elsewhere). `rng`: for all that is random in training.
+    add are per part). `params` is what is trained; `rng`: for all that is random in training.
     """
-    total = jnp.maximum(batch["weights"].sum(), 1.0)
+    total, positions = jnp.maximum(batch["weights"].sum(), 1.0), None
     if rng is not None:
         rng, for_positions = jax.random.split(rng)
         positions = train.augmentation.positions(cfg, train.data.seq_len, for_positions, _index(batch))
-        batch = batch if positions is None else {**batch, "positions": positions}
 
-    def loss(params: Any, part: Batch, rng: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        whole = train.surgery.attach(cfg, base, params, rng)
-        if reports.has_reports(cfg) and rng is not None:
-            part = {**part, "key": jax.random.fold_in(rng, 0)}
-        summed, aux = train.objective.loss(cfg, whole, part)
-        return summed / total, {**aux, "loss": summed / total}
+    def loss(params: Params, part: _Part) -> tuple[jax.Array, dict[str, jax.Array]]:
+        summed, sums = objective(cfg, train, params, part.batch, beside, rng=part.rng, positions_BT=part.positions_BT)
+        return summed / total, {**sums, "loss": summed / total}
 
     grad = jax.value_and_grad(loss, has_aux=True)
+    whole = _Part(batch, positions, rng)
     if train.accumulate == 1:
-        (_, aux), grads = grad(params, batch, rng)
-        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), aux
+        (_, sums), grads = grad(params, whole)
+        return jax.tree.map(lambda g: g.astype(jnp.float32), grads), sums
     n = train.accumulate
     # Rows of one part are spread over the batch, so that every device holds its share of each part.
-    parts = {k: jnp.moveaxis(v.reshape(-1, n, *v.shape[1:]), 1, 0) for k, v in batch.items()}
-    rngs = None if rng is None else jax.random.split(rng, n)
+    parts = jax.tree.map(lambda v: jnp.moveaxis(v.reshape(-1, n, *v.shape[1:]), 1, 0), _Part(batch, positions))
+    parts = _Part(parts.batch, parts.positions_BT, None if rng is None else jax.random.split(rng, n))
 
-    def body(carry: Any, xs: tuple[Batch, Any]) -> tuple[Any, None]:
-        (_, aux), grads = grad(params, *xs)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, (grads, aux)), None
+    def body(carry: Any, part: _Part) -> tuple[Any, None]:
+        (_, sums), grads = grad(params, part)
+        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, (grads, sums)), None
 
-    shapes = jax.eval_shape(lambda p: grad(p, *jax.tree.map(lambda x: x[0], (parts, rngs))), params)
+    shapes = jax.eval_shape(lambda p: grad(p, jax.tree.map(lambda x: x[0], parts)), params)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), (shapes[1], shapes[0][1]))
-    (grads, aux), _ = jax.lax.scan(body, zeros, (parts, rngs))
-    return grads, aux
+    (grads, sums), _ = jax.lax.scan(body, zeros, parts)
+    return grads, sums
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Part:
+    """A part of a batch, the positions of its tokens, and its random key."""
+
+    batch: Batch
+    positions_BT: jax.Array | None = None
+    rng: jax.Array | None = None
+
+
+def objective(
+    cfg: ModelConfig,
+    train: TrainConfig,
+    params: Params,
+    batch: Batch,
+    beside: Beside = ALONE,
+    *,
+    rng: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The objective's loss (a sum over weighted targets) and sums, with what layers report added. `rng` is given in
+    training and only there."""
+    whole = train.surgery.attach(cfg, beside.base, params, rng)
+    key = jax.random.fold_in(rng, 0) if reports.has_reports(cfg) and rng is not None else None
+    forward = Forward(DecoderModel(cfg), whole, key, positions_BT, beside.frozen())
+    return reports.add(forward.reports, *train.objective.loss(forward, batch))
 
 
 def _index(batch: Batch) -> jax.Array:
@@ -83,17 +135,17 @@ def _index(batch: Batch) -> jax.Array:
 
 
 def step(
-    cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, base: Any = None
+    cfg: ModelConfig, train: TrainConfig, state: State, batch: Batch, beside: Beside = ALONE
 ) -> tuple[State, dict[str, Any]]:
     """One optimizer step and its metrics (sums, `grad_norm`, `ok`). A non-finite loss or gradient changes nothing but
     the counters. The state's seed and the step's number give all that is random."""
-    tx = transformation(train)
+    tx = transformation(cfg, train)
     rng = jax.random.fold_in(jax.random.key(state["seed"]), state["step"]) if draws(cfg, train) else None
-    grads, metrics = gradients(cfg, train, state["params"], batch, base, rng)
+    grads, metrics = gradients(cfg, train, state["params"], batch, beside, rng)
     norm = optax.global_norm(grads)
     ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
-    def move(_: None) -> tuple[Any, Any]:
+    def move(_: None) -> tuple[Params, Any]:
         updates, opt = tx.update(grads, state["opt"], state["params"])
         new = optax.apply_updates(state["params"], updates)
         whole = "aux" in metrics and not train.surgery.adds  # what stays is not moved either
@@ -112,9 +164,6 @@ def step(
     return new, {**metrics, "grad_norm": norm, "ok": ok, "skipped": new["skipped"], "run": new["run"]}
 
 
-def evaluator(cfg: ModelConfig, train: TrainConfig, where: Any = None) -> Any:
-    """Jitted ``(trained, batch, base) -> sums`` of the objective, without gradients; `where`: the sums' sharding."""
-    return jax.jit(
-        lambda trained, batch, base: train.objective.loss(cfg, train.surgery.attach(cfg, base, trained), batch)[1],
-        out_shardings=where,
-    )
+def evaluator(cfg: ModelConfig, train: TrainConfig, where: jax.sharding.Sharding | None = None) -> Any:
+    """Jitted ``(trained, batch, beside) -> sums`` of the objective, without gradients; `where`: the sums' sharding."""
+    return jax.jit(lambda trained, batch, beside: objective(cfg, train, trained, batch, beside)[1], out_shardings=where)

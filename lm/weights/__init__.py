@@ -5,15 +5,31 @@ from __future__ import annotations
 
 from lm.weights.int8 import Int8
 from lm.weights.lowrank import LowRank
-from lm.weights.weight import BELOW, Weight, dense, densify, param, product, rows, special, transposed
+from lm.weights.weight import (
+    BELOW,
+    AnyWeight,
+    Declared,
+    Weight,
+    dense,
+    inside,
+    noting,
+    param,
+    product,
+    rows,
+    special,
+    transposed,
+)
 
 __all__ = [
     "BELOW",
+    "AnyWeight",
+    "Declared",
     "Int8",
     "LowRank",
     "Weight",
     "dense",
-    "densify",
+    "inside",
+    "noting",
     "param",
     "product",
     "rows",

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 
 from lm import compat
+from lm.weights.weight import Weight
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Int8:
+class Int8(Weight):
     """``w ~ scale q``: int8 in -127 … 127, and float32 scales, one for every output (a row of `q`).
 
     `q` is ``[out, in]`` however the array is laid out, because XLA's CPU backend then reads it as int8, at the full

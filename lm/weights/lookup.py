@@ -11,38 +11,38 @@ a time.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
-from lm import weights
 from lm.sharding.layout import current
+from lm.weights.weight import AnyWeight, Weight, rows
 
 PIECE = 2**20  # rows turned at once by the devices that share a table
 
 
-def pieces(rows: float, length: int) -> int:
-    """Into how many pieces `rows`, of devices that share a table, are cut along a row's length on a device."""
-    wanted = math.ceil(rows / PIECE)
+def pieces(n_rows: float, length: int) -> int:
+    """Into how many pieces `n_rows` rows, of devices that share a table, are cut along a row's length on a device."""
+    wanted = math.ceil(n_rows / PIECE)
     return next((n for n in range(wanted, length) if length % n == 0), length)
 
 
-def lookup(table: Any, ids_BT: jax.Array, dtype: Any) -> jax.Array:
+def lookup(table: AnyWeight, ids_BT: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows ``[B, T, D]`` of `table`, an array ``[V, D]`` or a `lm.weights.Weight`, as `dtype`."""
-    found = current()
-    if found is None or weights.special(table):
-        return weights.rows(table, ids_BT).astype(dtype)
-    (layout, mesh), (B, T) = found, ids_BT.shape
+    here = current()
+    if here is None or isinstance(table, Weight):
+        return rows(table, ids_BT).astype(dtype)
+    (layout, mesh), (B, T) = here, ids_BT.shape
     axes = {name: layout.axes_of(name) for name in ("batch", "length", "vocab", "embed")}
     n = {name: layout.parts(name, dict(mesh.shape)) for name in axes}
     sizes = {"batch": B, "length": T, "vocab": table.shape[0], "embed": table.shape[1]}
     used = [*axes["batch"], *axes["length"], *axes["vocab"]]
     apart = len(set(used)) == len(used) and set(axes["embed"]) <= set(axes["batch"])
     if n["embed"] == 1 or not apart or any(sizes[k] % n[k] for k in n):
-        return weights.rows(table, ids_BT).astype(dtype)
+        return rows(table, ids_BT).astype(dtype)
     share = B // n["batch"] * n["embed"], T // n["length"]  # rows that devices of one table need
     cut = pieces(math.prod(share), share[1])
 
@@ -51,11 +51,11 @@ def lookup(table: Any, ids_BT: jax.Array, dtype: Any) -> jax.Array:
         if axes["vocab"]:
             at = ids_bt - lax.axis_index(axes["vocab"]) * part.shape[0]
             mine = (at >= 0) & (at < part.shape[0])
-            rows = jnp.where(mine[..., None], part[jnp.clip(at, 0, part.shape[0] - 1)], 0).astype(dtype)
-            rows = lax.psum(rows, axes["vocab"])  # all but one are 0
+            found = jnp.where(mine[..., None], part[jnp.clip(at, 0, part.shape[0] - 1)], 0).astype(dtype)
+            found = lax.psum(found, axes["vocab"])  # all but one are 0
         else:
-            rows = part[ids_bt].astype(dtype)
-        return lax.all_to_all(rows, axes["embed"], 0, 2, tiled=True)
+            found = part[ids_bt].astype(dtype)
+        return lax.all_to_all(found, axes["embed"], 0, 2, tiled=True)
 
     def local(part: jax.Array, ids_bt: jax.Array) -> jax.Array:
         ids_bt = lax.all_gather(ids_bt, axes["embed"], tiled=True)

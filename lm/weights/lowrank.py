@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.weights.weight import dense, product, rows, transposed
+from lm.weights.weight import AnyWeight, Weight, dense, product, rows, transposed
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(Weight):
     """``w + scale a b``, never formed: `w` any weight, `a` ``[in, r]``, `b` ``[r, out]`` (arXiv 2106.09685, eq. 3).
 
     With `key` (a jax.random key per stacked tensor), the input of `a` is dropped out at `rate`.
     """
 
-    w: Any
+    w: AnyWeight
     a: jax.Array
     b: jax.Array
     key: Any = None
@@ -28,7 +28,7 @@ class LowRank:
     rate: float = dataclasses.field(default=0.0, metadata={"static": True})
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return tuple(self.w.shape)
 
     def _term(self, x: jax.Array) -> jax.Array:

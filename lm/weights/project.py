@@ -3,35 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lm import weights
-from lm.config import ModelConfig
-from lm.sharding import parts
+from lm.plug import Model
+from lm.sharding.layout import parts
+from lm.watch import Watch, tap
+from lm.weights.weight import param, product
 
 
 class Project(nn.Module):
-    """``x[..., in] @ kernel[in, *out] (+ bias[*out])`` over the last `n_in` axes of x."""
+    """``x[..., in] @ kernel[in, *out] (+ bias[*out])`` over the last `n_in` axes of x; `axes`: the kernel's logical
+    names. What comes in can be watched as ``input``."""
 
     shape: tuple[int, ...]
     n_in: int
     use_bias: bool
-    cfg: ModelConfig
+    cfg: Model
+    axes: tuple[str, ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, watch: Watch = Watch()) -> jax.Array:  # noqa: B008  (frozen)
         cfg, split = self.cfg, self.n_in
+        x = tap(self, watch, "input", x)
         init = nn.initializers.normal(cfg.init_std)
-        kernel = weights.param(self, "kernel", init, self.shape, cfg.param_dtype)
+        kernel = param(self, "kernel", init, self.shape, cfg.param_dtype, axes=self.axes, n_in=split)
         rows, lead = x.shape[: x.ndim - split], self.shape[split:]
-        flat = weights.product(x.reshape(*row_axes(rows), math.prod(self.shape[:split])), kernel, split)
+        flat = product(x.reshape(*row_axes(rows), math.prod(self.shape[:split])), kernel, split)
         y = flat.reshape(*rows, *lead)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, lead, cfg.param_dtype).astype(x.dtype)
+            bias = param(self, "bias", nn.initializers.zeros, lead, cfg.param_dtype, axes=self.axes[split:])
+            y = y + bias.astype(x.dtype)
         return y
 
 
@@ -45,7 +50,7 @@ def row_axes(rows: tuple[int, ...]) -> tuple[int, ...]:
 def uniform(bound: float) -> nn.initializers.Initializer:
     """Uniform in ``[-bound, bound]``, PyTorch's start of a linear layer where bound is 1 / sqrt(inputs)."""
 
-    def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import cli, step
+from experiments import cli
 from experiments import compile as command
+from experiments.certificates import command as step
 from lm import compat
 from lm.aot import advice, certificate, chips
 from lm.aot.estimate import estimate

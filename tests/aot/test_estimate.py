@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from benchmarks import memory
-from experiments import certificates as kept
-from experiments import cli, step
+from experiments import cli
 from experiments import compile as compile_command
+from experiments.certificates import command as step
+from experiments.certificates import kept
 from lm.aot import certificate
 from lm.aot.estimate import estimate
 from lm.config import build, model_config

@@ -10,6 +10,7 @@ from lm.config import build, model_config
 from lm.data.tokenizers import ByteTokenizer
 from lm.measures import Subject
 from lm.model import params as params_lib
+from lm.model.language_model import DecoderModel
 from lm.plug import table
 
 CFG = model_config(
@@ -28,7 +29,7 @@ CFG = model_config(
 
 def subject(cfg: Any = CFG, layers: str = "stacked") -> Subject:
     tree = params_lib.init(cfg, jax.random.key(0))
-    return Subject(cfg, params_lib.unstack(tree) if layers == "apart" else tree, ByteTokenizer())
+    return Subject(DecoderModel(cfg), params_lib.unstack(tree) if layers == "apart" else tree, ByteTokenizer())
 
 
 def measure(name: str, **fields: Any) -> Any:

@@ -15,10 +15,13 @@ import numpy as np
 from programs import uncovered
 
 from lm import caches, compat, weights
-from lm.attention.branches import Tokens
+from lm.attention.branches import Keys, Tokens
 from lm.config import ModelConfig, merge, model_config
+from lm.layer import LayerInputs
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
+from lm.objectives.forward import Forward
 
 Params = dict[str, Any]
 T = 44  # not a multiple of the blocks
@@ -49,7 +52,7 @@ def backend(cfg: ModelConfig, name: str) -> ModelConfig:
 
 def length_dependent(cfg: ModelConfig) -> bool:
     """Whether a text's end changes how its beginning is rotated."""
-    return caches.needs_raw_keys(cfg)
+    return cfg.positions.length_dependent
 
 
 @functools.cache
@@ -76,9 +79,9 @@ def cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)).astype(np.float32), params)
 
 
-def apply(cfg: ModelConfig, params: Params, **inputs: Any) -> Any:
-    """The model's `Output`, in whatever program is being traced."""
-    return Decoder(cfg).apply({"params": params}, **inputs)
+def apply(cfg: ModelConfig, params: Params, cache: Any = None, **inputs: Any) -> Any:
+    """The model's `Output`, in whatever program is being traced; `inputs`: fields of `lm.model.inputs.Inputs`."""
+    return DecoderModel(cfg).apply(params, Inputs(**inputs), cache)
 
 
 @functools.cache
@@ -119,16 +122,16 @@ def both_backends(cfg: ModelConfig) -> Callable[[Params, np.ndarray], list[jax.A
 
 
 @functools.cache
-def decoded(cfg: ModelConfig, pieces: tuple[int, ...], plug: Any = None) -> Callable[..., jax.Array]:
+def decoded(cfg: ModelConfig, pieces: tuple[int, ...]) -> Callable[..., jax.Array]:
     """Jitted ``(params, tokens_BT) -> logits_BTV`` through the cache: one program.
 
-    `pieces`: how many tokens are read at a time; ``-n`` reads n of them one by one, in one loop. `plug`: the cache.
+    `pieces`: how many tokens are read at a time; ``-n`` reads n of them one by one, in one loop.
     """
 
     def run(params: Params, tokens_BT: jax.Array) -> jax.Array:
         B, total = tokens_BT.shape[0], sum(abs(n) for n in pieces)
         index_BT = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (B, total))
-        cache, at, got = caches.init(cfg, B, total, plug), 0, []
+        cache, at, got = caches.init(cfg, B, total), 0, []
 
         def step(cache: Any, rows: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
             out = apply(cfg, params, tokens_BT=rows[0], index_BT=rows[1], cache=cache)
@@ -150,14 +153,13 @@ def decoded(cfg: ModelConfig, pieces: tuple[int, ...], plug: Any = None) -> Call
 
 
 @functools.cache
-def splits(cfg: ModelConfig, T: int, piece: int, plug: str | None = None) -> Callable[..., tuple[np.ndarray, ...]]:
+def splits(cfg: ModelConfig, T: int, piece: int) -> Callable[..., tuple[np.ndarray, ...]]:
     """Jitted ``(params, tokens_T, starts_N) -> (want_TV, first_NV, piece_NV, single_NTV)``: one program.
 
-    ``want[t]`` are the logits of token t of the text that ends there. For every start n, a cache (`plug`: its name)
+    ``want[t]`` are the logits of token t of the text that ends there. For every start n, a cache
     reads the first n tokens, left-padded to T; then `piece` tokens, or where fewer are left as much padding; then the
     others one by one, and padding: the last logits of each.
     """
-    cache_of = (lambda: None) if plug is None else (lambda: caches.TABLE[plug](4 * T))
 
     def run(params: Params, tokens_T: jax.Array, starts_N: jax.Array) -> tuple[jax.Array, ...]:
         at = jnp.arange(T)
@@ -168,7 +170,7 @@ def splits(cfg: ModelConfig, T: int, piece: int, plug: str | None = None) -> Cal
             return out.logits_BTV[0, -1], out.cache
 
         def from_start(n: jax.Array) -> tuple[jax.Array, ...]:
-            first, cache = read(jnp.maximum(at - (T - n), -1), caches.init(cfg, 1, 4 * T, cache_of()))
+            first, cache = read(jnp.maximum(at - (T - n), -1), caches.init(cfg, 1, 4 * T))
             fits = n + piece <= T
             of_piece, cache = read(jnp.where(fits, n + jnp.arange(piece), -1), cache)
             index_T = jnp.where(fits, n + piece, n) + at
@@ -190,16 +192,14 @@ def on_mesh(cfg: ModelConfig, params: Params, tokens_BT: np.ndarray) -> tuple[np
     """Logits of rows cut over ``data 4 x tensor 2``, and on how many devices they came out."""
     mesh = compat.auto_mesh((4, 2), ("data", "tensor"))
     spec = jax.sharding.PartitionSpec
-    path_axes = params_lib.axes(params)
+    axes = params_lib.axes(cfg).tree(params)
 
-    def place(path: Any, leaf: Any) -> Any:
-        names = path_axes
-        for key in path:
-            names = names[key.key]
-        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(*(RULES.get(n) for n in names))))
+    def place(leaf: Any, names: tuple[str | None, ...]) -> Any:
+        rules = (None if n is None else RULES.get(n) for n in names)
+        return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec(*rules)))
 
     with uncovered():
-        sharded = jax.tree_util.tree_map_with_path(place, params)
+        sharded = jax.tree.map(place, params, axes)
         batch = jax.device_put(np.asarray(tokens_BT, np.int32), jax.sharding.NamedSharding(mesh, spec("data")))
     out = forward(cfg)(sharded, tokens_BT=batch).logits_BTV
     return np.asarray(out, np.float64), len(out.sharding.device_set)
@@ -245,10 +245,10 @@ def gradients_by_name(tree: Params) -> dict[str, np.ndarray]:
 
 def mixer(cfg: ModelConfig, params: Params, x_BTD: jax.Array, index_BT: jax.Array, **where: Any) -> tuple[Any, Any]:
     """``(y_BTD, state)`` of the layer; `where`: ``segments_BT`` of packed rows, or the ``cache`` it goes on from."""
-    cache, segments_BT = where.get("cache"), where.get("segments_BT")
-    tokens = Tokens(index_BT, index_BT.astype(jnp.float32), segments_BT)
-    length = jnp.max(tokens.positions_BT) + 1.0
-    return cfg.mixer.module(cfg).apply({"params": params}, x_BTD, tokens, length, cache)
+    tokens = Tokens(index_BT, index_BT.astype(jnp.float32), where.get("segments_BT"))
+    layer = LayerInputs(tokens, jnp.max(tokens.positions_BT) + 1.0)
+    out = cfg.mixer.module(cfg).apply({"params": params}, x_BTD, layer, where.get("cache"))
+    return out.x, out.cache
 
 
 def mixer_shapes(cfg: ModelConfig) -> Params:
@@ -257,8 +257,8 @@ def mixer_shapes(cfg: ModelConfig) -> Params:
 
     def init(x: jax.Array) -> Any:
         index = jnp.zeros((1, 1), jnp.int32)
-        tokens = Tokens(index, index.astype(jnp.float32))
-        return cfg.mixer.module(cfg).init(jax.random.key(0), x, tokens, jnp.ones(()), None)
+        layer = LayerInputs(Tokens(index, index.astype(jnp.float32)), jnp.ones(()))
+        return cfg.mixer.module(cfg).init(jax.random.key(0), x, layer, None)
 
     with uncovered():
         return dict(jax.eval_shape(init, x))["params"]
@@ -275,17 +275,18 @@ def mixer_state(cfg: ModelConfig, batch: int, capacity: int) -> Any:
 def stored(plug: Any, pieces: tuple[int, ...], heads: int, width: int) -> Callable[..., tuple[list[Any], Any]]:
     """Jitted ``(k_BTKd, v_BTKd, index_BT) -> (seen, kept)``: one program.
 
-    `seen`: after every piece the (keys, values, index) that its queries may see; of ``-n`` tokens one by one, in one
-    loop, those of each, along a leading axis. `kept`: what the last token finds.
+    `plug`: of `lm.caches`. `seen`: after every piece the (keys, values, index) that its queries may see; of ``-n``
+    tokens one by one, in one loop, those of each, along a leading axis. `kept`: what the last token finds.
     """
 
     def run(k_BTKd: jax.Array, v_BTKd: jax.Array, index_BT: jax.Array) -> tuple[list[Any], Any]:
-        state, at, seen = plug.init(index_BT.shape[0], heads, width, jnp.float32), 0, []
+        cfg = changed(BASE, {"n_heads": heads, "n_kv_heads": heads, "head_dim": width})
+        state, at, seen = plug.init(cfg, *index_BT.shape), 0, []
 
         def step(state: Any, new: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
             k, v, index = new
-            state, k, v, tokens = state.extend(k, v, Tokens(index, index.astype(jnp.float32)))
-            return state, (k, v, tokens.index_BT)
+            state, (found,) = state.extend(Keys(k, v, Tokens(index, index.astype(jnp.float32)), rotated=True))
+            return state, (found.k_BSKd, found.v_BSKd, found.tokens.index_BT)
 
         for n in pieces:
             new = tuple(x[:, at : at + abs(n)] for x in (k_BTKd, v_BTKd, index_BT))
@@ -308,7 +309,8 @@ def loss_and_gradient(cfg: ModelConfig, objective: Any) -> Callable[[Params, dic
     """Jitted ``(params, batch) -> ((loss, sums), gradients)``: one program per set of inputs."""
 
     def loss(params: Params, batch: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
-        return objective.loss(cfg, params, batch)
+        out = objective.loss(Forward(DecoderModel(cfg), params), batch)
+        return out.loss, out.sums
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -331,4 +333,4 @@ def dense(leaf: Any) -> np.ndarray:
 
 def densified(params: Params) -> Params:
     """`params` with plain arrays."""
-    return weights.densify(params)
+    return jax.tree.map(weights.dense, params, is_leaf=weights.special)

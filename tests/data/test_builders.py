@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lm.data import texts, tfds
+from lm.data import texts
 from lm.data.builders import __main__ as command
 from lm.data.builders.datasets import ABOUT, builder_class
-from lm.data.sources import SOURCES
+from lm.data.texts import tfds
+from lm.data.texts.sources import SOURCES
 
 READ = "import sys, lm.data.texts; print([m for m in ('tensorflow_datasets', 'tensorflow') if m in sys.modules])"
 
@@ -83,7 +84,7 @@ def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
 def test_a_source_that_is_not_installed_leaves_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lm.data.sources._WIKIPEDIA_FILE", "nowhere")
+    monkeypatch.setattr("lm.data.texts.sources._WIKIPEDIA_FILE", "nowhere")
     assert command.main(["wikipedia"]) == 2
     assert "pip install gensim" in capsys.readouterr().err
     assert not list(folder.glob("wikipedia_sample/*/*"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lm.data import corpus, packing
 from lm.data.corpus import Corpus
-from lm.data.document import Document
+from lm.data.texts.document import Document
 from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from toy_experiment import CONFIG, HF, Fixed, Lab, Toy
 
 import lm.measures
-from experiments import sweep_local, sweep_slurm
+from experiments.sweeps import local, slurm
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
 
 @pytest.fixture
 def s(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Sweeps:
-    monkeypatch.setattr(sweep_local, "RUN", (sys.executable, "-S", str(lab.root / "fake.py")))
-    monkeypatch.setattr(sweep_local, "POLL", 0.01)
-    monkeypatch.setattr(sweep_local, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(local, "RUN", (sys.executable, "-S", str(lab.root / "fake.py")))
+    monkeypatch.setattr(local, "POLL", 0.01)
+    monkeypatch.setattr(local, "HEARTBEAT", 0.02)
     return Sweeps(lab, capsys)
 
 
@@ -44,7 +44,7 @@ def s(lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
 def submitit(monkeypatch: pytest.MonkeyPatch) -> None:
     again = types.SimpleNamespace(DelayedSubmission=lambda fn: ("again", fn))
     monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Cluster, helpers=again))
-    monkeypatch.setattr(sweep_slurm, "POLL", 0.01)
+    monkeypatch.setattr(slurm, "POLL", 0.01)
 
 
 @pytest.fixture

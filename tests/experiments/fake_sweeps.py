@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from toy_experiment import Lab
 
-from experiments import sweep, sweep_slurm
+from experiments import sweep
+from experiments.sweeps import slurm
 
 TAIL = "\n\nfrom experiments.sweeps import chain, grid, prefix, product, subsample, zip_\n\n\n"
 VALUES_SWEEP = TAIL + 'def sweep_values():\n    return grid({"measures.toy.value": (1.0, 2.0, 3.0)})\n'
@@ -85,7 +86,7 @@ class Cluster:
         if "slurm_colour" in settings:
             raise NameError("no\ncolour")
 
-    def submit(self, task: sweep_slurm.Task) -> Any:
+    def submit(self, task: slurm.Task) -> Any:
         lost = Path("lost").exists() and task.point.number == 2
         if not lost:
             pickle.loads(pickle.dumps(task))()

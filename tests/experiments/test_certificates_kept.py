@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import certificates, registry
+from experiments.certificates import kept as certificates
+from experiments.spec import registry
 from lm.errors import UserError
 
 WANTED = certificates.wanted()

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import fourier_head as config
-from experiments import registry
-from experiments.claims import Results
-from experiments.plan import make, prepare
+from experiments.running.job import make
+from experiments.running.plan import prepare
+from experiments.spec import registry
+from experiments.spec.claims import Results
 from lm.errors import UserError
 from lm.measures.language.smoothness import smoothness
 from lm.measures.tasks import density_tasks

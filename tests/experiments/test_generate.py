@@ -11,9 +11,10 @@ import jax
 import pytest
 
 from experiments import generate
+from experiments.commands.generate import Stop
 from lm.config import model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.interop import to_huggingface
+from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 
 MODEL = {"vocab_size": 258, "d_model": 16, "n_layers": 2, "n_heads": 2, "d_ff": 16, "max_positions": 32}
@@ -80,11 +81,11 @@ def test_an_answer_ends_at_its_stop_text(folder: Path, capsys: pytest.CaptureFix
 
 
 def test_what_may_begin_a_stop_text_is_held_back() -> None:
-    cut = generate.Stop(ByteTokenizer(), ["END"])
+    cut = Stop(ByteTokenizer(), ["END"])
     shown = [cut.add([ord(c)], False) for c in "abENcEN"]
     assert "".join(shown) == "abENc" and not cut.met
     assert cut.add([ord("D"), ord("x")], False) == "" and cut.met and cut.text == "abENc"
-    letter = generate.Stop(ByteTokenizer(), [])
+    letter = Stop(ByteTokenizer(), [])
     assert [letter.add([b], False) for b in "é".encode()] == ["", "é"]
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import plots, report, results_page, tables
+from experiments.reports import command, plots, report, tables
+from experiments.reports import page as results_page
 from lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +216,7 @@ def test_pictures_show_every_arm(tmp_path: Path) -> None:
     made["curves"] = {a: {"nll": c["nll"]} for a, c in made["curves"].items() if "nll" in c}
     for arm in ("full", "window", "sinks_window", "streaming", "ntk", "yarn", "lm_infinite"):
         only = {**made, "curves": {arm: made["curves"][arm]}}
-        path = plots.write(only, tmp_path)["nll"]
+        path = plots.write(tables.Tables.of(only), tmp_path)["nll"]
         colour = plots.COLOURS[list(ARMS).index(arm)]
         assert pixels(path, colour) > 300, arm  # alone or not, an arm keeps its colour
         others = set(plots.COLOURS[1:]) - {colour}
@@ -232,7 +233,7 @@ def drawn(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
         return canvas(figure)
 
     monkeypatch.setattr(plots, "FigureCanvasAgg", keep)
-    plots.write(made, tmp_path)
+    plots.write(tables.Tables.of(made), tmp_path)
     assert len(figures) == 1
     return figures[0]
 
@@ -312,15 +313,15 @@ def test_curve_names_make_safe_file_names() -> None:
 
 def test_command_line_reports_one_and_compares_several(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run.parent / "out"
-    assert report.main([str(run)]) == 0 and (run / "report.html").is_file()
-    assert report.main([str(run / "results.json"), "--out", str(out)]) == 0 and (out / "nll.png").is_file()
+    assert command.run([str(run)]) == 0 and (run / "report.html").is_file()
+    assert command.run([str(run / "results.json"), "--out", str(out)]) == 0 and (out / "nll.png").is_file()
     other, made = run.parent / "other", results()
     made["claims"][1]["holds"] = True
     made["arms"] = {"full": {"nll/nll_gap": 7.5}}
     other.mkdir()
     (other / "results.json").write_text(json.dumps(made))
     capsys.readouterr()
-    assert report.main([str(run), str(other), "--out", str(out)]) == 0
+    assert command.run([str(run), str(other), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert text == (out / "comparison.md").read_text()
     assert "| claim | run | other |" in text and "| (b) more pass keys than truncation | FAILS | HOLDS |" in text
@@ -360,7 +361,7 @@ def test_bad_results_are_refused(run: Path, content: Any, message: str) -> None:
     (run / "results.json").write_text(content if isinstance(content, str) else json.dumps(content))
     before = sorted(run.iterdir())
     with pytest.raises(UserError) as e:
-        report.main([str(run)])
+        command.run([str(run)])
     assert message in str(e.value) and "results.json" in str(e.value) and "\n" not in str(e.value)
     assert sorted(run.iterdir()) == before  # nothing written
 
@@ -395,10 +396,10 @@ def test_results_page_is_sorted_and_links_the_pictures(tmp_path: Path, capsys: p
         "scale long; checkpoint smollm2-135m; seeds 0; seconds 4322; device cpu, 2 cores; commit 0123456789ab" in page
     )
     root = ["--root", str(tmp_path)]
-    assert results_page.main([*root, "--check"]) == 1 and "out of date" in capsys.readouterr().err
-    assert results_page.main(root) == 0 and results_page.main([*root, "--check"]) == 0
+    assert results_page.run([*root, "--check"]) == 1 and "out of date" in capsys.readouterr().err
+    assert results_page.run(root) == 0 and results_page.run([*root, "--check"]) == 0
     (tmp_path / "RESULTS.md").write_text(page + "more")
-    assert results_page.main([*root, "--check"]) == 1
+    assert results_page.run([*root, "--check"]) == 1
     assert (tmp_path / "RESULTS.md").read_text() == page + "more"  # a check writes nothing
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import report, report_sweep, swept
+from experiments.reports import command
+from experiments.sweeps import report as report_sweep
+from experiments.sweeps import swept
 from lm.errors import UserError
 
 # Student's t for 95 %, from any printed table: degrees of freedom -> quantile.
@@ -76,7 +78,7 @@ def read_csv(folder: Path) -> list[Mapping[str, str]]:
 
 def test_settings_are_grouped_and_each_seed_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = sweep(tmp_path / "sweep", [*grid_points(), ({"model.d_ff": 512, "seeds": (0,)}, {})])
-    assert report.main([str(folder)]) == 0
+    assert command.run([str(folder)]) == 0
     files = [Path(x) for x in capsys.readouterr().out.split("\n") if x]
     assert {f.name for f in files} >= {"report.md", "report.html", "report.csv"} and all(f.is_file() for f in files)
     rows = read_csv(folder)
@@ -134,6 +136,6 @@ def test_a_search(tmp_path: Path) -> None:
 def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(UserError, match="valid: ") as e:
-        report.main([str(tmp_path)])
+        command.run([str(tmp_path)])
     assert said in str(e.value) and "\n" not in str(e.value)
     assert [p.name for p in tmp_path.iterdir()] == ["sweep.json"]

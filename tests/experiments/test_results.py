@@ -12,9 +12,11 @@ import pytest
 from toy_experiment import CONFIG, Lab
 
 from experiments import list as list_
-from experiments import progress, registry, results
-from experiments.cache import Cache, Point, key, write_json
-from experiments.claims import Missing, Results, claim
+from experiments.reports import results
+from experiments.running import progress
+from experiments.running.cache import Cache, Point, key, write_json
+from experiments.spec import registry
+from experiments.spec.claims import Missing, Results, claim
 from lm.errors import UserError
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from toy_experiment import Lab, Toy
 
-from experiments import results_file
+from experiments.reports import results_file
 from lm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,10 +217,10 @@ def test_default_workdir_and_scale(lab: Lab) -> None:
 
 SLEEPER = """
 import lm.measures, time, dataclasses
-from lm.measures import Measured
+from lm.measures import Measure, Measured
 
 @dataclasses.dataclass(frozen=True)
-class Sleeper:
+class Sleeper(Measure):
     seconds: float = 0.0
     def run(self, subject, progress):
         import numpy, jax

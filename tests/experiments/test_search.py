@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from fake_sweeps import Sweeps
 
-from experiments import registry
-from experiments.points import literal
+from experiments.spec import registry
+from experiments.sweeps.points import literal
 
 SPACE = """
 

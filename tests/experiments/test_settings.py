@@ -10,12 +10,14 @@ import pytest
 from ml_collections import ConfigDict
 from toy_experiment import Lab
 
-from experiments import arms, registry, settings
-from experiments.settings import Text, override
-from lm.config import ModelConfig, merge
+from experiments.spec import arms, registry, settings
+from experiments.spec.settings import Text, override
+from lm.config import ModelConfig, merge, to_dict
 from lm.errors import UserError
+from lm.measures.language.passkey import Passkey
 from lm.patterns.lm_infinite import LMInfinite
 from lm.patterns.sliding_window import SlidingWindow
+from lm.plug import table
 from lm.positions.scaling import Default, Linear, Yarn
 
 RAW: dict[str, Any] = {
@@ -73,7 +75,7 @@ def test_values_typed_on_the_command_line() -> None:
     assert override(RAW, "measures.nll.context", Text("None"))["measures"]["nll"]["context"] is None
     with pytest.raises(UserError, match=r"measures\.nll\.tokens: expected int, found 'many'"):
         override(RAW, "measures.nll.tokens", Text("many"))
-    assert override(RAW, "measures.nll.name", "passkey")["measures"]["nll"] == {"name": "passkey"}
+    assert override(RAW, "measures.nll.name", "passkey")["measures"]["nll"] == to_dict(Passkey(), table("lm.measures"))
 
 
 def test_override_leaves_its_argument_alone() -> None:
@@ -103,7 +105,7 @@ def test_an_arm_names_plugs_before_it_sets_their_fields() -> None:
     }
     exp = settings.experiment({**RAW, "arms": {"a": changes}})
     base = merge(ModelConfig(), {"positions": {"name": "rope", "theta": 5.0}}, "model")
-    model = arms.resolve(exp, base)["a"].model
+    model = arms.resolve(exp, base)["a"].config
     assert model.pattern == LMInfinite(ceiling=5.0)
     assert (model.positions.scaling, model.positions.theta) == (Yarn(factor=4.0), 10000.0)
 
@@ -144,6 +146,6 @@ def test_the_first_experiment_is_well_formed(scale: str) -> None:
     source = registry.load(registry.CONFIGS / "lm_infinite.py")
     assert scale in source.scales
     exp = settings.experiment(source.settings(scale))
-    found = arms.resolve(exp, arms.base_model(exp, None))
+    found = arms.resolve(exp, None)
     assert exp.baseline in found and "lm_infinite" in found
     assert all(arm.measures for arm in found.values())

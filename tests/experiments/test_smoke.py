@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import registry, run
+from experiments import run
+from experiments.spec import registry
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

@@ -18,12 +18,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_experiment import Lab
 
-from experiments import points, registry, run, sweep, sweep_local, sweep_slurm, sweeps
-from experiments.plan import prepare
-from experiments.points import literal
-from experiments.sweeps import chain, grid, prefix, product, subsample, zip_
+from experiments import run, sweep
+from experiments.running.plan import prepare
+from experiments.spec import registry
+from experiments.sweeps import chain, grid, local, points, prefix, product, slurm, subsample, zip_
+from experiments.sweeps import shared as sweeps
+from experiments.sweeps.points import literal
 from lm.errors import UserError
-from lm.train import loop
+from lm.train import session
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +145,7 @@ def test_printed_lines_say_the_same_settings(s: Sweeps) -> None:
     assert len(lines) == 3 and not s.work.exists()
     source, settings = registry.find(f"{s.config}:smoke")
     for line, wanted in zip(lines, source.module.sweep_tricky(), strict=True):
-        assert tuple(line[:3]) == sweep_local.RUN
+        assert tuple(line[:3]) == local.RUN
         args, overrides = run.arguments(line[3:])
         assert (args.config, args.arms, args.workdir.parent) == (f"{s.config}:smoke", "zero,window", s.work)
         assert overrides[0] == ("measures.other.n", "2") and {k: v.literal() for k, v in overrides[1:]} == wanted
@@ -178,7 +180,7 @@ def test_done_points_are_skipped(s: Sweeps) -> None:
 
 
 def test_failed_points_are_tried_again(s: Sweeps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with loop._alone(tmp_path), pytest.raises(UserError, match=sweep_local.BUSY), loop._alone(tmp_path):
+    with session.alone(tmp_path), pytest.raises(UserError, match=local.BUSY), session.alone(tmp_path):
         pass  # what a run says whose training another process has
     s.behave("if value == 2.0:\n    code, said = 3, 'first\\nerror: too bad'")
     assert s() == 1 and s.calls == [1.0, 2.0, 3.0] and s.states() == "done failed done"
@@ -188,7 +190,7 @@ def test_failed_points_are_tried_again(s: Sweeps, tmp_path: Path, monkeypatch: p
     s.behave("")
     assert s() == 0 and s.calls == [2.0] and not (s.folder(2.0) / "FAILED").exists()
     assert (s.folder(2.0) / "log.txt").read_text().count("$ ") == 2  # both attempts
-    monkeypatch.setattr(sweep_local, "RUN", ("/nonexistent/python",))
+    monkeypatch.setattr(local, "RUN", ("/nonexistent/python",))
     assert s("--config.seeds=(5,)") == 1 and s.states() == "failed failed failed" and not list(s.work.glob("*/RUNNING"))
 
 
@@ -202,7 +204,7 @@ SHARE = f"""again = lambda: pathlib.Path('calls.txt').read_text().count('2.0') >
 while value == 1 and not (again() or list(folder.parent.glob('*-value2.0/FAILED'))):
     time.sleep(0.01)
 if value == 2 and not again():
-    code, said = 2, 'error: {sweep_local.BUSY}; valid: wait'"""
+    code, said = 2, 'error: {local.BUSY}; valid: wait'"""
 # What a run does (of value 1, 2, ...) -> exit code, states and words of the command with two points at a time.
 ENDS = {
     "if value == 1: complete = False": (1, "failed done done", "it ended without complete results"),
@@ -261,7 +263,7 @@ def test_slurm(s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPatch) -> No
     args = ["--engine=slurm", "--slurm=partition=x,timeout_min=60", "--slurm=mem_gb=4,cluster=local", "--parallel=5"]
     assert s(*args) == 1 and s.calls == [1.0, 3.0] and s.states() == "done failed done"
     wanted = {"slurm_array_parallelism": 5, "slurm_partition": "x", "timeout_min": 60, "mem_gb": 4, "name": "values"}
-    wanted |= {"slurm_additional_parameters": {"requeue": True}, "slurm_max_num_timeout": sweep_slurm.REQUEUES}
+    wanted |= {"slurm_additional_parameters": {"requeue": True}, "slurm_max_num_timeout": slurm.REQUEUES}
     assert Cluster.settings == {"cluster": "local", **wanted}
     assert "submitted as job 7_1" in s.err and "exit code -1: job 7_2 ended before its point: node failed" in s.err
     (s.root / "lost").unlink()
@@ -274,10 +276,10 @@ def test_slurm(s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_job_waits_for_a_training_that_another_job_has(
     s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_slurm, "WAIT", 0.01)
+    monkeypatch.setattr(slurm, "WAIT", 0.01)
     s.behave(
         f"if value == 2 and pathlib.Path('calls.txt').read_text().count('2.0') < 3:\n"
-        f"    code, said = 2, 'error: {sweep_local.BUSY}; valid: wait'"
+        f"    code, said = 2, 'error: {local.BUSY}; valid: wait'"
     )
     assert s("--engine=slurm", "--slurm=cluster=local") == 0 and s.calls == [1.0, 2.0, 2.0, 2.0, 3.0]
 
@@ -289,18 +291,18 @@ def test_a_preempted_job(s: Sweeps, submitit: None, monkeypatch: pytest.MonkeyPa
     [point] = sweeps.points(shared, "values", [{"seeds": (1,)}])
     point.begin()
     s.behave("time.sleep(20)")
-    task = sweep_slurm.Task(point.bare(), 1)
+    task = slurm.Task(point.bare(), 1)
 
-    def preempt(attempt: sweep_local.Attempt) -> None:
+    def preempt(attempt: local.Attempt) -> None:
         assert task.checkpoint()[1].point == point and attempt.process.poll() is not None
         raise SystemExit
 
     with monkeypatch.context() as m, pytest.raises(SystemExit):
-        m.setattr(sweep_local.Attempt, "beat", preempt)
+        m.setattr(local.Attempt, "beat", preempt)
         task()
     assert points.look(point).name == "interrupted" and not (point.folder / "RUNNING").exists()
     s.behave("")
-    assert [sweep_slurm.Task(point.bare(), 1)() for _ in range(2)] == ["done", "done"]
+    assert [slurm.Task(point.bare(), 1)() for _ in range(2)] == ["done", "done"]
     assert (point.folder / "log.txt").read_text().count("$ ") == 2  # not a third time
 
 

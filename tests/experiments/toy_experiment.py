@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import jax
 
 from experiments import run
-from lm.measures import Measured, Progress, Subject
+from lm.config import ModelConfig
+from lm.measures import Measure, Measured, Progress, Subject
 
 CONFIG = '''
 """Hypothesis: the toy's numbers are its settings. Cost: nothing."""
@@ -52,18 +53,17 @@ def claims(r):
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Measure):
     """Samples ``value + seed + 0, 1, …``; remembers its calls; `after` calls ends in `error`."""
 
     value: float = 1.0
     n: int = 2
     tags: tuple[str, ...] = ()
-    stochastic: ClassVar[bool] = True
     calls: ClassVar[list[tuple[str, float, int]]] = []
     after: ClassVar[int | None] = None
     error: ClassVar[BaseException] = KeyboardInterrupt()
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return 3.0
 
     def identity(self) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import registry
-from experiments.cache import key
-from experiments.plan import Plan, make, prepare
+from experiments.running.cache import key
+from experiments.running.job import make
+from experiments.running.plan import Plan, prepare
+from experiments.spec import registry
 from guards import models
 from lm.config import to_dict
 from lm.model import params as params_lib
@@ -59,7 +60,7 @@ def smoke() -> dict[str, Any]:
             if arm.train is not None and arm.trained is not None:
                 out[f"{path.stem}:smoke {name}"] = models.lowered_step(arm.trained, arm.train, jax.devices()[:1])
             else:
-                run = jax.jit(lambda p, t, cfg=arm.model: models.logits(cfg, p, t))
+                run = jax.jit(lambda p, t, cfg=arm.config: models.logits(cfg, p, t))
                 tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
-                out[f"{path.stem}:smoke {name}"] = run.lower(params_lib.abstract(arm.model), tokens)
+                out[f"{path.stem}:smoke {name}"] = run.lower(params_lib.abstract(arm.config), tokens)
     return out

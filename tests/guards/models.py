@@ -14,7 +14,8 @@ from lm.config import ModelConfig, build, merge, model_config
 from lm.decoding.placement import Placement as Serving
 from lm.decoding.sampling import Sampling
 from lm.model import params as params_lib
-from lm.model.decoder import Decoder
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
 from lm.sharding import Layout
 from lm.train import step
 from lm.train.config import TrainConfig
@@ -84,7 +85,7 @@ def params(cfg: ModelConfig) -> Any:
 
 
 def logits(cfg: ModelConfig, params: Any, tokens: Any, **inputs: Any) -> Any:
-    return Decoder(cfg).apply({"params": params}, tokens, **inputs).logits_BTV
+    return DecoderModel(cfg).apply(params, Inputs(tokens, **inputs)).logits_BTV
 
 
 def decoded(cfg: ModelConfig) -> np.ndarray:
@@ -100,7 +101,7 @@ def decoded(cfg: ModelConfig) -> np.ndarray:
 
 
 def _cached(cfg: ModelConfig, params: Any, tokens: Any, index: Any, cache: Any) -> Any:
-    out = Decoder(cfg).apply({"params": params}, tokens, index_BT=index, cache=cache)
+    out = DecoderModel(cfg).apply(params, Inputs(tokens, index_BT=index), cache)
     return out.logits_BTV, out.cache
 
 
@@ -150,7 +151,7 @@ def lowered_step(cfg: ModelConfig, train: TrainConfig, devices: Any) -> Any:
     place = Placement(cfg, train, devices)
     whole = params_lib.abstract(cfg)
     seed = 0 if step.draws(cfg, train) else None
-    fresh = lambda w: step.initial(train.surgery.init(cfg, w, jax.random.key(0)), train, seed)  # noqa: E731
+    fresh = lambda w: step.initial(cfg, train, train.surgery.init(cfg, w, jax.random.key(0)), seed)  # noqa: E731
 
     def placed(tree: Any) -> Any:
         where = place.shardings(tree)
@@ -159,4 +160,5 @@ def lowered_step(cfg: ModelConfig, train: TrainConfig, devices: Any) -> Any:
     kinds = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     shape = (train.batch, train.data.seq_len)
     rows = {k: jax.ShapeDtypeStruct(shape, kind, sharding=place.rows) for k, kind in kinds.items()}
-    return place.lower(placed(jax.eval_shape(fresh, whole)), rows, placed(whole) if train.surgery.adds else None)
+    beside = step.Beside(placed(whole) if train.surgery.adds else None)
+    return place.lower(placed(jax.eval_shape(fresh, whole)), rows, beside)

@@ -14,7 +14,7 @@ from experiments import evaluate
 from lm import interop
 from lm.config import merge, model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.interop import to_huggingface
+from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 
 lm_eval = pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")

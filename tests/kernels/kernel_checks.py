@@ -17,6 +17,18 @@ from kernels_pallas import common
 STRICT = common.strict()
 
 
+def how(
+    implementation: str = "auto",
+    chip: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    interpret: common.Interpret = True,
+    **sizes: int | None,
+) -> common.How:
+    """How a kernel runs, with block sizes by name. Heads go over the axis ``tensor`` of a mesh."""
+    axes: dict[str, Any] = {} if mesh is None else {"mesh": mesh, "head_axis": "tensor"}
+    return common.How(implementation, chip, common.sized(**sizes), interpret, **axes)
+
+
 def without_races(call: Callable[[], Any], capfd: pytest.CaptureFixture[str]) -> Any:
     """The result of a call that uses `STRICT`; jax 0.10 prints a race, later versions raise."""
     out = jax.block_until_ready(call())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,14 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases.model import BASE, TOKENS, forward, parameters
 from jax.experimental.pallas import tpu as pltpu
-from kernel_checks import STRICT, assert_as_good, exact, lowered_for_tpu, rms_ratio, without_races
-from plug_case import BASE, TOKENS, forward, parameters
+from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
 
+from kernels_pallas import common
 from kernels_pallas.block_table import bench, tpu
 from kernels_pallas.block_table.api import block_table
 from kernels_pallas.block_table.bench import Size
+from kernels_pallas.block_table.problem import Problem
 from kernels_pallas.flash.api import flash
+from kernels_pallas.flash.problem import Problem as FlashProblem
 from lm import caches, compat
 from lm.attention.attend import attend
 from lm.attention.branches import BlockBranch, Context, Tokens, merge
@@ -34,8 +38,8 @@ def drawn(size: Size) -> Any:
     return bench.draw(size, np.random.default_rng(0), bench.shapes(size))
 
 
-def call(size: Size, implementation: str, args: Any, **given: Any) -> Any:
-    return jax.jit(functools.partial(bench.attend, size, implementation=implementation, **given))(*args)
+def call(size: Size, how: common.How, args: Any, **given: Any) -> Any:
+    return jax.jit(functools.partial(bench.attend, size, how=how, **given))(*args)
 
 
 def forms(*args: Any, names: tuple[str, ...] = ("reference", "xla", "interpret"), **given: Any) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def forms(*args: Any, names: tuple[str, ...] = ("reference", "xla", "interpret")
 
     @jax.jit
     def run(args: Any, arrays: Any) -> Any:
-        return {name: block_table(*args, implementation=name, **arrays, **static) for name in names}
+        return {name: block_table(*args, Problem(**arrays, **static), how(name)) for name in names}
 
     return dict(run(args, arrays))
 
@@ -73,8 +77,10 @@ def test_equals_all_pairs(size: Size, given: dict[str, Any]) -> None:
     args = drawn(size)
     ids = np.asarray(args[3])
     plain = {k: v for k, v in given.items() if k in ("softcap", "scale")}
-    want = call(size, "reference", exact(args), **plain)
-    assert_as_good(call(size, "interpret", args, **given), call(size, "xla", args, **plain), want, size.dtype)
+    want = call(size, how("reference"), exact(args), **plain)
+    sizes = {k: v for k, v in given.items() if k not in plain}
+    found = call(size, how("interpret", **sizes), args, **plain)
+    assert_as_good(found, call(size, how("xla"), args, **plain), want, size.dtype)
     if size.n == 5:
         assert (ids < 0).any() and any(len(set(row[row >= 0])) < (row >= 0).sum() for row in ids.reshape(-1, 5))
 
@@ -101,7 +107,7 @@ def test_what_is_past_the_length_is_never_seen() -> None:
 
 def test_all_blocks_or_one_large_block_is_causal_attention() -> None:
     q, k, v = qkv(40, 40)
-    want = jax.jit(lambda *x: flash(*x, Causal(), implementation="reference"))(q, k, v)
+    want = jax.jit(lambda *x: flash(*x, FlashProblem(Causal()), how("reference")))(q, k, v)
     order = tuple(np.random.default_rng(0).permutation(5).tolist())
     for size, ids in ((8, order), (64, (0, -1, 0))):
         blocks = jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (1, 4, 5, len(ids)))
@@ -123,15 +129,16 @@ def test_turns_move_the_query_as_rotary_positions_do() -> None:
     """Turned queries over one block equal queries rotated to another place; channels past 2 m stay."""
     rope, (q, k, v) = Rope(fraction=0.75), qkv(8, 16)
     blocks = jnp.ones((1, 4, 1, 1), jnp.int32)
-    settings: dict[str, Any] = {"block_size": 8, "q_block": 8, "implementation": "interpret"}
+    plain = Problem(block_size=8, q_block=8)
 
     @jax.jit
     def both(q: Any, k: Any, v: Any) -> Any:
         at = jnp.arange(8.0)[None, :, None] + 8
         keys = rope.rotate(k, jnp.arange(16.0)[None, :, None], 16)
         angles = jnp.asarray([0.0, 5.5])[:, None] * rope.scaling.frequencies(rope.theta, 6, 16, 2048)[0]
-        want = block_table(rope.rotate(q, at + 5.5, 16), keys, v, blocks, **settings)
-        return want, block_table(rope.rotate(q, at, 16), keys, v, blocks, turn=blocks, angles=angles, **settings)
+        want = block_table(rope.rotate(q, at + 5.5, 16), keys, v, blocks, plain, how("interpret"))
+        turned = dataclasses.replace(plain, turn=blocks, angles=angles)
+        return want, block_table(rope.rotate(q, at, 16), keys, v, blocks, turned, how("interpret"))
 
     want, found = both(q, k, v)
     assert rms_ratio(found, want) <= 1e-6
@@ -159,11 +166,13 @@ def test_longheads_of_its_own_choice(include_self: bool) -> None:
             rope.rotate(k, listed.k_positions[:, :, None], T),
             v,
             listed.ids_BHTn,
-            block_size=w,
-            positions=jnp.where(index >= w * n, index, -1),
-            turn=jnp.broadcast_to(places, listed.ids_BHTn.shape).astype(jnp.int32),
-            angles=-w * places[:, None] * rope.scaling.frequencies(rope.theta, 8, T, w * n)[0],
-            implementation="interpret",
+            Problem(
+                block_size=w,
+                positions=jnp.where(index >= w * n, index, -1),
+                turn=jnp.broadcast_to(places, listed.ids_BHTn.shape).astype(jnp.int32),
+                angles=-w * places[:, None] * rope.scaling.frequencies(rope.theta, 8, T, w * n)[0],
+            ),
+            how("interpret"),
         )
         found = merge([outs, out], [lses, lse])
         return attend(ctx, v, branches, backend="dense"), found, (outs, lses), listed.ids_BHTn
@@ -200,10 +209,10 @@ def test_longheads_decodes_by_the_kernel() -> None:
 def test_nothing_races_and_nothing_is_read_unwritten(capfd: pytest.CaptureFixture[str]) -> None:
     size = Size(12, 90, 4, 4, 16, 1, 4, 2, 64, F32, shared=True, turns=2)
     args = drawn(size)
-    run = functools.partial(bench.attend, size, *args, implementation="interpret", interpret=STRICT, entries=2)
+    run = functools.partial(bench.attend, size, *args, how=how("interpret", interpret=STRICT, entries=2))
     found = without_races(jax.jit(run), capfd)
     pltpu.reset_tpu_interpret_mode_state()
-    assert rms_ratio(found, call(size, "reference", args)) <= 1e-6
+    assert rms_ratio(found, call(size, how("reference"), args)) <= 1e-6
 
 
 def test_gradients_are_those_of_all_pairs() -> None:
@@ -213,8 +222,8 @@ def test_gradients_are_those_of_all_pairs() -> None:
     angles = jnp.asarray([[0.5, 0.1]])
 
     def loss(args: Any, name: str) -> jax.Array:
-        more: dict[str, Any] = {"turn": jnp.zeros_like(blocks), "angles": angles, "implementation": name}
-        out, lse = block_table(*args, blocks, block_size=8, q_block=4, **more)
+        problem = Problem(block_size=8, q_block=4, turn=jnp.zeros_like(blocks), angles=angles)
+        out, lse = block_table(*args, blocks, problem, how(name))
         return jnp.sin(3 * out).sum() + jnp.where(lse == -jnp.inf, 0.0, jnp.cos(lse)).sum()
 
     found = jax.jit(jax.grad(functools.partial(loss, name="interpret")))((q, k, v))
@@ -243,8 +252,8 @@ def test_inside_shard_map_on_8_devices() -> None:
     mesh = compat.auto_mesh((4, 2), ("data", "tensor"))
     size = Size(12, 40, 4, 3, 8, 4, 4, 2, 64, F32, shared=True, turns=2)
     args = drawn(size)
-    found = call(size, "interpret", args, mesh=mesh, head_axis="tensor")
-    assert rms_ratio(found, call(size, "reference", args)) <= 1e-6
+    found = call(size, how("interpret", mesh=mesh), args)
+    assert rms_ratio(found, call(size, how("reference"), args)) <= 1e-6
     assert found[0].sharding.spec[0] == "data" and found[0].sharding.spec[2] == "tensor"
 
 
@@ -271,7 +280,10 @@ def test_real_sizes_lower_for_a_tpu_and_say_what_they_take() -> None:
 def test_errors_say_what_is_valid() -> None:
     q, k, v = qkv(8, 32)
     blocks = jnp.zeros((1, 4, 2, 3), jnp.int32)
-    run = functools.partial(block_table, block_size=8, q_block=4)
+
+    def run(*arrays: Any, how: common.How = common.AUTO, **changes: Any) -> Any:
+        return block_table(*arrays, Problem(**{"block_size": 8, "q_block": 4} | changes), how)
+
     angles = jnp.zeros((2, 4))
     for message, work in {
         r"found q float16.*all bfloat16": lambda: run(*(x.astype(jnp.float16) for x in (q, k, v)), blocks),
@@ -298,15 +310,11 @@ def test_errors_say_what_is_valid() -> None:
         r"positions float32\[1, 8\]; valid: integers \[1, 8\]": lambda: run(
             q, k, v, blocks, positions=jnp.zeros((1, 8))
         ),
-        r"entries 0; valid: at least 1": lambda: run(q, k, v, blocks, entries=0),
-        r"chip: unknown name 'v9'|'v9'": lambda: run(q, k, v, blocks, chip="v9"),
-        r"'tpu' cannot serve this call: blocks of 12 keys": lambda: run(
-            q, k, v, blocks, block_size=12, implementation="tpu"
-        ),
-        r"head width 512": lambda: run(*qkv(8, 32, d=512), blocks, implementation="interpret"),
-        r"MiB of fast memory": lambda: run(
-            q, k, v, blocks[:, :, :1], block_size=8, q_block=65536, implementation="tpu"
-        ),
+        r"entries 0; valid: at least 1": lambda: run(q, k, v, blocks, how=how(entries=0)),
+        r"chip: unknown name 'v9'|'v9'": lambda: run(q, k, v, blocks, how=how(chip="v9")),
+        r"'tpu' cannot serve this call: blocks of 12 keys": lambda: run(q, k, v, blocks, block_size=12, how=how("tpu")),
+        r"head width 512": lambda: run(*qkv(8, 32, d=512), blocks, how=how("interpret")),
+        r"MiB of fast memory": lambda: run(q, k, v, blocks[:, :, :1], block_size=8, q_block=65536, how=how("tpu")),
     }.items():
         with pytest.raises(UserError, match=message):
             work()

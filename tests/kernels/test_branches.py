@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import STRICT, assert_as_good, lowered_for_tpu, without_races
-from plug_case import rms_ratio
+from cases.model import rms_ratio
+from kernel_checks import STRICT, assert_as_good, how, lowered_for_tpu, without_races
 
 from kernels_pallas import common
 from kernels_pallas.branches import bench
 from kernels_pallas.branches.api import branches
 from kernels_pallas.branches.bench import Between, Shape, attend, shapes
-from kernels_pallas.branches.part import Part
+from kernels_pallas.branches.part import Part, Problem
 from kernels_pallas.flash.bench import gradient
 from lm import compat
 from lm.errors import UserError
@@ -34,8 +34,8 @@ def arrays(T: int, S: int, H: int, K: int, d: int, dtype: Any = jnp.float32) -> 
 @pytest.mark.parametrize(("T", "S", "d"), [(45, 45, 64), (21, 45, 96)])
 def test_equals_the_dense_union(shape: Shape, T: int, S: int, d: int) -> None:
     x = arrays(T, S, 4, 2, d)
-    got = functools.partial(attend, shape, "interpret", None, **SMALL)
-    want = functools.partial(attend, shape, "reference", None)
+    got = functools.partial(attend, shape, how("interpret", **SMALL))
+    want = functools.partial(attend, shape, how("reference"))
     for a, b in zip(*(jax.tree.leaves(jax.jit(f)(*x)) for f in (got, want)), strict=True):
         assert rms_ratio(a, b) <= 1e-5
     for a, b in zip(*(jax.jit(functools.partial(gradient, f))(*x) for f in (got, want)), strict=True):
@@ -48,7 +48,7 @@ def test_the_union_by_hand() -> None:
     q, k, v = (np.float64(a) for a in arrays(T, T, 2, 1, d))
     for shape in (LAMBDA, GROUPS):
         x = tuple(jnp.asarray(a, jnp.float32) for a in (q, k, v))
-        out, lse = branches(shape.parts(*x[:2]), x[2], softcap=cap, sinks_H=jnp.asarray(sink), implementation="xla")
+        out, lse = branches(shape.parts(*x[:2]), x[2], Problem(softcap=cap, sinks_H=jnp.asarray(sink)), how("xla"))
         for h in range(2):
             for t in range(T):
                 logits, seen = [], [s for s in range(t + 1) if t - s < shape.window or s < shape.sinks or shape.group]
@@ -82,7 +82,7 @@ def test_parts_of_some_queries_sinks_slopes_and_documents() -> None:
 
         parts = [part(Between(5), 20), part(Between(most=5), T)]
         slopes, sinks = jnp.array([0.3, 0.05, 1.0, 0.0]), jnp.array([0.5, -1.0, 2.0, -40.0])
-        return branches(parts, v, slopes_H=slopes, sinks_H=sinks, implementation=implementation, **SMALL)
+        return branches(parts, v, Problem(slopes_H=slopes, sinks_H=sinks), how(implementation, **SMALL))
 
     def both(name: str, *x: Any) -> Any:
         return run(name, *x), gradient(functools.partial(run, name), *x)
@@ -96,7 +96,7 @@ def test_one_part_is_flash_and_bfloat16_errs_like_xla() -> None:
     x = arrays(40, 40, 2, 1, 64, jnp.bfloat16)
     exact = tuple(a.astype(jnp.float32) for a in x)
     runs = [
-        jax.jit(functools.partial(attend, LAMBDA, name, None, **more))(*arrays_)[0]
+        jax.jit(functools.partial(attend, LAMBDA, how(name, **more)))(*arrays_)[0]
         for name, arrays_, more in (("interpret", x, SMALL), ("xla", x, {}), ("reference", exact, {}))
     ]
     assert_as_good(runs[0], runs[1], runs[2], jnp.bfloat16)
@@ -104,16 +104,16 @@ def test_one_part_is_flash_and_bfloat16_errs_like_xla() -> None:
 
 def test_strict_interpreter_finds_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     x = arrays(24, 24, 2, 1, 8)
-    call = functools.partial(attend, LAMBDA, "interpret", None, *x, interpret=STRICT, **SMALL)
+    call = functools.partial(attend, LAMBDA, how("interpret", interpret=STRICT, **SMALL), *x)
     out, _ = without_races(call, capfd)
-    assert rms_ratio(out, attend(LAMBDA, "reference", None, *x)[0]) <= 1e-5
+    assert rms_ratio(out, attend(LAMBDA, how("reference"), *x)[0]) <= 1e-5
 
 
 def test_inside_shard_map_on_8_devices() -> None:
     mesh = compat.auto_mesh((2, 4), ("data", "tensor"))
     x = arrays(20, 20, 8, 4, 8)
-    call = functools.partial(attend, LAMBDA, "interpret", None, mesh=mesh, head_axis="tensor", **SMALL)
-    for a, b in zip(jax.jit(call)(*x), attend(LAMBDA, "reference", None, *x), strict=True):
+    call = functools.partial(attend, LAMBDA, how("interpret", mesh=mesh, **SMALL))
+    for a, b in zip(jax.jit(call)(*x), attend(LAMBDA, how("reference"), *x), strict=True):
         assert rms_ratio(a, b) <= 1e-5
 
 
@@ -133,7 +133,7 @@ def test_tiles_of_a_branch_are_those_that_hold_its_pairs() -> None:
 
 
 def test_real_sizes_lower_for_a_tpu() -> None:
-    text = lowered_for_tpu(functools.partial(attend, bench.REAL[0], "tpu", "v5e"), *shapes(32768))
+    text = lowered_for_tpu(functools.partial(attend, bench.REAL[0], how("tpu", "v5e")), *shapes(32768))
     assert text.count("@tpu_custom_call") == 2
 
 
@@ -144,7 +144,7 @@ def test_mistakes_are_said_in_one_line() -> None:
         "no parts": lambda: branches([], v),
         "part 1 has queries": lambda: branches([part, Part(q[:, :, :1], k, Between())], v),
         "no part has all 8 queries": lambda: branches(
-            [Part(q[:, 4:], k, Between(), offset=4)], v, n_queries=8, sinks_H=jnp.zeros(2)
+            [Part(q[:, 4:], k, Between(), offset=4)], v, Problem(n_queries=8, sinks_H=jnp.zeros(2))
         ),
     }.items():
         with pytest.raises(UserError, match=f"^branches: .*{said}.*valid: "):

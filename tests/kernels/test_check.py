@@ -94,7 +94,7 @@ def test_the_compiler_speaks_when_a_tile_does_not_fit(monkeypatch: pytest.Monkey
     for name, value in check.COMPILER_ALONE.items():
         monkeypatch.setenv(name, value)
     shapes = tree_bench.shapes(tree_bench.Size(1, 65536, H=1, K=1, d=256))
-    whole = functools.partial(tree_decode, tile_s=65536, chip="v4", implementation="tpu")
+    whole = functools.partial(tree_decode, how=common.How("tpu", "v4", common.sized(tile_s=65536)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
         check.compile_for(common.Case("64k slots at once", whole, shapes), "v4")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import STRICT, without_races
-from plug_case import rms_ratio
+from cases.model import rms_ratio
+from kernel_checks import STRICT, how, without_races
 
 from kernels_pallas import common
 from kernels_pallas.flash import bench, cudnn, table
 from kernels_pallas.flash.api import flash
+from kernels_pallas.flash.problem import Problem
 from lm import compat
 from lm.attention.masks import Causal, Chunked, Mask, Sinks, Window
 from lm.attention.tiles import Grid, visit
@@ -38,11 +40,11 @@ def loss(out: jax.Array, lse: jax.Array) -> jax.Array:
     return jnp.sin(3 * out.astype(jnp.float32)).sum() + jnp.where(lse > common.NEG / 2, jnp.cos(lse), 0.0).sum()
 
 
-def pull(implementation: str, mask: Mask, x: tuple[Any, ...], heads: dict[str, Any], **settings: Any) -> Any:
+def pull(how: common.How, problem: Problem, x: tuple[Any, ...], heads: dict[str, Any]) -> Any:
     """``((loss, (out, lse)), gradients)`` to q, k, v and the numbers per head."""
 
     def f(x: tuple[Any, ...], heads: dict[str, Any]) -> Any:
-        out, lse = flash(*x, mask, **heads, implementation=implementation, **settings)
+        out, lse = flash(*x, dataclasses.replace(problem, **heads), how)
         return loss(out, lse), (out, lse)
 
     return jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(x, heads)
@@ -76,9 +78,9 @@ GRID: dict[str, tuple[Mask, tuple[int, ...], dict[str, Any], dict[str, Any]]] = 
 @pytest.mark.parametrize("name", GRID)
 def test_equals_the_reference_forward_and_gradient(name: str) -> None:
     mask, shape, heads, settings = GRID[name]
-    x = arrays(*shape)
-    (_, (out, lse)), grads = pull("interpret", mask, x, heads, block_q=16, block_k=8, **settings)
-    (_, (want, want_lse)), wanted = pull("xla", mask, x, heads, **settings)
+    x, problem = arrays(*shape), Problem(mask, **settings)
+    (_, (out, lse)), grads = pull(how("interpret", block_q=16, block_k=8), problem, x, heads)
+    (_, (want, want_lse)), wanted = pull(how("xla"), problem, x, heads)
     assert rms_ratio(out, want) <= 1e-6
     empty = np.asarray(want_lse) == common.NEG
     np.testing.assert_array_equal(np.asarray(lse) == common.NEG, empty)
@@ -96,7 +98,7 @@ def test_reference_against_numpy() -> None:
     slopes, sinks = (0.3, 0.1), (0.5, -1.0)
     heads = {"slopes_H": jnp.array(slopes), "sinks_H": jnp.array(sinks)}
     places = (jnp.arange(7.0)[None] + 2, jnp.arange(9.0)[None])
-    out, lse = flash(*x, Causal(), **heads, positions=places, offset=2, softcap=1.5, implementation="xla")
+    out, lse = flash(*x, Problem(Causal(), positions=places, offset=2, softcap=1.5, **heads), how("xla"))
     for h in range(2):
         for t in range(7):
             s = [1.5 * np.tanh((q[t, h] @ k[j, 0] / 2 - slopes[h] * (t + 2 - j)) / 1.5) for j in range(t + 3)]
@@ -114,9 +116,10 @@ def test_bfloat16_errs_no_more_than_twice_what_xla_does(per_head: bool) -> None:
     settings: dict[str, Any] = {"tiles": listing(Causal())}
     if per_head:
         settings["positions"] = (jnp.arange(64.0)[None], jnp.arange(64.0)[None])
-    (_, (want, _)), wanted = pull("xla", Causal(), tuple(a.astype(jnp.float32) for a in rounded), heads, **settings)
-    (_, (xla, _)), of_xla = pull("xla", Causal(), rounded, heads, **settings)
-    (_, (out, _)), grads = pull("interpret", Causal(), rounded, heads, block_q=32, block_k=16, **settings)
+    problem = Problem(Causal(), **settings)
+    (_, (want, _)), wanted = pull(how("xla"), problem, tuple(a.astype(jnp.float32) for a in rounded), heads)
+    (_, (xla, _)), of_xla = pull(how("xla"), problem, rounded, heads)
+    (_, (out, _)), grads = pull(how("interpret", block_q=32, block_k=16), problem, rounded, heads)
     assert out.dtype == jnp.bfloat16 and all(g.dtype == jnp.bfloat16 for g in grads[0])
     found, of_others, truth = (jax.tree.leaves(each) for each in ((out, grads), (xla, of_xla), (want, wanted)))
     assert len(found) == 4 + len(heads)
@@ -139,17 +142,19 @@ def _grids(f: Any, *args: Any) -> list[tuple[int, ...]]:
 def test_empty_tiles_are_not_visited() -> None:
     """Grid sizes are the listed tiles; and what lies in a tile nobody lists, be it NaN, reaches no result."""
     x = arrays(64, 64, 2, 1, 8)
-    settings: dict[str, Any] = {"block_q": 16, "block_k": 8, "tiles": listing(LAMBDA), "implementation": "interpret"}
+    run = functools.partial(
+        flash, problem=Problem(LAMBDA, listing(LAMBDA)), how=how("interpret", block_q=16, block_k=8)
+    )
 
     def f(*x: Any) -> Any:
-        return loss(*flash(*x, LAMBDA, **settings))
+        return loss(*run(*x))
 
     n = len(visit(LAMBDA, Grid(64, 64, 16, 8)))
     assert n == 2 + 4 + (1 + 5) + (1 + 5)  # of 32 tiles, of which a causal mask leaves 20
     assert _grids(jax.grad(f, (0, 1, 2)), *x) == [(2, 2, n), (2, 2, n), (2, 1, n, 2)]
     # Keys 8 ... 23 are in no tile of the last 16 queries (whose window starts at 29); keys 0 ... 7 hold the sinks.
     k, v = (a.at[:, 8:24].set(jnp.nan) for a in x[1:])
-    out = flash(x[0], k, v, LAMBDA, **settings)[0]
+    out = run(x[0], k, v)[0]
     assert bool(jnp.isfinite(out[:, 48:]).all()) and bool(jnp.isnan(out[:, 16:32]).any())
 
 
@@ -174,9 +179,9 @@ def test_strict_interpreter_finds_nothing(capfd: pytest.CaptureFixture[str]) -> 
     x = arrays(20, 20, 2, 1, 8, B=1)
     heads = {"slopes_H": jnp.array([0.3, 0.1]), "sinks_H": jnp.array([0.5, -1.0])}
     mask, places = FAR | (Causal() & Window(5)), (jnp.arange(20.0)[None],) * 2
-    settings: dict[str, Any] = {"positions": places, "tiles": listing(mask)}
-    call = functools.partial(pull, "interpret", mask, x, heads, block_q=16, block_k=8, interpret=STRICT, **settings)
-    got, want = without_races(call, capfd), pull("xla", mask, x, heads, **settings)
+    problem = Problem(mask, listing(mask), positions=places)
+    call = functools.partial(pull, how("interpret", interpret=STRICT, block_q=16, block_k=8), problem, x, heads)
+    got, want = without_races(call, capfd), pull(how("xla"), problem, x, heads)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert rms_ratio(a, b) <= 5e-6
 
@@ -194,10 +199,9 @@ def test_inside_shard_map_on_8_devices() -> None:
     """Rows over 4 devices and heads over 2, indices and numbers per head spread with them."""
     mesh = compat.auto_mesh((4, 2), ("data", "tensor"))
     x = arrays(24, 24, 4, 2, 8, B=4)
-    settings: dict[str, Any] = {"positions": PLACES[0][:, :24], "block_q": 8, "block_k": 8, "tiles": listing(LAMBDA)}
-    settings["positions"] = (settings["positions"],) * 2
-    want = pull("xla", LAMBDA, x, PER_HEAD, **settings)
-    got = pull("interpret", LAMBDA, x, PER_HEAD, mesh=mesh, head_axis="tensor", **settings)
+    problem = Problem(LAMBDA, listing(LAMBDA), positions=(PLACES[0][:, :24], PLACES[0][:, :24]))
+    want = pull(how("xla"), problem, x, PER_HEAD)
+    got = pull(how("interpret", mesh=mesh, block_q=8, block_k=8), problem, x, PER_HEAD)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert rms_ratio(a, b) <= 5e-6
     assert got[0][1][0].sharding.spec[0] == "data"
@@ -206,28 +210,32 @@ def test_inside_shard_map_on_8_devices() -> None:
 def test_cudnn_gets_what_it_can_and_a_reason_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     x = tuple(a.astype(jnp.bfloat16) for a in arrays(16, 16, 2, 1, 8))
-    run = functools.partial(flash, implementation="cudnn")
+
+    def run(*x: Any, mask: Mask = Causal(), causal: bool = True, **more: Any) -> Any:  # noqa: B008
+        return flash(*x, Problem(mask, causal=causal, **more), how("cudnn"))
+
     for reason, call in {
-        "not plain causal": lambda: run(*x, LAMBDA),
-        "not the same rows": lambda: run(x[0][:, 8:], *x[1:], Causal(), causal=True, offset=8),
-        "segments or padding": lambda: run(*x, Causal(), causal=True, **_packed(16, 16)),
-        "dtype float32": lambda: run(*arrays(16, 16, 2, 1, 8), Causal(), causal=True),
-        "sinks": lambda: run(*x, Causal(), causal=True, sinks_H=jnp.zeros(2)),
-        "a soft-cap": lambda: run(*x, Causal(), causal=True, softcap=2.0),
-        "heads wider": lambda: run(*(jnp.zeros((1, 16, 1, 256), jnp.bfloat16),) * 3, Causal(), causal=True),
+        "not plain causal": lambda: run(*x, mask=LAMBDA, causal=False),
+        "not the same rows": lambda: run(x[0][:, 8:], *x[1:], offset=8),
+        "segments or padding": lambda: run(*x, **_packed(16, 16)),
+        "dtype float32": lambda: run(*arrays(16, 16, 2, 1, 8)),
+        "sinks": lambda: run(*x, sinks_H=jnp.zeros(2)),
+        "a soft-cap": lambda: run(*x, softcap=2.0),
+        "heads wider": lambda: run(*(jnp.zeros((1, 16, 1, 256), jnp.bfloat16),) * 3),
     }.items():
         with pytest.raises(UserError, match=f"'cudnn' cannot serve this call: .*{reason}.*; use 'auto'"):
             call()
     monkeypatch.undo()
     with pytest.raises(UserError, match="no GPU here"):
-        run(*x, Causal(), causal=True)
+        run(*x)
 
 
 def test_gradient_through_the_log_sum_exp_that_cudnn_drops() -> None:
     """The rule of cudnn.py, around XLA's form of the same library function, which drops that gradient as cuDNN does."""
     x = arrays(24, 24, 4, 2, 8)
-    form = functools.partial(cudnn.attention, scale=0.3, library="xla")
-    truth = functools.partial(flash, mask=Causal(), scale=0.3, implementation="reference")
+    problem = Problem(Causal(), scale=0.3)
+    form = functools.partial(cudnn.attention, scores=problem.scores(*x[:2]), library="xla")
+    truth = functools.partial(flash, problem=problem, how=how("reference"))
     for weigh in (loss, lambda out, lse: jnp.sin(3 * out).sum()):
         got, want = (jax.jit(jax.grad(lambda x, f=f, w=weigh: w(*f(*x))))(x) for f in (form, truth))
         for a, b in zip(got, want, strict=True):
@@ -237,7 +245,7 @@ def test_gradient_through_the_log_sum_exp_that_cudnn_drops() -> None:
 def test_auto_is_the_kernel_for_a_tpu_and_xla_elsewhere() -> None:
     """By what the program is lowered for, not by the machine; a call the kernel cannot serve goes to XLA."""
     x = arrays(200, 200, 2, 1, 64, B=1)
-    run = functools.partial(flash, mask=Causal())
+    run = functools.partial(flash, problem=Problem(Causal()))
 
     def gradient(*x: Any) -> Any:
         return jax.grad(lambda *x: loss(*run(*x)), (0, 1, 2))(*x)
@@ -245,22 +253,24 @@ def test_auto_is_the_kernel_for_a_tpu_and_xla_elsewhere() -> None:
     tpu = jax.jit(gradient).trace(*x).lower(lowering_platforms=("tpu",)).as_text()
     assert tpu.count("@tpu_custom_call") == 3
     assert "custom_call" not in jax.jit(run).trace(*x).lower(lowering_platforms=("cuda",)).as_text()
-    text = jax.jit(functools.partial(run, block_q=96)).trace(*x).lower(lowering_platforms=("tpu",)).as_text()
+    text = jax.jit(functools.partial(run, how=how(block_q=96))).trace(*x).lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" not in text
-    xla = jax.jit(jax.grad(lambda *x: loss(*run(*x, implementation="xla")), (0, 1, 2)))
+    xla = jax.jit(jax.grad(lambda *x: loss(*run(*x, how=how("xla"))), (0, 1, 2)))
     for a, b in zip(jax.jit(gradient)(*x), xla(*x), strict=True):
         assert rms_ratio(a, b) <= 1e-6
 
 
 def test_mistakes_are_said_in_one_line() -> None:
     x = arrays(16, 16, 3, 2, 8)
-    for message, settings in {
-        "3 query heads and 2 key heads": {},
-        "implementation: unknown name 'cuda'": {"implementation": "cuda"},
-        "chip: unknown name 'v7'": {"chip": "v7"},
-        "slopes_H without positions": {"slopes_H": jnp.zeros(2)},
-        "multiples of 128; use 'auto'": {"implementation": "tpu", "block_q": 96},
+    plain = Problem(Causal())
+    for message, (problem, kind) in {
+        "3 query heads and 2 key heads": (plain, how()),
+        "implementation: unknown name 'cuda'": (plain, how("cuda")),
+        "chip: unknown name 'v7'": (plain, how(chip="v7")),
+        "sizes: unknown name 'block_z'": (plain, how(block_z=1)),
+        "slopes_H without positions": (Problem(Causal(), slopes_H=jnp.zeros(2)), how()),
+        "multiples of 128; use 'auto'": (plain, how("tpu", block_q=96)),
     }.items():
         q = x[0] if "3 query" in message else jnp.zeros((2, 256, 2, 8))
         with pytest.raises(UserError, match=f"^flash: .*{message}"):
-            flash(q, *x[1:], Causal(), **settings)
+            flash(q, *x[1:], problem, kind)

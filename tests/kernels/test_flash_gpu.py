@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -9,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import assert_as_good, exact, rms_ratio, without_races
+from kernel_checks import assert_as_good, exact, how, rms_ratio, without_races
 
 from kernels_pallas import common
 from kernels_pallas.flash import bench, gpu, gpu_forward, gpu_tile, table
 from kernels_pallas.flash.api import flash
+from kernels_pallas.flash.problem import Problem
 from lm import compat
 from lm.attention.masks import Causal, Chunked, EarlyQueries, Mask, NearChunks, Prefix, Sinks, Window
 from lm.attention.tiles import Grid, visit
@@ -32,11 +34,11 @@ def arrays(T: int, S: int, H: int, K: int, d: int, B: int = 1) -> tuple[Any, ...
     return tuple(jnp.asarray(rng.normal(size=(B, n, h, d)), jnp.bfloat16) for n, h in ((T, H), (S, K), (S, K)))
 
 
-def pull(implementation: str, mask: Any, x: tuple[Any, ...], heads: dict[str, Any], **settings: Any) -> Any:
+def pull(implementation: str, problem: Problem, x: tuple[Any, ...], heads: dict[str, Any]) -> Any:
     """Output and log-sum-exp, gradients to q, k, v, and to the numbers per head."""
 
     def loss(x: tuple[Any, ...], heads: dict[str, Any]) -> Any:
-        out, lse = flash(*x, mask, **heads, implementation=implementation, **settings)
+        out, lse = flash(*x, dataclasses.replace(problem, **heads), how(implementation))
         found = jnp.where(lse > common.NEG / 2, jnp.cos(lse), 0.0).sum()
         return jnp.sin(3 * out.astype(jnp.float32)).sum() + found, (out, lse)
 
@@ -68,9 +70,9 @@ GRID: dict[str, tuple[Mask, tuple[int, ...], dict[str, Any], dict[str, Any]]] = 
 def test_equals_the_reference_forward_and_gradient(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Against float32 on the same rounded inputs, with no more than twice the error of XLA's own form; and no race."""
     mask, shape, heads, settings = GRID[name]
-    x = arrays(*shape)
-    found = without_races(lambda: pull("interpret_gpu", mask, x, heads, **settings), capfd)
-    truth, xla = pull("xla", mask, exact(x), heads, **settings), pull("xla", mask, x, heads, **settings)
+    x, problem = arrays(*shape), Problem(mask, **settings)
+    found = without_races(lambda: pull("interpret_gpu", problem, x, heads), capfd)
+    truth, xla = pull("xla", problem, exact(x), heads), pull("xla", problem, x, heads)
     (out, lse), dx, d_heads = found
     empty = np.asarray(truth[0][1]) == common.NEG
     assert empty.any() == (name[:4] in ("rows", "pack"))
@@ -98,7 +100,7 @@ def test_a_barrier_nobody_waits_for_is_a_race(
     monkeypatch.setattr(gpu_forward, "_forward", forward)
     skip = lambda b: None if getattr(b, "ref", b) is forgotten[0] else wait(b)  # noqa: E731
     monkeypatch.setattr(gpu_forward.plgpu, "barrier_wait", skip)
-    run = jax.jit(functools.partial(flash, mask=Causal(), implementation="interpret_gpu", tiles=listing(Causal())))
+    run = jax.jit(functools.partial(flash, problem=Problem(Causal(), listing(Causal())), how=how("interpret_gpu")))
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match="RACE DETECTED"):
         without_races(lambda: run(*arrays(64, 64, 1, 1, 32)), capfd)
     from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
@@ -144,36 +146,36 @@ def test_lowers_for_cuda_at_real_sizes() -> None:
 
 def test_every_mask_lowers() -> None:
     mask = (LAMBDA | (Prefix(9) & ~Chunked(64))) & (NearChunks(64, 3) | EarlyQueries(100))
-    run = functools.partial(flash, mask=mask, implementation="gpu", tiles=listing(mask))
+    run = functools.partial(flash, problem=Problem(mask, listing(mask)), how=how("gpu"))
     assert "@mosaic_gpu_v2" in lowered(run, *arrays(256, 256, 1, 1, 64))
 
 
 def test_auto_is_the_kernel_on_a_chip_it_is_written_for() -> None:
     x = arrays(200, 200, 2, 1, 64)
-    run = functools.partial(flash, mask=Causal())
-    assert "@mosaic_gpu_v2" in lowered(functools.partial(run, chip="h100"), *x)
+    run = functools.partial(flash, problem=Problem(Causal()))
+    assert "@mosaic_gpu_v2" in lowered(functools.partial(run, how=how(chip="h100")), *x)
     assert "mosaic_gpu" not in lowered(run, *x)
-    assert "mosaic_gpu" not in lowered(functools.partial(run, chip="h100"), *exact(x))
+    assert "mosaic_gpu" not in lowered(functools.partial(run, how=how(chip="h100")), *exact(x))
 
 
 def test_lowers_inside_shard_map_on_8_devices() -> None:
     """Rows over 4 devices and heads over 2. Interpreted, their 24 warpgroups want more threads than XLA has."""
     mesh = compat.auto_mesh((4, 2), ("data", "tensor"))
-    run = functools.partial(flash, mask=LAMBDA, sinks_H=PER_HEAD["sinks_H"], tiles=listing(LAMBDA))
-    text = lowered(
-        functools.partial(run, mesh=mesh, head_axis="tensor", implementation="gpu"), *arrays(64, 64, 4, 2, 32, B=4)
-    )
+    problem = Problem(LAMBDA, listing(LAMBDA), sinks_H=PER_HEAD["sinks_H"])
+    run = functools.partial(flash, problem=problem, how=how("gpu", mesh=mesh))
+    text = lowered(run, *arrays(64, 64, 4, 2, 32, B=4))
     call = next(line for line in text.splitlines() if "@mosaic_gpu_v2" in line)
     assert "tensor<1x128x2x32xbf16>" in call  # a row of the batch, two heads, padded to a block
 
 
 def test_refusals() -> None:
     x = arrays(128, 128, 2, 1, 64)
+    plain = Problem(Causal())
     for reason, call in {
-        "dtype float32": lambda f: flash(*exact(x), Causal(), implementation=f),
-        "heads wider than 256": lambda f: flash(*arrays(64, 64, 1, 1, 288), Causal(), implementation=f),
-        "fewer than 64 queries": lambda f: flash(x[0][:, :1], *x[1:], Causal(), offset=127, implementation=f),
-        "on a GPU 64 or 128": lambda f: flash(*x, Causal(), block_q=96, implementation=f),
+        "dtype float32": lambda f: flash(*exact(x), plain, how(f)),
+        "heads wider than 256": lambda f: flash(*arrays(64, 64, 1, 1, 288), plain, how(f)),
+        "fewer than 64 queries": lambda f: flash(x[0][:, :1], *x[1:], Problem(Causal(), offset=127), how(f)),
+        "on a GPU 64 or 128": lambda f: flash(*x, plain, how(f, block_q=96)),
     }.items():
         for form in ("gpu", "interpret_gpu"):
             with pytest.raises(UserError, match=f"'{form}' cannot serve this call: .*{reason}.*; use 'auto'"):

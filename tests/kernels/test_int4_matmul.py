@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from kernel_checks import STRICT, assert_as_good, exact, lowered_for_tpu, rms_ratio, without_races
+from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
 
 from kernels_pallas.int4_matmul import bench, reference, tpu
 from kernels_pallas.int4_matmul.api import int4_matmul
@@ -31,7 +31,7 @@ GRID = [
 ]
 
 
-call = jax.jit(int4_matmul, static_argnames=("implementation", "tiles"))
+call = jax.jit(int4_matmul, static_argnames="how")
 
 
 def _arrays(
@@ -73,16 +73,15 @@ def test_exact_weights_are_the_plain_product() -> None:
 @pytest.mark.parametrize("case", GRID, ids=lambda c: "-".join(str(getattr(v, "__name__", v)) for v in c))
 def test_kernel_is_the_reference(case: tuple[Any, ...]) -> None:
     x, weights = _arrays(*case)
-    tiles = tpu.Tiles(16, 128)  # more than one tile of rows and of outputs
-    found = call(x, weights, implementation="interpret", tiles=tiles)
-    truth = call(exact(x), weights, implementation="reference")
+    found = call(x, weights, how("interpret", tile_m=16, tile_n=128))  # more than one tile of rows and of outputs
+    truth = call(exact(x), weights, how("reference"))
     assert found.dtype == x.dtype
-    assert_as_good(found, call(x, weights, implementation="xla"), truth, x.dtype)
+    assert_as_good(found, call(x, weights, how("xla")), truth, x.dtype)
 
 
 def test_no_race_and_nothing_uninitialised(capfd: pytest.CaptureFixture[str]) -> None:
     x, weights = _arrays(20, 288, 200, 4, 32, False, jnp.float32)
-    kernel = functools.partial(tpu.int4_matmul, tiles=tpu.Tiles(16, 128), interpret=STRICT)
+    kernel = functools.partial(tpu.int4_matmul, how=how(interpret=STRICT, tile_m=16, tile_n=128))
     found = without_races(lambda: kernel(x, weights), capfd)
     assert rms_ratio(found, reference.reference(x, weights)) < 1e-6
 
@@ -91,7 +90,7 @@ def test_gradient_goes_to_the_activations() -> None:
     x, weights = _arrays(3, 64, 32, 4, 32, False, jnp.float32)
 
     def loss(x: jax.Array, implementation: str) -> jax.Array:
-        return jnp.sum(jnp.sin(int4_matmul(x, weights, implementation=implementation)))
+        return jnp.sum(jnp.sin(int4_matmul(x, weights, how(implementation))))
 
     truth = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(reference.reference(x, weights)))))(x)
     for implementation in ("auto", "interpret"):
@@ -105,7 +104,7 @@ def test_leading_axes_and_shards() -> None:
     x, weights = _arrays(6, 64, 8 * 16, 4, 32, True, jnp.float32)
     x = x.reshape(2, 3, 64)
     matmul = jax.shard_map(
-        functools.partial(int4_matmul, implementation="interpret"),
+        functools.partial(int4_matmul, how=how("interpret")),
         mesh=auto_mesh((8,), ("tensor",)),
         in_specs=(P(), Quantized(P(None, "tensor"), P(None, "tensor"))),
         out_specs=P(None, None, "tensor"),
@@ -125,15 +124,16 @@ def test_lowers_for_a_tpu() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "tup"}, "unknown name 'tup' (did you mean 'tpu'?)"),
-        ({"chip": "v5"}, "chip: unknown name 'v5'"),
+        ({"how": how("tup")}, "unknown name 'tup' (did you mean 'tpu'?)"),
+        ({"how": how(chip="v5")}, "chip: unknown name 'v5'"),
+        ({"how": how(tile_m=16)}, "sizes {'tile_m': 16}; valid: both of tile_m and tile_n, or neither"),
         ({"x": jnp.zeros((2, 64), jnp.float16)}, "x has dtype float16; valid: bfloat16, float32"),
         ({"x": jnp.zeros((2, 96))}, "do not go with K=96; valid: (48, N) or (96, N)"),
         ({"scales_GN": jnp.zeros((3, 32))}, "scales (3, 32) do not go with weights [64, 32]"),
         ({"zeros_GN": jnp.zeros((1, 32))}, "zeros (1, 32); valid: the shape of the scales, (2, 32)"),
         ({"packed_RN": jnp.zeros((32, 32), jnp.uint8)}, "packed weights have dtype uint8; valid: int8"),
         (
-            {"scales_GN": jnp.zeros((4, 32)), "implementation": "tpu"},
+            {"scales_GN": jnp.zeros((4, 32)), "how": how("tpu")},
             "cannot serve this call: group 16, the kernel has",
         ),
     ],
@@ -153,7 +153,7 @@ def test_weights_too_large_for_the_kernel_run_on_xla() -> None:
         jax.ShapeDtypeStruct((K // 2, 128), jnp.int8), jax.ShapeDtypeStruct((K // 64, 128), jnp.bfloat16)
     )
     with pytest.raises(UserError, match=f"K={K} inputs do not fit"):
-        jax.eval_shape(functools.partial(int4_matmul, implementation="tpu"), x, weights)
+        jax.eval_shape(functools.partial(int4_matmul, how=how("tpu")), x, weights)
     assert "tpu_custom_call" not in lowered_for_tpu(int4_matmul, x, weights)
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from kernel_checks import assert_as_good, exact, rms_ratio, without_races
+from kernel_checks import assert_as_good, exact, how, rms_ratio, without_races
 
 from kernels_pallas import common
-from kernels_pallas.int4_matmul import bench, gpu, reference, tpu
+from kernels_pallas.int4_matmul import bench, gpu, reference
 from kernels_pallas.int4_matmul.api import int4_matmul
 from kernels_pallas.int4_matmul.reference import Quantized, quantize
 from lm.compat import auto_mesh
@@ -42,9 +42,10 @@ def _lowered(fn: Any, *args: Any) -> str:
 def test_kernel_is_the_reference(size: tuple[Any, ...], ctas: int, capfd: pytest.CaptureFixture[str]) -> None:
     """Closer to it than XLA, which rounds the weights; and no race."""
     x, weights = _arrays(size)
-    cut = gpu.plan(x, weights, stages=2, ctas=ctas)
+    two = how(stages=2, ctas=ctas)
+    cut = gpu.plan(x, weights, two)
     assert cut.stages == 2 < cut.turns and cut.splits == ctas
-    kernel = jax.jit(functools.partial(gpu.int4_matmul, interpret=True, stages=2, ctas=ctas))
+    kernel = jax.jit(functools.partial(gpu.int4_matmul, how=two))
     found = without_races(lambda: kernel(x, weights), capfd)
     truth = jax.jit(reference.reference)(exact(x), weights)
     assert found.shape == truth.shape and found.dtype == x.dtype
@@ -57,14 +58,14 @@ def test_every_code_is_exact() -> None:
         codes = np.arange(64 * 64).reshape(64, 64) * 5 % span
         packed = reference.pack(jnp.asarray(codes), 64) if bits == 4 else jnp.asarray(codes - 128, jnp.int8)
         weights = Quantized(packed, jnp.full((1, 64), 0.5), jnp.full((1, 64), 1.5))
-        found = int4_matmul(jnp.eye(64, dtype=jnp.bfloat16), weights, implementation="interpret_gpu", chip="h100")
+        found = int4_matmul(jnp.eye(64, dtype=jnp.bfloat16), weights, how("interpret_gpu", "h100"))
         want = (codes - (1.5 if bits == 4 else 129.5)) / 2
         np.testing.assert_array_equal(found, jnp.asarray(want, jnp.bfloat16))
 
 
 def test_gradient_goes_to_the_activations() -> None:
     x, weights = _arrays((3, 64, 64, 4, 32, True))
-    matmul = functools.partial(int4_matmul, implementation="interpret_gpu", chip="h100")
+    matmul = functools.partial(int4_matmul, how=how("interpret_gpu", "h100"))
     found, pull = jax.vjp(lambda x: matmul(x, weights), x)
     truth, back = jax.vjp(lambda x: reference.reference(x, weights), exact(x))
     assert rms_ratio(found, truth) < 5e-3
@@ -75,7 +76,7 @@ def test_over_eight_devices() -> None:
     """The production call, outputs split. Lowered only: eight interpreted devices wait for each other's callbacks."""
     x, weights = bench._shapes((3, 4096, 8 * 512, 4, 128, False))
     split = jax.shard_map(
-        functools.partial(int4_matmul, chip="h100"),
+        functools.partial(int4_matmul, how=how(chip="h100")),
         mesh=auto_mesh((8,), ("tensor",)),
         in_specs=(P(), Quantized(P(None, "tensor"), P(None, "tensor"))),
         out_specs=P(None, "tensor"),
@@ -89,10 +90,10 @@ def test_lowers_for_cuda_at_real_sizes() -> None:
     for name in ("int4g128 1x4096x4096 gpu forward", "int4g128 512x4096x11008 gpu backward"):
         assert _lowered(cases[name].fn, *cases[name].args).count("mosaic_gpu") > 0, name
     args = cases["int4g128 1x4096x4096 gpu forward"].args
-    assert "mosaic_gpu" in _lowered(functools.partial(int4_matmul, chip="h100"), *args)
+    assert "mosaic_gpu" in _lowered(functools.partial(int4_matmul, how=how(chip="h100")), *args)
     assert "mosaic_gpu" not in _lowered(int4_matmul, *args)  # the chip is said, never looked up
     assert "mosaic_gpu" not in _lowered(
-        functools.partial(int4_matmul, chip="h100"), args[0].update(dtype=jnp.float32), args[1]
+        functools.partial(int4_matmul, how=how(chip="h100")), args[0].update(dtype=jnp.float32), args[1]
     )
 
 
@@ -114,22 +115,22 @@ def test_a_small_matrix_fills_the_chip_and_a_block_fits() -> None:
         ({"scales_GN": jnp.zeros((2, 64), jnp.float16)}, "scales and zeros of dtype float16"),
         ({"scales_GN": jnp.zeros((4, 64))}, "group 16, the kernel has 32, 64, 128, 256"),
         ({"packed_RN": jnp.zeros((32, 48), jnp.int8), "scales_GN": jnp.zeros((2, 48))}, "N=48 outputs"),
-        ({"tiles": tpu.Tiles(16, 512)}, "the kernel has tile_m 8, 16, 32, 64, 128 and tile_n 64, 128"),
+        ({"sizes": {"tile_m": 16, "tile_n": 512}}, "the kernel has tile_m 8, 16, 32, 64, 128 and tile_n 64, 128"),
     ],
 )
 def test_it_refuses_in_one_line(change: dict[str, Any], message: str) -> None:
     x, weights = _arrays((2, 64, 64, 4, 32, True))
     fields = {k: change.pop(k) for k in list(change) if k in Quantized._fields}
-    x = change.pop("x", x)
+    x, sizes = change.pop("x", x), change.pop("sizes", {})
     with pytest.raises(UserError) as found:
-        int4_matmul(x, weights._replace(**fields), implementation="gpu", **change)
+        int4_matmul(x, weights._replace(**fields), how("gpu", **sizes))
     assert message in str(found.value) and "\n" not in str(found.value)
-    assert int4_matmul(x, weights._replace(**fields), chip="h100").shape[0] == 2  # 'auto' serves it all the same
+    assert int4_matmul(x, weights._replace(**fields), how(chip="h100")).shape[0] == 2  # 'auto' serves it all the same
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a Hopper GPU: the compiled kernel")
 def test_compiled_kernel_is_the_reference() -> None:
     for size in [size for size, _ in GRID] + [(8, 4096, 4096, 4, 128, True), (512, 4096, 512, 4, 64, False)]:
         x, weights = _arrays(size)
-        found = int4_matmul(x, weights, implementation="gpu", chip="h100")
+        found = int4_matmul(x, weights, how("gpu", "h100"))
         assert_as_good(found, reference.xla(x, weights), reference.reference(exact(x), weights), x.dtype)

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from kernel_checks import STRICT, assert_as_good, exact, lowered_for_tpu, rms_ratio, without_races
+from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
 
 from kernels_pallas.lightning import bench, reference, tpu
 from kernels_pallas.lightning.api import lightning
+from kernels_pallas.lightning.problem import Problem
 from lm.compat import auto_mesh
 from lm.errors import UserError
 
@@ -41,7 +42,7 @@ def _all(arrays: tuple[Any, ...], implementation: str, chunk: int | None = None)
     q, k, v, decay, state = arrays
 
     def loss(q: Any, k: Any, v: Any, state: Any) -> Any:
-        o, last = lightning(q, k, v, decay, state, implementation=implementation, chunk=chunk)
+        o, last = lightning(q, k, v, decay, state, how(implementation, chunk=chunk))
         wave = jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape)
         # Linear: the float32 truth sees the same cotangents.
         return jnp.sum(o.astype(jnp.float32) * wave) + jnp.sum(last * jnp.sin(1 + jnp.arange(last.shape[-1]))), (
@@ -76,7 +77,7 @@ def test_gradient_of_the_loop_is_that_of_the_chunks_by_autodiff() -> None:
 
     def chunks(q: Any, k: Any, v: Any, state: Any) -> Any:
         heads = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-        o, last = reference.chunked(*heads, jnp.log(decay), state, chunk=8)
+        o, last = reference.chunked(*heads, Problem(jnp.log(decay), state), chunk=8)
         return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.sin(last))
 
     a, b = (jax.jit(jax.grad(f, argnums=(0, 1, 2, 3)))(q, k, v, state) for f in (loop, chunks))
@@ -86,7 +87,7 @@ def test_gradient_of_the_loop_is_that_of_the_chunks_by_autodiff() -> None:
 def test_without_decay_it_is_attention_without_softmax() -> None:
     q, k, v, _, _ = _arrays(1, 12, 2, 8, 8, jnp.float32)
     scores = jnp.einsum("bihd,bjhd->bhij", q, k) * np.tril(np.ones((12, 12)))
-    o, last = jax.jit(functools.partial(lightning, chunk=8))(q, k, v, jnp.ones(2))
+    o, last = jax.jit(functools.partial(lightning, how=how(chunk=8)))(q, k, v, jnp.ones(2))
     assert rms_ratio(o, jnp.einsum("bhij,bjhe->bihe", scores, v)) < 1e-5
     assert rms_ratio(last, jnp.einsum("bjhd,bjhe->bhde", k, v)) < 1e-5
 
@@ -94,7 +95,7 @@ def test_without_decay_it_is_attention_without_softmax() -> None:
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_a_text_in_two_parts_is_the_text(implementation: str) -> None:
     q, k, v, decay, state = _arrays(1, 21, 3, 8, 8, jnp.float32)
-    call = jax.jit(functools.partial(lightning, decay=decay, implementation=implementation, chunk=8))
+    call = jax.jit(functools.partial(lightning, decay=decay, how=how(implementation, chunk=8)))
     whole, last = call(q, k, v, state=state)
     first, handed = call(q[:, :13], k[:, :13], v[:, :13], state=state)
     second, end = call(q[:, 13:], k[:, 13:], v[:, 13:], state=handed)
@@ -105,9 +106,10 @@ def test_a_text_in_two_parts_is_the_text(implementation: str) -> None:
 def test_no_race_and_nothing_uninitialised(reverse: bool, capfd: pytest.CaptureFixture[str]) -> None:
     q, k, v, decay, state = _arrays(1, 21, 3, 16, 8, jnp.float32)
     heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
-    kernel = functools.partial(tpu.chunked, *heads, jnp.log(decay), state, chunk=8, reverse=reverse, interpret=STRICT)
+    problem = Problem(jnp.log(decay), state, reverse)
+    kernel = functools.partial(tpu.chunked, *heads, problem, how(interpret=STRICT, chunk=8))
     found = without_races(kernel, capfd)
-    truth = reference.chunked(*heads, jnp.log(decay), state, chunk=5, reverse=reverse)
+    truth = reference.chunked(*heads, problem, chunk=5)
     assert rms_ratio(found, truth) < 1e-5
 
 
@@ -115,7 +117,7 @@ def test_heads_over_eight_devices() -> None:
     q, k, v, decay, state = _arrays(1, 16, 8, 8, 8, jnp.float32)
     heads = P(None, None, "tensor")
     split = jax.shard_map(
-        functools.partial(lightning, implementation="interpret", chunk=8),
+        functools.partial(lightning, how=how("interpret", chunk=8)),
         mesh=auto_mesh((8,), ("tensor",)),
         in_specs=(heads, heads, heads, P("tensor"), P(None, "tensor")),
         out_specs=(heads, P(None, "tensor")),
@@ -135,13 +137,13 @@ def test_lowers_for_a_tpu() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "pallas"}, "lightning: implementation: unknown name 'pallas'"),
-        ({"chip": "v7"}, "lightning: chip: unknown name 'v7'"),
+        ({"how": how("pallas")}, "lightning: implementation: unknown name 'pallas'"),
+        ({"how": how(chip="v7")}, "lightning: chip: unknown name 'v7'"),
         ({"k": jnp.zeros((1, 4, 2, 4))}, "k (1, 4, 2, 4)"),
         ({"v": jnp.zeros((1, 4, 2, 8), jnp.bfloat16)}, "v bfloat16; valid: all bfloat16 or all float32"),
         ({"decay": jnp.ones(3)}, "decay (3,); valid: one per head, (2,)"),
         ({"state": jnp.zeros((1, 2, 8, 4))}, "state (1, 2, 8, 4); valid: [B, H, D, E], here (1, 2, 8, 8)"),
-        ({"chunk": 12}, "chunk 12; valid: a multiple of 8"),
+        ({"how": how(chunk=12)}, "chunk 12; valid: a multiple of 8"),
     ],
 )
 def test_mistakes_are_said_in_one_line(change: dict[str, Any], message: str) -> None:
@@ -156,7 +158,7 @@ def test_wide_heads_run_on_xla() -> None:
     x = jax.ShapeDtypeStruct((1, 16, 1, 1024), jnp.bfloat16)
     decay = jax.ShapeDtypeStruct((1,), jnp.float32)
     with pytest.raises(UserError, match="head widths 1024 and 1024, the kernel holds up to 512"):
-        jax.eval_shape(functools.partial(lightning, implementation="tpu"), x, x, x, decay)
+        jax.eval_shape(functools.partial(lightning, how=how("tpu")), x, x, x, decay)
     assert "tpu_custom_call" not in lowered_for_tpu(lightning, x, x, x, decay)
 
 

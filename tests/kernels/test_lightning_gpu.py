@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
-from kernel_checks import assert_as_good, exact, lowered_for_gpu, rms_ratio, without_gpu_races
+from kernel_checks import assert_as_good, exact, how, lowered_for_gpu, rms_ratio, without_gpu_races
 from test_lightning import _all, _arrays
 
 from kernels_pallas import common
 from kernels_pallas.lightning import bench, gpu, reference
 from kernels_pallas.lightning.api import lightning
+from kernels_pallas.lightning.problem import Problem
 from lm.compat import auto_mesh
 from lm.errors import UserError
 
@@ -37,10 +38,10 @@ def test_no_race(reverse: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """More chunks than stages, and one stage alone: a chunk is not overwritten before it is used."""
     q, k, v, decay, state = _arrays(1, 300, 1, 64, 64, BF16)
     heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
-    truth = reference.chunked(*exact(heads), jnp.log(decay), state, reverse=reverse)
+    truth = reference.chunked(*exact(heads), Problem(jnp.log(decay), state, reverse))
     for stages in (1, 3):
-        run = functools.partial(gpu.chunked, reverse=reverse, stages=stages, interpret=True)
-        found = without_gpu_races(lambda run=run: run(*heads, jnp.log(decay), state), capfd)
+        run = functools.partial(gpu.chunked, how=how(stages=stages))
+        found = without_gpu_races(lambda run=run: run(*heads, Problem(jnp.log(decay), state, reverse)), capfd)
         assert rms_ratio(found, truth) < 5e-3
 
 
@@ -49,7 +50,7 @@ def test_a_race_is_seen(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.M
     heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     monkeypatch.setattr(gpu.plgpu, "barrier_wait", lambda barrier: None)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match="RACE DETECTED"):
-        without_gpu_races(lambda: gpu.chunked(*heads, jnp.log(decay), state, interpret=True), capfd)
+        without_gpu_races(lambda: gpu.chunked(*heads, Problem(jnp.log(decay), state)), capfd)
 
 
 def test_heads_over_eight_devices_lower_for_cuda() -> None:
@@ -57,7 +58,7 @@ def test_heads_over_eight_devices_lower_for_cuda() -> None:
     x, decay = jax.ShapeDtypeStruct((1, 8192, 16, 128), BF16), jax.ShapeDtypeStruct((16,), jnp.float32)
     heads = P(None, None, "tensor")
     split = jax.shard_map(
-        functools.partial(lightning, implementation="gpu", chip="h100"),
+        functools.partial(lightning, how=how("gpu", "h100")),
         mesh=auto_mesh((8,), ("tensor",)),
         in_specs=(heads, heads, heads, P("tensor")),
         out_specs=(heads, P(None, "tensor")),
@@ -75,7 +76,7 @@ def test_real_sizes_lower_for_cuda() -> None:
     text = lowered_for_gpu(train.fn, *train.args)
     assert text.count("@mosaic_gpu") == 4
     assert 2**16 < train.tile_bytes < common.GPUS["h100"].smem // 2  # two blocks to a multiprocessor
-    auto = functools.partial(lightning, chip="h100")
+    auto = functools.partial(lightning, how=how(chip="h100"))
     assert "@mosaic_gpu" in lowered_for_gpu(auto, *longest.args)
     assert "mosaic_gpu" not in lowered_for_gpu(lightning, *longest.args)  # for what chip was not said
 
@@ -84,7 +85,7 @@ def test_what_it_cannot_serve_runs_on_xla() -> None:
     def call(D: int = 64, dtype: Any = BF16, **given: Any) -> Any:
         x = jax.ShapeDtypeStruct((1, 128, 2, D), dtype)
         decay = jax.ShapeDtypeStruct((2,), jnp.float32)
-        return functools.partial(lightning, chip="h100", **given), x, x, x, decay
+        return functools.partial(lightning, how=how(chip="h100", **given)), x, x, x, decay
 
     for message, given in {
         "float32, the matrix unit": {"dtype": jnp.float32},

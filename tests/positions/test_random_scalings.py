@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm.config import plug
-from lm.interop import families
+from lm.interop.families import rotary
 
 
 def draw(kind: str, rng: np.random.Generator) -> tuple[dict[str, Any], int, int, int]:
@@ -54,7 +54,7 @@ def test_random_settings(kind: str) -> None:
             hidden_size=2 * head_dim, num_attention_heads=2, max_position_embeddings=trained, rope_parameters=fields
         )
         want, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length)
-        rope = plug("lm.positions", {"name": "rope", **families.rope(config.to_dict())}, "positions")
+        rope = plug("lm.positions", {"name": "rope", **rotary.read(config.to_dict())}, "positions")
         f, m = rope.scaling.frequencies(rope.theta, rope.width(head_dim), jnp.asarray(float(length)), trained)
         np.testing.assert_allclose(f, want.numpy(), rtol=5e-6, err_msg=f"{fields} at {length} of {trained}")
         assert float(m) == pytest.approx(float(factor), rel=1e-6), fields

@@ -125,7 +125,7 @@ def test_transformers_own_functions(kind: str, fields: Any, ours: Any, length: i
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from lm.interop.families import rope
+    from lm.interop.families.rotary import read as rope
 
     config = transformers.LlamaConfig(
         hidden_size=64,

@@ -9,7 +9,7 @@ import pytest
 from cases.model import Params
 from cases.surgery_case import SurgeryCase
 
-from experiments.generate import surgery_of
+from experiments.commands.generate import surgery_of
 from lm import weights
 from lm.config import ModelConfig, build, model_config
 from lm.decoding import Generator, Sampling

@@ -20,7 +20,7 @@ from lm import interop, objectives, weights
 from lm.config import ModelConfig, build, model_config
 from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
-from lm.interop import to_huggingface
+from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 from lm.model.decoder import Decoder
 from lm.surgery.lora import LoRA
@@ -180,9 +180,7 @@ def train(folder: Path, start: Path, **change: Any) -> loop.Trained:
         chosen,
         prepare(chosen, folder.parent / "data"),
         folder,
-        start=found.params,
-        start_identity=found.identity,
-        start_source=source,
+        start=loop.Start(found.params, found.identity, source, found.identity),
         tell=lambda text: None,
     )
 
@@ -213,7 +211,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     class Death(BaseException):
         pass
 
-    original = loop._Run._read
+    original = loop.Loop._read
 
     def read(self: Any, i: int, metrics: Any) -> None:
         original(self, i, metrics)
@@ -221,7 +219,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
             raise Death
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_read", read)
+        patch.setattr(loop.Loop, "_read", read)
         with pytest.raises(Death):
             train(tmp_path / "run", start)
     again = train(tmp_path / "run", start)

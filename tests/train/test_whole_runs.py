@@ -18,7 +18,8 @@ import pytest
 import tiny_run
 
 from lm.errors import Terminated, TrainingStopped, UserError
-from lm.train import checkpoint, loop, step
+from lm.model import params
+from lm.train import checkpoint, log, loop, session, step
 from lm.train.log import read
 from lm.train.placement import Placement
 
@@ -43,7 +44,7 @@ def interrupted(folder: Path, texts: Path, at: int, monkeypatch: pytest.MonkeyPa
     class Death(BaseException):
         pass
 
-    original = loop._Run._read
+    original = loop.Loop._read
 
     def read_step(self: Any, i: int, metrics: Any) -> None:
         original(self, i, metrics)
@@ -51,7 +52,7 @@ def interrupted(folder: Path, texts: Path, at: int, monkeypatch: pytest.MonkeyPa
             raise Death
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_read", read_step)
+        patch.setattr(loop.Loop, "_read", read_step)
         with pytest.raises(Death):
             tiny_run.train(folder, texts, **change)
 
@@ -73,7 +74,7 @@ def test_a_run_leaves_what_a_reader_needs(whole: Path) -> None:
     assert 0.95 < ratio <= 1.0  # one token a byte, and one for the end of each document
     (session,) = json.loads((whole / "goodput.json").read_text())
     assert (
-        session["total"] == pytest.approx(sum(session[k] for k in loop.KINDS), abs=0.01) and 0 < session["goodput"] < 1
+        session["total"] == pytest.approx(sum(session[k] for k in log.KINDS), abs=0.01) and 0 < session["goodput"] < 1
     )
     assert "8,560 parameters" in (whole / "parameters.txt").read_text()
 
@@ -161,7 +162,7 @@ def test_which_checkpoints_stay(tmp_path: Path, texts: Path) -> None:
 
 
 def test_sigterm_saves_and_goes_on(tmp_path: Path, texts: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = loop._Run._read
+    original = loop.Loop._read
 
     def read_step(self: Any, i: int, metrics: Any) -> None:
         original(self, i, metrics)
@@ -169,7 +170,7 @@ def test_sigterm_saves_and_goes_on(tmp_path: Path, texts: Path, whole: Path, mon
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_read", read_step)
+        patch.setattr(loop.Loop, "_read", read_step)
         with pytest.raises(Terminated, match=r"step 1[89] of 60 saved in .*; the same command goes on"):
             tiny_run.train(tmp_path / "run", texts)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -213,7 +214,7 @@ def test_a_run_of_them_stops_with_the_last_good_state(
     kept = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints")
     train = tiny_run.settings(texts, steps=60, max_skipped=4)
     cfg = tiny_run.model_config(tiny_run.MODEL)
-    like = jax.eval_shape(lambda: step.initial(loop.params.init(cfg, jax.random.key(0)), train))
+    like = jax.eval_shape(lambda: step.initial(params.init(cfg, jax.random.key(0)), train))
     found = kept.newest(like, lambda about: None, lambda text: None)
     kept.close()
     assert found is not None and all(np.isfinite(x).all() for x in jax.tree.leaves(found[1]["params"]))
@@ -286,7 +287,7 @@ def test_changed_text_is_a_changed_data_order(tmp_path: Path) -> None:
 
 
 def test_two_trainings_in_one_folder_are_refused(tmp_path: Path, texts: Path) -> None:
-    with loop._alone(tmp_path / "run"), pytest.raises(UserError, match="another process is training here"):
+    with session.alone(tmp_path / "run"), pytest.raises(UserError, match="another process is training here"):
         tiny_run.train(tmp_path / "run", texts)
 
 

@@ -45,7 +45,6 @@ class _Side:
 
 def attend(
     ctx: Context,
-    v_BSKd: jax.Array,
     branches: tuple[AnyBranch, ...],
     softcap: float | None,
     block_q: int,
@@ -56,12 +55,12 @@ def attend(
     outs, lses = [], []
     for branch in branches:
         if isinstance(branch, BlockBranch):
-            out, lse = by_block(branch, ctx, v_BSKd, softcap)
+            out, lse = by_block(branch, ctx, softcap)
         elif branch.gather_BHTn is not None:
-            s, v = gathered(branch, ctx, v_BSKd, softcap)
+            s, v = gathered(branch, ctx, softcap)
             out, lse = _softmax_of(s, v)
         else:
-            out, lse = _branch(ctx, v_BSKd, branch, softcap, block_q, block_k)
+            out, lse = _branch(ctx.of(branch), branch, softcap, block_q, block_k)
         rest = T - out.shape[2]
         outs.append(jnp.pad(out, ((0, 0), (0, 0), (rest, 0), (0, 0))))
         lses.append(jnp.pad(lse, ((0, 0), (0, 0), (rest, 0)), constant_values=NEG))
@@ -79,7 +78,7 @@ def _softmax_of(s: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _branch(
-    ctx: Context, v_BSKd: jax.Array, branch: Branch, softcap: float | None, block_q: int, block_k: int
+    ctx: Context, branch: Branch, softcap: float | None, block_q: int, block_k: int
 ) -> tuple[jax.Array, jax.Array]:
     """One branch: output ``[B, H, rows, d]`` and log-sum-exp ``[B, H, rows]``."""
     B, T, H, d = ctx.q_BTHd.shape
@@ -108,7 +107,7 @@ def _branch(
     # [n_blocks, B, K, G * block_q, d]: heads lead, so that a tile is one batched matrix product.
     q = _blocks(q, n_q, grid.block_q, 0).reshape(n_q, B, grid.block_q, K, H // K, d)
     q = q.transpose(0, 1, 3, 4, 2, 5).reshape(n_q, B, K, -1, d)
-    k, v = (_blocks(x, n_k, grid.block_k, 0).transpose(0, 1, 3, 2, 4) for x in (k, v_BSKd))
+    k, v = (_blocks(x, n_k, grid.block_k, 0).transpose(0, 1, 3, 2, 4) for x in (k, ctx.v_BSKd))
     out, lse = _flash(spec, q, k, v, side_q, side_k)
     out = out.reshape(n_q, B, H, grid.block_q, d).transpose(1, 2, 0, 3, 4).reshape(B, H, -1, d)
     lse = lse.reshape(n_q, B, H, grid.block_q).transpose(1, 2, 0, 3).reshape(B, H, -1)

@@ -23,9 +23,17 @@ def visible(branch: Branch, ctx: Context, n_keys: int | None = None) -> jax.Arra
     seen = branch.mask(qi, ki) & (ki >= 0) & (qi >= 0)
     if q.segments_BT is not None and k.segments_BT is not None:
         seen &= q.segments_BT[:, :, None] == k.segments_BT[:, None, :n_keys]
+    if q.ancestors_BTT is not None and ctx.sources[0].new:
+        seen &= _on_the_way(q.ancestors_BTT, ctx.k_BSKd.shape[1])[..., :n_keys]
     if branch.rows is not None:
         seen &= (jnp.arange(qi.shape[1]) >= qi.shape[1] - branch.rows)[None, :, None]
     return seen
+
+
+def _on_the_way(ancestors_BTT: jax.Array, n_keys: int) -> jax.Array:
+    """bool ``[B, T, n_keys]``: all before the new tokens, which are the last T keys; of these the ancestors."""
+    T = ancestors_BTT.shape[1]
+    return jnp.pad(ancestors_BTT, ((0, 0), (0, 0), (n_keys - T, 0)), constant_values=True)
 
 
 def logits(branch: Branch, ctx: Context, softcap: float | None, n_keys: int | None = None) -> jax.Array:
@@ -41,7 +49,7 @@ def logits(branch: Branch, ctx: Context, softcap: float | None, n_keys: int | No
     return s if softcap is None else softcap * jnp.tanh(s / softcap)
 
 
-def gathered(branch: Branch, ctx: Context, v_BSKd: jax.Array, softcap: float | None) -> tuple[jax.Array, ...]:
+def gathered(branch: Branch, ctx: Context, softcap: float | None) -> tuple[jax.Array, ...]:
     """Logits float32 ``[B, H, T, n]`` (masked to `NEG`) and values ``[B, H, T, n, d]`` of a gathering branch."""
     assert branch.gather_BHTn is not None
     ids = branch.gather_BHTn
@@ -50,7 +58,7 @@ def gathered(branch: Branch, ctx: Context, v_BSKd: jax.Array, softcap: float | N
     slot = jnp.maximum(ids, 0)
     rows, kv = jnp.arange(B)[:, None, None, None], (jnp.arange(H) // (H // K))[None, :, None, None]
     (q, own_q), (k, own_k) = ctx.queries_at(branch.q_positions, T), ctx.keys_at(branch.k_positions)
-    k, v, own_k = k[rows, slot, kv], v_BSKd[rows, slot, kv], own_k[rows, slot]
+    k, v, own_k = k[rows, slot, kv], ctx.v_BSKd[rows, slot, kv], own_k[rows, slot]
     s = jnp.einsum("bthd,bhtnd->bhtn", q, k, preferred_element_type=jnp.float32) * ctx.scale
     bias = ctx.positions.bias(own_q[:, None, :, None], own_k, H)
     if bias is not None:  # [B, H, T, H', 1, n], of which a head wants its own
@@ -61,21 +69,25 @@ def gathered(branch: Branch, ctx: Context, v_BSKd: jax.Array, softcap: float | N
     return jnp.where(seen, s, NEG), v
 
 
-def attend(
-    ctx: Context, v_BSKd: jax.Array, branches: tuple[AnyBranch, ...], softcap: float | None
-) -> tuple[jax.Array, jax.Array]:
+def attend(ctx: Context, branches: tuple[AnyBranch, ...], softcap: float | None) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, T, H, d]`` and log-sum-exp float32 ``[B, T, H]``; rows without any key give 0 and `NEG`."""
     B, T, H, d = ctx.q_BTHd.shape
     K = ctx.k_BSKd.shape[2]
     S = ctx.k_BSKd.shape[1]
+    v_BSKd = ctx.v_BSKd
     shared = jnp.full((B, K, H // K, T, S), NEG, jnp.float32)
-    extra = []
+    extra: list[tuple[jax.Array, jax.Array]] = []
+    others: list[tuple[jax.Array, jax.Array]] = []
     if all(isinstance(branch, BlockBranch) for branch in branches):
         S, shared = 0, shared[..., :0]  # keys are reached through their blocks alone
     for branch in branches:
         if isinstance(branch, BlockBranch):
-            s, v = direct(branch, ctx, v_BSKd, softcap)
+            s, v = direct(branch, ctx, softcap)
             extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
+        elif branch.source:
+            own = ctx.of(branch)
+            seen = visible(branch, own)[:, None, None]
+            others.append((jnp.where(seen, logits(branch, own, softcap), NEG), own.v_BSKd))
         elif branch.gather_BHTn is None:
             # Branches are disjoint, so each pair takes its logit from the one branch that sees it.
             n = reach(branch, ctx)
@@ -83,12 +95,12 @@ def attend(
             part = jnp.where(seen, logits(branch, ctx, softcap, n), shared[..., :n])
             shared = part if n == S else shared.at[..., :n].set(part)
         else:
-            s, v = gathered(branch, ctx, v_BSKd, softcap)
+            s, v = gathered(branch, ctx, softcap)
             rest = T - s.shape[2]
             s = jnp.pad(s, ((0, 0), (0, 0), (rest, 0), (0, 0)), constant_values=NEG)
             v = jnp.pad(v, ((0, 0), (0, 0), (rest, 0), (0, 0), (0, 0)))
             extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
-    s = jnp.concatenate([shared] + [e[0] for e in extra], axis=-1)
+    s = jnp.concatenate([shared] + [e[0] for e in (*extra, *others)], axis=-1)
     top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
     p = jnp.where(s <= NEG / 2, 0.0, jnp.exp(s - top))
     total = p.sum(-1, keepdims=True)
@@ -99,5 +111,8 @@ def attend(
     for _, v in extra:
         out += jnp.einsum("bkgtn,bkgtnd->btkgd", p[..., at : at + v.shape[-2]], v)
         at += v.shape[-2]
+    for _, v in others:
+        out += jnp.einsum("bkgts,bskd->btkgd", p[..., at : at + v.shape[1]], v)
+        at += v.shape[1]
     lse = jnp.where(empty, NEG, top + jnp.log(jnp.where(empty, 1.0, total)))[..., 0]
     return out.reshape(B, T, H, d), jnp.moveaxis(lse.reshape(B, H, T), 1, 2)

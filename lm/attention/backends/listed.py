@@ -22,7 +22,7 @@ from lm.sharding import parts
 PAIRS = 2**17  # pairs sorted together, at most: 32 MiB of rotated queries with 64 channels
 
 
-def direct(branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array]:
+def direct(branch: BlockBranch, ctx: Context, softcap: float | None) -> tuple[jax.Array, jax.Array]:
     """Logits float32 ``[B, H, T, n * w]`` (masked to `NEG`) and values ``[B, H, T, n * w, d]``."""
     ids, w = branch.ids_BHTn, branch.size
     B, H, T, n = ids.shape
@@ -41,12 +41,12 @@ def direct(branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float 
     qs, ks = ctx.queries.segments_BT, ctx.keys.segments_BT
     if qs is not None and ks is not None:
         seen &= qs[:, None, :, None, None] == ks[rows, slots]
-    values = v_BSKd[rows, slots, kv]
+    values = ctx.v_BSKd[rows, slots, kv]
     return jnp.where(seen, s, NEG).reshape(B, H, T, -1), values.reshape(B, H, T, n * w, -1)
 
 
 def by_block(
-    branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float | None, tile: int | None = None
+    branch: BlockBranch, ctx: Context, softcap: float | None, tile: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Output ``[B, H, T, d]`` and log-sum-exp float32 ``[B, H, T]``; `tile`: pairs that share one read of a block.
 
@@ -55,7 +55,7 @@ def by_block(
     """
     over = mesh_split(ctx)
     if over is None or parts("length") > 1:
-        return _by_block(branch, ctx, v_BSKd, softcap, tile)
+        return _by_block(branch, ctx, softcap, tile)
     P, rows, heads = jax.sharding.PartitionSpec, over.batch_axis, over.head_axis
     by_token, by_head = P(rows, None, heads), P(rows, heads)
     places = by_head if branch.q_positions.shape[1] == ctx.q_BTHd.shape[2] else P(rows)
@@ -68,30 +68,30 @@ def by_block(
         "starts_BN": (branch.starts_BN, P(rows)),
         "ids_BHTn": (branch.ids_BHTn, by_head),
         "q_positions": (branch.q_positions, places),
-        "v": (v_BSKd, by_token),
+        "v": (ctx.v_BSKd, by_token),
     }
     if isinstance(branch.k_positions, jax.Array):
         arrays["k_positions"] = branch.k_positions, P(rows)
 
     def local(x: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        def own(whole: Any, **change: Any) -> Any:
-            mine = {f.name: x[f.name] for f in dataclasses.fields(whole) if f.name in x}
-            return dataclasses.replace(whole, **mine, **change)
-
-        return _by_block(own(branch), own(ctx, v_BSKd=None, blocks=None), x["v"], softcap, tile)
+        mine = {name: x[name] for name in ("starts_BN", "ids_BHTn", "q_positions", "k_positions") if name in x}
+        keys = dataclasses.replace(ctx.sources[0], k_BSKd=x["k_BSKd"], v_BSKd=x["v"], tokens=x["keys"])
+        here = {"q_BTHd": x["q_BTHd"], "queries": x["queries"], "length": x["length"]}
+        own = dataclasses.replace(ctx, **here, sources=(keys,), blocks=None)
+        return _by_block(dataclasses.replace(branch, **mine), own, softcap, tile)
 
     specs = {name: spec for name, (_, spec) in arrays.items()}
     return mapped(local, over.mesh, (specs,), (by_head, by_head))({name: array for name, (array, _) in arrays.items()})
 
 
 def _by_block(
-    branch: BlockBranch, ctx: Context, v_BSKd: jax.Array, softcap: float | None, tile: int | None
+    branch: BlockBranch, ctx: Context, softcap: float | None, tile: int | None
 ) -> tuple[jax.Array, jax.Array]:
     B, H, T, n = branch.ids_BHTn.shape
     k, _ = ctx.keys_at(branch.k_positions)
     starts, w = branch.starts_BN, branch.size
     # [B * K * N, w, …]: a tile reads one block of one key/value head, which lies in one piece.
-    kv = _per_head(take(k, starts, w)), _per_head(take(v_BSKd, starts, w))
+    kv = _per_head(take(k, starts, w)), _per_head(take(ctx.v_BSKd, starts, w))
     slots = starts[:, :, None] + jnp.arange(w)
     inside = (starts >= 0)[:, :, None] & (slots < ctx.k_BSKd.shape[1])
     index = jnp.where(inside, take(ctx.keys.index_BT, starts, w), -1)

@@ -19,8 +19,10 @@ import numpy as np
 
 from kernels_pallas import common
 from kernels_pallas.block_table.api import block_table
+from kernels_pallas.block_table.problem import Problem as Listed
 from kernels_pallas.branches.api import branches as union
-from kernels_pallas.branches.part import Part
+from kernels_pallas.branches.part import Part, Problem
+from kernels_pallas.common import How, sized
 from lm.attention.backends.listed import by_block
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.masks import Causal
@@ -33,19 +35,15 @@ KEY = "model.mixer.backend: 'pallas'"
 ELSE = "valid: auto, dense, blocked"
 
 
-def check(pattern: Any) -> None:
-    """Refuses, by name and at config time, a pattern whose keys are listed while it runs."""
-    if getattr(pattern, "lists_keys", False):
-        raise UserError(
-            f"{KEY} serves plain branches, and this {type(pattern).__name__} lists keys at run time; {ELSE}"
-        )
-
-
 def refusal(ctx: Context, branches: tuple[AnyBranch, ...]) -> str | None:
     """Why the kernels cannot serve these branches, or None."""
     if any(isinstance(branch, Branch) and branch.gather_BHTn is not None for branch in branches):
         return "serves plain branches, and this pattern lists keys at run time"
-    if _bias(ctx) and not hasattr(ctx.positions, "head_slopes"):
+    if any(isinstance(branch, Branch) and branch.source for branch in branches):
+        return "serves one source of keys"
+    if ctx.queries.ancestors_BTT is not None:
+        return "serves texts, and these tokens are a tree"
+    if _bias(ctx) and ctx.positions.head_slopes(ctx.q_BTHd.shape[2]) is None:
         return f"serves biases linear in distance, and {type(ctx.positions).__name__} is not"
     return None
 
@@ -63,7 +61,6 @@ def platform() -> str:
 
 def attend(
     ctx: Context,
-    v_BSKd: jax.Array,
     branches: tuple[AnyBranch, ...],
     softcap: float | None,
     block_q: int | None,
@@ -72,20 +69,15 @@ def attend(
     """Same contract as `lm.attention.backends.dense.attend`; `UserError` for what the kernels cannot serve."""
     if reason := refusal(ctx, branches):
         raise UserError(f"{KEY} {reason}; {ELSE}")
-    found = [_listed(ctx, v_BSKd, branch, softcap) for branch in branches if isinstance(branch, BlockBranch)]
+    found = [_listed(ctx, branch, softcap) for branch in branches if isinstance(branch, BlockBranch)]
     plain = [branch for branch in branches if isinstance(branch, Branch)]
     if plain:
         slopes = jnp.asarray(ctx.positions.head_slopes(ctx.q_BTHd.shape[2]), jnp.float32) if _bias(ctx) else None
         one = union(
             [_part(ctx, branch) for branch in plain],
-            v_BSKd,
-            n_queries=ctx.q_BTHd.shape[1],
-            slopes_H=slopes,
-            scale=ctx.scale,
-            softcap=softcap,
-            block_q=block_q,
-            block_k=block_k,
-            **_how(ctx),
+            ctx.v_BSKd,
+            Problem(n_queries=ctx.q_BTHd.shape[1], slopes_H=slopes, scale=ctx.scale, softcap=softcap),
+            _how(ctx, block_q=block_q, block_k=block_k),
         )
         found.append(one)
     return merge(*zip(*found, strict=True))
@@ -124,14 +116,14 @@ def _bias(ctx: Context) -> bool:
     return ctx.positions.bias(jnp.zeros((1, 1)), jnp.zeros((1, 1)), ctx.q_BTHd.shape[2]) is not None
 
 
-def _how(ctx: Context) -> dict[str, Any]:
-    """A kernel's chip, implementation, mesh and axes."""
+def _how(ctx: Context, **sizes: int | None) -> How:
+    """A kernel's implementation, chip, block sizes, mesh and axes."""
     device, over = _device(), mesh_split(ctx)
     kind = {"cpu": "interpret", "tpu": "tpu"}.get(device.platform, "auto")
-    return {"chip": common.chip(device), "implementation": kind, **({} if over is None else over._asdict())}
+    return How(kind, common.chip(device), sized(**sizes), **({} if over is None else over._asdict()))
 
 
-def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float | None) -> tuple[jax.Array, jax.Array]:
+def _listed(ctx: Context, branch: BlockBranch, softcap: float | None) -> tuple[jax.Array, jax.Array]:
     """One branch of listed blocks: output ``[B, T, H, d]`` and log-sum-exp ``[B, T, H]``.
 
     In a cache a block's keys lie side by side, token i in slot i, and the branch is such that a query sees all up to
@@ -140,7 +132,7 @@ def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float
     B, T, H, d = ctx.q_BTHd.shape
     S, w, n = ctx.k_BSKd.shape[1], branch.size, branch.ids_BHTn.shape[-1]
     if T > 1 or ctx.keys.leading != S:
-        out, lse = by_block(branch, ctx, v_BSKd, softcap)
+        out, lse = by_block(branch, ctx, softcap)
         return out.swapaxes(1, 2), lse.swapaxes(1, 2)
     index, positions = ctx.queries.index_BT, ctx.positions
     last = jnp.where(branch.mask(index, index), index, jnp.where(branch.mask(index, index - 1), index - 1, -1))
@@ -152,14 +144,16 @@ def _listed(ctx: Context, v_BSKd: jax.Array, branch: BlockBranch, softcap: float
     out, lse = block_table(
         positions.rotate(ctx.q_BTHd, jnp.swapaxes(first, 1, 2), ctx.length),
         ctx.keys_at(branch.k_positions)[0],
-        v_BSKd,
+        ctx.v_BSKd,
         jnp.where((ids >= 0) & (starts >= 0), starts // w, -1).astype(jnp.int32),
-        block_size=w,
-        positions=jnp.where(index >= 0, last, -1),
-        turn=jnp.broadcast_to(rank, ids.shape),
-        angles=moves * positions.frequencies(d, ctx.length),
-        scale=ctx.scale,
-        softcap=softcap,
-        **_how(ctx),
+        Listed(
+            block_size=w,
+            positions=jnp.where(index >= 0, last, -1),
+            turn=jnp.broadcast_to(rank, ids.shape),
+            angles=moves * positions.frequencies(d, ctx.length),
+            scale=ctx.scale,
+            softcap=softcap,
+        ),
+        _how(ctx),
     )
     return out, jnp.maximum(lse, NEG)

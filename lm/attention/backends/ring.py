@@ -31,12 +31,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, Tokens, merge
+from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, Keys, Tokens, merge
 from lm.attention.masks import Mask, Tile
 from lm.errors import UserError
 from lm.sharding.layout import current
 
-Local = Callable[[Context, jax.Array, tuple[AnyBranch, ...]], tuple[jax.Array, jax.Array]]
+Local = Callable[[Context, tuple[AnyBranch, ...]], tuple[jax.Array, jax.Array]]
 
 
 def refusal(branches: Sequence[AnyBranch]) -> str | None:
@@ -48,6 +48,8 @@ def refusal(branches: Sequence[AnyBranch]) -> str | None:
             return "its keys are listed one by one, anywhere in the text"
         if branch.rows is not None:
             return "a branch is for the last queries only"
+        if branch.source:
+            return "its keys come from more than one source"
     return None
 
 
@@ -91,9 +93,7 @@ def meetings(masks: tuple[Mask, ...], n: int, part: int, contiguous: bool, piece
     return table[: max(np.flatnonzero(table.any((1, 2, 3))), default=0) + 1]
 
 
-def attend(
-    ctx: Context, v_BSKd: jax.Array, branches: tuple[AnyBranch, ...], local: Local
-) -> tuple[jax.Array, jax.Array]:
+def attend(ctx: Context, branches: tuple[AnyBranch, ...], local: Local) -> tuple[jax.Array, jax.Array]:
     """`lm.attention.attend.attend` for calls that are `wanted`; `local` attends to the keys of one part."""
     found = current()
     assert found is not None
@@ -109,12 +109,12 @@ def attend(
     out, lse = _attend(ring, mesh, {*axes, *layout.axes_of("layers")})(  # stages are mapped over
         ctx.q_BTHd,
         ctx.k_BSKd,
-        v_BSKd,
+        ctx.v_BSKd,
         _Rows(ctx.queries, tuple(b.q_positions if isinstance(b.q_positions, jax.Array) else None for b in plain)),
         _Rows(ctx.keys, tuple(b.k_positions if isinstance(b.k_positions, jax.Array) else None for b in plain)),
         jnp.asarray(ctx.length, jnp.float32),
     )
-    return out.astype(v_BSKd.dtype), lse
+    return out.astype(ctx.v_BSKd.dtype), lse
 
 
 @jax.tree_util.register_dataclass
@@ -172,7 +172,8 @@ class _Ring:
         """The queries of this device and the keys of one part: output ``[B, T / n, H, d]``, log-sum-exp."""
         q_tokens, k_tokens = (dataclasses.replace(r.tokens, contiguous=False, leading=0) for r in (rows, cols))
         old = self.ctx
-        ctx = Context(q, k, q_tokens, k_tokens, old.positions, length, old.scale, old.rotated, v, apart=apart)
+        keys = Keys(k, v, k_tokens, old.rotated)
+        ctx = Context(q, q_tokens, (keys,), old.positions, length, old.scale, apart=apart)
         branches = tuple(
             dataclasses.replace(
                 b,
@@ -181,7 +182,7 @@ class _Ring:
             )
             for b, at_q, at_k in zip(self.branches, rows.places, cols.places, strict=True)
         )
-        return self.local(ctx, v, branches)
+        return self.local(ctx, branches)
 
     @property
     def pieces(self) -> int:

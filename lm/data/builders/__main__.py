@@ -8,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lm.data import tfds
 from lm.data.builders.datasets import ABOUT, builder_class
+from lm.data.texts import tfds
 from lm.errors import UserError, unknown
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lm.data.sources import SOURCES
+from lm.data.texts.sources import SOURCES
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def builder_class(source: str) -> Any:
                 disable_shuffling=True,  # the reader gets the documents in the order in which the source has them
             )
 
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
             return {"train": self._generate_examples()}
 
         def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:

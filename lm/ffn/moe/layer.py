@@ -10,52 +10,48 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lm.config import ModelConfig
-from lm.ffn.context import Call
-from lm.ffn.glu import GeGLU, GeGLUTanh, SwiGLU
-from lm.ffn.mlp import Gelu, GeluTanh, Relu, Relu2
+from lm.ffn.glu import SwiGLU
 from lm.ffn.moe.exchange import sorted_rows, to_experts
 from lm.ffn.moe.routing import ExpertChoice, Scores, Slots, TokenChoice, limit
+from lm.layer import LayerInputs, LayerOut
+from lm.plug import Model
 from lm.sharding import current
+from lm.watch import tap
 from lm.weights.project import Project
-
-KINDS: dict[str, Any] = {
-    "swiglu": SwiGLU,
-    "geglu": GeGLU,
-    "geglu_tanh": GeGLUTanh,
-    "gelu": Gelu,
-    "gelu_tanh": GeluTanh,
-    "relu": Relu,
-    "relu2": Relu2,
-}
+from lm.weights.weight import param
 
 
 class _Stack(nn.Module):
     """E matrices ``[E, in, out]``, each drawn as one dense layer's is."""
 
     shape: tuple[int, int, int]
-    cfg: ModelConfig
+    cfg: Model
+    axes: tuple[str, str, str]
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("kernel", nn.initializers.normal(self.cfg.init_std), self.shape, self.cfg.param_dtype)
+        init, of = nn.initializers.normal(self.cfg.init_std), self.cfg.param_dtype
+        kernel: jax.Array = param(self, "kernel", init, self.shape, of, axes=self.axes)
+        return kernel
 
 
 class _Experts(nn.Module):
     """All experts: on buffers ``[E, C, D]``, or, with `chosen` (experts, gates, two bounds), on tokens
     ``[B, T, D]``, by `lm.ffn.moe.exchange.to_experts`."""
 
-    cfg: ModelConfig
+    cfg: Model
 
     @nn.compact
     def __call__(self, x: jax.Array, chosen: tuple[Any, ...] | None = None) -> Any:
         cfg, moe = self.cfg, self.cfg.ffn
-        E, D, F = moe.experts, cfg.d_model, moe.d_expert or cfg.d_ff
-        act = KINDS[moe.expert].activation
-        shapes = {"up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)}
-        if not issubclass(KINDS[moe.expert], SwiGLU):
-            del shapes["gate"]
-        weights = {name: _Stack(shape, cfg, name=name)().astype(x.dtype) for name, shape in shapes.items()}
+        E, D, F = moe.experts, cfg.d_model, moe.width(cfg)
+        act, gated = moe.kind.activation, isinstance(moe.kind, SwiGLU)
+        inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
+        stacks = {"up": ((E, D, F), inward), **({"gate": ((E, D, F), inward)} if gated else {})}
+        stacks |= {"down": ((E, F, D), outward)}
+        weights = {
+            name: _Stack(shape, cfg, axes, name=name)().astype(x.dtype) for name, (shape, axes) in stacks.items()
+        }
         if chosen is not None:
             experts_BTk, gates_BTk, per_row, in_all = chosen
             return to_experts(x, experts_BTk, gates_BTk, weights, act, moe.implementation, per_row, in_all)
@@ -70,7 +66,7 @@ class _Experts(nn.Module):
 class _Router(nn.Module):
     """Logits, in float32 whatever the compute type, and the decision group by group."""
 
-    cfg: ModelConfig
+    cfg: Model
 
     @nn.compact
     def __call__(self, x_GTD: jax.Array, mask_GT: jax.Array, ids_GT: Any, key: Any) -> tuple[Any, jax.Array, jax.Array]:
@@ -89,16 +85,18 @@ class _Router(nn.Module):
         logits = jnp.zeros((*x.shape[:2], E), jnp.float32)
         if router.learned:
             shape = (D, E * (router.slots or 1))
-            kernel = self.param("kernel", nn.initializers.normal(cfg.init_std), shape, cfg.param_dtype)
+            init, of = nn.initializers.normal(cfg.init_std), cfg.param_dtype
+            kernel = param(self, "kernel", init, shape, of, axes=("embed", "routes"))
             kernel = kernel.astype(jnp.float32)
             if router.slots:
-                scale = self.param("scale", nn.initializers.ones, (1,), cfg.param_dtype).astype(jnp.float32)
+                scale = param(self, "scale", nn.initializers.ones, (1,), of, axes=("one",)).astype(jnp.float32)
                 x = x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
                 kernel = scale * kernel / (jnp.linalg.norm(kernel, axis=0) + 1e-6)
             logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
         bias = jnp.zeros(E)
         if router.biased:
-            bias = jax.lax.stop_gradient(self.param("bias", nn.initializers.zeros, (E,), jnp.float32))
+            bias = param(self, "bias", nn.initializers.zeros, (E,), jnp.float32, axes=("routes",))
+            bias = jax.lax.stop_gradient(bias)
         if G == 1:
             ids = None if ids_GT is None else ids_GT[0]
             one = router.route(Scores(logits[0], mask_GT[0], bias, ids, keys[1]))
@@ -109,19 +107,20 @@ class _Router(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """``(x[B, T, D], call) -> (y[B, T, D], report)``."""
+    """``(x[B, T, D], layer) -> LayerOut``. Watched: what the decision says of every token (``experts``, ``gates`` and
+    ``kept`` ``[B, T, k]`` of routers whose tokens choose)."""
 
-    cfg: ModelConfig
+    cfg: Model
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, call: Call) -> tuple[jax.Array, dict[str, Any]]:
+    def __call__(self, x_BTD: jax.Array, layer: LayerInputs) -> LayerOut:
         cfg, moe = self.cfg, self.cfg.ffn
         B, T, D = x_BTD.shape
         G = B if moe.group == "sequence" else 1
-        mask = call.index_BT >= 0
-        ids = None if call.ids_BT is None else call.ids_BT.reshape(G, -1)
+        mask = layer.tokens.index_BT >= 0
+        ids = None if layer.ids_BT is None else layer.ids_BT.reshape(G, -1)
         decision, logits, bias = _Router(cfg, name="router")(
-            x_BTD.reshape(G, -1, D), mask.reshape(G, -1), ids, call.key
+            x_BTD.reshape(G, -1, D), mask.reshape(G, -1), ids, layer.key
         )
         flat = x_BTD.reshape(B * T, D)
         experts = _Experts(cfg, name="experts")
@@ -130,19 +129,19 @@ class MoELayer(nn.Module):
         elif isinstance(decision, ExpertChoice):
             y, stats = _by_expert(experts, flat, decision)
         else:
-            places = moe.places(B * T // G, call.key is not None)
+            places = moe.places(B * T // G, layer.key is not None)
             y, stats = _by_token(experts, x_BTD, decision, mask.reshape(G, -1), places, moe)
         if moe.shared:
-            inner = dataclasses.replace(cfg, d_ff=moe.shared, ffn=KINDS[moe.expert](bias=False))
-            own = inner.ffn.module(inner, name="shared")(flat)
+            inner = dataclasses.replace(cfg, d_ff=moe.shared, ffn=moe.kind)
+            own = moe.kind.module(inner, name="shared")(flat).x
             if moe.shared_gate:
-                gate = Project((D, 1), 1, False, cfg, name="shared_gate")(flat).astype(jnp.float32)
+                gate = Project((D, 1), 1, False, cfg, ("embed", "one"), name="shared_gate")(flat).astype(jnp.float32)
                 own = jax.nn.sigmoid(gate).astype(own.dtype) * own
             y = y + own
         report = _report(moe, decision, stats, logits, bias, mask)
-        if call.taps:
-            report["taps"] = {k: v.reshape(B, T, -1) for k, v in stats["taps"].items()}
-        return y.reshape(B, T, D).astype(x_BTD.dtype), report
+        for name, value in stats["taps"].items():
+            tap(self, layer.watch, name, value.reshape(B, T, -1))
+        return LayerOut(y.reshape(B, T, D).astype(x_BTD.dtype), None, report)
 
 
 def _by_token(

@@ -7,34 +7,26 @@ expert, D model width, F expert width.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from lm.config import ModelConfig
 from lm.errors import UserError, unknown
-from lm.ffn.context import Call
-from lm.ffn.moe.grouped import IMPLEMENTATIONS
-from lm.ffn.moe.layer import KINDS, MoELayer
-from lm.plug import socket, table
+from lm.ffn.base import FFN, WIDE, Activated
+from lm.ffn.moe.layer import MoELayer
+from lm.ffn.moe.routing import Router
+from lm.plug import Model, bounded, socket, table
 
-AXES = {
-    "router/kernel": ("embed", "routes"),
-    "router/bias": ("routes",),
-    "router/scale": ("one",),
-    "experts/gate/kernel": ("experts", "embed", "mlp"),
-    "experts/up/kernel": ("experts", "embed", "mlp"),
-    "experts/down/kernel": ("experts", "mlp", "embed"),
-    "shared_gate/kernel": ("embed", "one"),
-}
+# Alive at once: arrays [rows of experts, d_model], and arrays [rows, d_ff] of an expert that is alone on its chip.
+ROUTED, ALONE = 2, 4
 
 
 @dataclass(frozen=True)
-class MoE:
+class MoE(FFN):
     """E experts of kind `expert` (a feed-forward layer without biases) and width `d_expert` (None = ``model.d_ff``).
 
     `shared`: width of one more expert that every token passes (0 = none; m shared experts of width F are one of m F),
@@ -56,58 +48,40 @@ class MoE:
     None: sorted. `implementation` of grouped products: ``auto | ragged | blocks`` (`lm.ffn.moe.grouped`).
     """
 
-    experts: int = 8
-    router: Any = socket("lm.ffn.moe.routers", "topk")
+    experts: int = bounded(8, at_least=1)
+    router: Router = socket("lm.ffn.moe.routers", "topk")
     expert: str = "swiglu"
-    d_expert: int | None = None
-    shared: int = 0
+    d_expert: int | None = bounded(None, at_least=1)
+    shared: int = bounded(0, at_least=0)
     shared_gate: bool = False
-    every: int = 1
-    first_dense: int = 0
-    dense: Any = socket("lm.ffn", "swiglu")
+    every: int = bounded(1, at_least=1)
+    first_dense: int = bounded(0, at_least=0)
+    dense: FFN = socket("lm.ffn", "swiglu")
     capacity: float | None = None
     eval_capacity: float | None = None
     capacity_counts_k: bool = True
-    min_capacity: int = 1
-    priority: str = "choice"
-    group: str = "batch"
+    min_capacity: int = bounded(1, at_least=0)
+    priority: Literal["choice", "token", "gate"] = "choice"
+    group: Literal["batch", "sequence"] = "batch"
     load_balance_loss: float = 0.01
     router_z_loss: float = 0.0
-    balance_over: str = "batch"
-    dispatch: str | None = None
-    implementation: str = "auto"
+    balance_over: Literal["batch", "sequence"] = "batch"
+    dispatch: Literal["sorted", "buffers"] | None = None
+    implementation: Literal["auto", "ragged", "blocks"] = "auto"
     reports: ClassVar[bool] = True
 
-    def check(self, cfg: ModelConfig) -> None:
-        for name in ("experts", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.ffn.{name}: must be at least 1, found {getattr(self, name)}")
-        for name in ("shared", "first_dense", "min_capacity"):
-            if getattr(self, name) < 0:
-                raise UserError(f"model.ffn.{name}: must be 0 or more, found {getattr(self, name)}")
-        if self.d_expert is not None and self.d_expert < 1:
-            raise UserError(f"model.ffn.d_expert: must be at least 1 or None, found {self.d_expert}")
-        for name in ("capacity", "eval_capacity"):
-            factor = getattr(self, name)
+    def check(self, cfg: Model) -> None:
+        for name, factor in (("capacity", self.capacity), ("eval_capacity", self.eval_capacity)):
             if factor is not None and not 0 < factor < math.inf:
                 raise UserError(f"model.ffn.{name}: must be positive, or None for no limit, found {factor}")
             if factor is not None and not self.router.capacity:
                 raise UserError(f"model.ffn.{name}: found {factor}; router {self.name_of_router!r} takes None only")
-        for name in ("load_balance_loss", "router_z_loss"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"model.ffn.{name}: must be finite and 0 or more, found {getattr(self, name)}")
-        choices: tuple[tuple[str, tuple[str, ...]], ...] = (
-            ("expert", tuple(KINDS)),
-            ("priority", ("choice", "token", "gate")),
-            ("group", ("batch", "sequence")),
-            ("balance_over", ("batch", "sequence")),
-            ("implementation", IMPLEMENTATIONS),
-        )
-        for name, valid in choices:
-            if getattr(self, name) not in valid:
-                raise unknown(f"model.ffn.{name}", getattr(self, name), valid)
-        if self.dispatch not in (None, "sorted", "buffers"):
-            raise unknown("model.ffn.dispatch", self.dispatch, ("sorted", "buffers"))
+        for name, weight in (("load_balance_loss", self.load_balance_loss), ("router_z_loss", self.router_z_loss)):
+            if not 0 <= weight < math.inf:
+                raise UserError(f"model.ffn.{name}: must be finite and 0 or more, found {weight}")
+        kinds = [name for name, cls in table("lm.ffn").items() if issubclass(cls, Activated)]
+        if self.expert not in kinds:
+            raise unknown("model.ffn.expert", self.expert, kinds)
         if self.dispatch == "buffers" and self.capacity is None:
             raise UserError("model.ffn.dispatch: buffers hold a number of tokens per expert; set model.ffn.capacity")
         if self.shared_gate and not self.shared:
@@ -117,20 +91,47 @@ class MoE:
         self.router.check(self.experts, cfg)
 
     @property
-    def name_of_router(self) -> str:
-        return next(n for n, c in table("lm.ffn.moe.routers").items() if c is type(self.router))
+    def kind(self) -> Activated:
+        """The layer that an expert is, without biases."""
+        plug: Activated = table("lm.ffn")[self.expert](bias=False)
+        return plug
 
-    def for_layer(self, i: int) -> Any:
+    @property
+    def name_of_router(self) -> str:
+        return table("lm.ffn.moe.routers").name_of(type(self.router)) or ""
+
+    def for_layer(self, i: int) -> FFN:
         """The plug of layer i: this one, or `dense`."""
         return self if i >= self.first_dense and (i + 1) % self.every == 0 else self.dense
 
-    def module(self, cfg: ModelConfig, name: str | None = None) -> nn.Module:
+    def module(self, cfg: Model, name: str | None = None) -> nn.Module:
         return MoELayer(cfg, name=name)
 
     @property
+    def n_experts(self) -> int:
+        return self.experts
+
+    @property
+    def choices(self) -> int:
+        return self.router.k
+
+    @property
     def active(self) -> float:
-        """The share of the experts' weights that a token passes through."""
         return self.router.share(self.experts)
+
+    def width(self, cfg: Model) -> int:
+        return self.d_expert or cfg.d_ff
+
+    def rows(self, cfg: Model, tokens: float, parts: int, exchange: float | None) -> float:
+        even = tokens * self.router.k
+        most = even * parts if exchange is None else min(exchange * even, even * parts)
+        if self.capacity is not None:
+            most = min(most, even * self.capacity * (1 if self.capacity_counts_k else 1 / self.router.k))
+        return most + (tokens * self.shared / self.width(cfg) if self.shared else 0.0)
+
+    def alive(self, cfg: Model, rows: float, parts: int, inner: int) -> float:
+        wide = ALONE if self.experts == parts else WIDE
+        return rows * (wide * self.width(cfg) / inner + ROUTED * cfg.d_model)
 
     def leaks(self, training: bool) -> bool:
         """Whether a token's output may depend on later tokens: by the router, or because they take its place."""
@@ -140,12 +141,10 @@ class MoE:
 
     @property
     def uncached(self) -> str:
-        """Why a text cannot be continued token by token; empty when it can."""
         if self.router.acausal(False):
-            way_out = "; valid: model.ffn.router.evaluation = argmax" if hasattr(self.router, "evaluation") else ""
             return (
                 f"router {self.name_of_router!r} chooses by comparing a token with later ones, which do not exist yet "
-                f"when a text is continued{way_out}"
+                f"when a text is continued{self.router.way_out}"
             )
         if self.eval_capacity is not None:
             return (
@@ -162,16 +161,11 @@ class MoE:
         per_token = self.router.k if self.capacity_counts_k else 1
         return max(math.ceil(factor * per_token * tokens / self.experts), self.min_capacity, 1)
 
-    def update(self, params: Any, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """The balancing bias after a step: towards experts that got fewer tokens than the mean (arXiv 2408.15664)."""
-        rate = getattr(self.router, "bias_rate", 0.0)
-        if not rate:
-            return {}
-        counts = sums["counts_E"]
-        bias = params["router"]["bias"] + rate * jnp.sign(counts.mean() - counts)
-        return {"router/bias": bias - bias.mean() if self.router.centre else bias}
+    def update(self, params: Mapping[str, Any], sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The router's rule (`Router.update`)."""
+        return {f"router/{name}": value for name, value in self.router.update(params["router"], sums).items()}
 
-    def report(self, sums: dict[str, np.ndarray]) -> dict[str, Any]:
+    def report(self, sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """For the log: ``max_vio`` = largest load over the mean load - 1, the share of ``dropped`` assignments, the
         router's ``entropy`` (nats, mean over tokens), both losses before their weights, and by expert ``load``
         (shares)."""
@@ -189,6 +183,3 @@ class MoE:
             bias = sums["bias_E"] / tokens
             out |= {"moe/bias_range": float(np.ptp(bias)), "moe/bias": [round(float(x), 5) for x in bias]}
         return out
-
-
-__all__ = ["AXES", "Call", "MoE"]

@@ -1,14 +1,14 @@
-"""SOCKET router: which experts a token goes to. Survey: arXiv 2407.06204.
+"""SOCKET router: which experts a token goes to (`lm.ffn.moe.routing.Router`). Survey: arXiv 2407.06204.
 
-A plug is a frozen dataclass under `lm.ffn.moe.routing.Router` with ``route(scores)``, a `TokenChoice`, `ExpertChoice`
-or `Slots`, for the tokens of one routing group; logits and everything after them are float32. It declares in `leaks`
-whether a token's output depends on later ones. Letters as in `lm.ffn.moe.routing`.
+Logits and everything after them are float32. A router declares in `leaks` whether a token's output depends on later
+ones. Letters as in `lm.ffn.moe.routing`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from lm.ffn.moe.routing import (
     gather,
     sinkhorn,
 )
-from lm.plug import Table
+from lm.plug import Model, Table
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TopK(Router):
     softmax: str = "after"
     jitter: float = 0.0
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
         if self.softmax not in ("before", "after"):
             raise unknown("model.ffn.router.softmax", self.softmax, ("before", "after"))
@@ -61,7 +61,7 @@ class Switch(Router):
 
     jitter: float = 0.01
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
         _check_jitter(self.jitter)
 
@@ -119,7 +119,7 @@ class Sigmoid(Router):
     def biased(self) -> bool:  # type: ignore[override]
         return self.has_bias or self.bias_rate > 0
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
         if self.bias_rate < 0:
             raise UserError(f"model.ffn.router.bias_rate: must be 0 or more, found {self.bias_rate}")
@@ -135,6 +135,14 @@ class Sigmoid(Router):
                 f"model.ffn.router.k: {self.k} experts of {self.keep_groups} groups of {experts // self.groups}; "
                 "valid: as many as these hold"
             )
+
+    def update(self, params: Mapping[str, jax.Array], sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The balancing bias after a step: towards experts that got fewer tokens than the mean (arXiv 2408.15664)."""
+        if not self.bias_rate:
+            return {}
+        counts = sums["counts_E"]
+        bias = params["bias"] + self.bias_rate * jnp.sign(counts.mean() - counts)
+        return {"bias": bias - bias.mean() if self.centre else bias}
 
     def route(self, s: Scores) -> TokenChoice:
         scores = jax.nn.sigmoid(s.logits_TE)
@@ -174,7 +182,7 @@ class ExpertsChoose(Router):
     leaks: ClassVar[str] = ALWAYS
     capacity: ClassVar[bool] = False
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         if not 0 < self.factor <= experts:
             raise UserError(f"model.ffn.router.factor: found {self.factor}; valid: above 0, at most {experts}")
 
@@ -202,7 +210,7 @@ class Base(Router):
     evaluation: str = "argmax"
     leaks: ClassVar[str] = TRAINING
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
         _check_balanced(self)
         if not self.temperature > 0:
@@ -210,6 +218,10 @@ class Base(Router):
 
     def acausal(self, training: bool) -> bool:
         return training or self.evaluation == "balanced"
+
+    @property
+    def way_out(self) -> str:
+        return "; valid: model.ffn.router.evaluation = argmax"
 
     def route(self, s: Scores) -> TokenChoice:
         z = jax.lax.stop_gradient(s.logits_TE)
@@ -232,12 +244,16 @@ class Sinkhorn(Router):
     evaluation: str = "argmax"
     leaks: ClassVar[str] = TRAINING
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
         _check_balanced(self)
 
     def acausal(self, training: bool) -> bool:
         return training or self.evaluation == "balanced"
+
+    @property
+    def way_out(self) -> str:
+        return "; valid: model.ffn.router.evaluation = argmax"
 
     def route(self, s: Scores) -> TokenChoice:
         z = jax.lax.stop_gradient(s.logits_TE)
@@ -262,7 +278,7 @@ class Hash(Router):
     learned: ClassVar[bool] = False
     needs_ids: ClassVar[bool] = True
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
         if self.table not in ("random", "modulo"):
             raise unknown("model.ffn.router.table", self.table, ("random", "modulo"))
@@ -297,7 +313,7 @@ class Soft(Router):
     leaks: ClassVar[str] = ALWAYS
     capacity: ClassVar[bool] = False
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         if self.slots < 1:
             raise UserError(f"model.ffn.router.slots: must be at least 1, found {self.slots}")
 

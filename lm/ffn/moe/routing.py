@@ -5,13 +5,15 @@ Letters: T tokens of one routing group, E experts, k experts per token, n tokens
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from lm.errors import UserError
+from lm.plug import Model, Plug
 
 NEVER, TRAINING, ALWAYS = "", "training", "always"
 
@@ -66,7 +68,10 @@ class Slots:
     combine_TEs: jax.Array
 
 
-class Router:
+Decision = TokenChoice | ExpertChoice | Slots
+
+
+class Router(Plug):
     """What every router says about itself.
 
     `leaks`: whether a token's output depends on later tokens (`NEVER`), under the training rule alone (`TRAINING`), or
@@ -74,6 +79,7 @@ class Router:
     per expert, for soft routers; `jitter`: relative uniform noise on the router's input in training.
     """
 
+    KEY: ClassVar[str] = "model.ffn.router"
     leaks: ClassVar[str] = NEVER
     learned: ClassVar[bool] = True
     biased: ClassVar[bool] = False
@@ -83,7 +89,7 @@ class Router:
     jitter: float = 0.0
     k: int = 1
 
-    def check(self, experts: int, cfg: Any) -> None:
+    def check(self, experts: int, cfg: Model) -> None:
         """Raises `UserError` for settings that do not fit the number of experts or the model."""
         if not 1 <= self.k <= experts:
             raise UserError(f"model.ffn.router.k: found {self.k}; valid: 1 to model.ffn.experts = {experts}")
@@ -95,8 +101,18 @@ class Router:
     def acausal(self, training: bool) -> bool:
         return self.leaks == ALWAYS or (training and self.leaks == TRAINING)
 
-    def route(self, s: Scores) -> Any:
+    def route(self, s: Scores) -> Decision:
+        """The decision for the tokens of one routing group."""
         raise NotImplementedError
+
+    def update(self, params: Mapping[str, jax.Array], sums: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Parameters of the router that a rule moves after a step, by name; `sums` are the layer's."""
+        return {}
+
+    @property
+    def way_out(self) -> str:
+        """What to set so that a text can be continued, where there is such a setting; for messages."""
+        return ""
 
 
 def gather(values_TE: jax.Array, at_Tk: jax.Array) -> jax.Array:
@@ -135,7 +151,7 @@ def sinkhorn(logits_TE: jax.Array, mask_T: jax.Array, iterations: int) -> jax.Ar
     z = jnp.where(mask_T[:, None], logits_TE, -jnp.inf)
     total = jnp.maximum(mask_T.sum(), 1)
 
-    def step(_: Any, b_E: jax.Array) -> jax.Array:
+    def step(_: int, b_E: jax.Array) -> jax.Array:
         a_T = jnp.where(mask_T, -jnp.log(total) - jax.nn.logsumexp(logits_TE + b_E, axis=1), -jnp.inf)
         return -jnp.log(E) - jax.nn.logsumexp(z + jnp.where(mask_T, a_T, 0.0)[:, None], axis=0)
 
@@ -153,7 +169,7 @@ def balanced_assignment(scores_TE: jax.Array, mask_T: jax.Array) -> jax.Array:
     T, E = scores_TE.shape
     room = -(-mask_T.sum() // E)
 
-    def step(_: Any, placed_T: jax.Array) -> jax.Array:
+    def step(_: int, placed_T: jax.Array) -> jax.Array:
         taken_E = (placed_T[:, None] == jnp.arange(E)).sum(0)
         asks = (placed_T < 0) & mask_T
         open_TE = jnp.where(taken_E < room, scores_TE, -jnp.inf)

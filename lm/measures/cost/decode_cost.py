@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm import caches
+from lm.attention.branches import Keys, Tokens
+from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, exponent
-from lm.model.decoder import Decoder
-from lm.model.params import unstack
+from lm.measures.base import Measure, Measured, Progress, Subject, exponent
+from lm.model.inputs import Inputs
 
 
 @dataclass(frozen=True)
-class DecodeCost:
+class DecodeCost(Measure):
     """Times one-token steps, batch 1, with a cache that already holds `lengths` tokens.
 
     The cache is the smallest that loses nothing under the arm's pattern. Its keys and values are noise: time and bytes
@@ -42,19 +42,19 @@ class DecodeCost:
         # Another layout is another time.
         return "noise; one tree of weights per layer; keys [B, K, C, d], values [B, K, d, C]"
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return 400.0 * len(self.lengths) * (self.steps + 20)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         cfg = subject.config
 
-        def step(params: Any, cache: Any, token: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
-            out = Decoder(cfg).apply({"params": params}, token, cache=cache, index_BT=index)
+        def step(params: Any, cache: caches.Caches, token: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+            out = subject.model.apply(params, Inputs(token, index_BT=index), cache)
             assert out.logits_BTV is not None
             return jnp.argmax(out.logits_BTV, -1).astype(jnp.int32), out.cache
 
         run = jax.jit(step, donate_argnums=1)
-        weights = unstack(subject.params)
+        weights = subject.model.unstacked(subject.params)
         samples: dict[str, list[float]] = {}
         ms, mib = [], []
         for done, length in enumerate(self.lengths):
@@ -80,19 +80,15 @@ class DecodeCost:
         return Measured(samples, curves, {"steps": self.steps})
 
 
-def _filled(cfg: Any, length: int, room: int, seed: int) -> Any:
+def _filled(cfg: ModelConfig, length: int, room: int, seed: int) -> caches.Caches:
     """A cache as it is after `length` tokens, with noise for keys and values, and room for more."""
-    cache = caches.init(cfg, 1, length + room)
+    empty = list(caches.init(cfg, 1, length + room))
     index = jnp.arange(length, dtype=jnp.int32)[None]
-    shape = (1, length, cfg.n_kv_heads, cfg.head_dim)
-    noise = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(cfg.dtype))
-    tokens = caches.Tokens(index, index.astype(jnp.float32))
-    empty, full = list(cache), []
-    del cache
+    noise = jax.random.normal(jax.random.key(seed), (1, length, cfg.kv_heads, cfg.head_width), jnp.dtype(cfg.dtype))
+    tokens, full = Tokens(index, index.astype(jnp.float32)), list[caches.State | None]()
     while empty:  # one layer at a time exists twice
-        full.append(empty.pop(0).extend(noise, noise, tokens)[0])
-    for i, layer in enumerate(full):
-        if hasattr(layer, "summaries"):  # equal summaries would send all heads to the same blocks
-            noise = jax.random.normal(jax.random.key(i), layer.summaries.shape, layer.summaries.dtype)
-            full[i] = dataclasses.replace(layer, summaries=noise)
+        state = empty.pop(0)
+        keys = None if state is None else Keys(noise, noise, tokens, state.rotated)
+        written = None if state is None or keys is None else state.write(keys)
+        full.append(None if written is None else written.noised(jax.random.key(len(full))))
     return tuple(full)

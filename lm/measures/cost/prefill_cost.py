@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, exponent
-from lm.model.decoder import Decoder
+from lm.measures.base import Measure, Measured, Progress, Subject, exponent
+from lm.model.inputs import Inputs
+from lm.model.language_model import DecoderModel
+from lm.watch import Watch
 
 
 @dataclass(frozen=True)
-class PrefillCost:
+class PrefillCost(Measure):
     """Times the forward pass of one text of random tokens, the head left out, `repeats` times per length.
 
     `layers`: only so many of the model's first layers (None = all): layers of one kind cost the same, and a few of them
@@ -42,16 +45,17 @@ class PrefillCost:
     def identity(self) -> str:
         return "random tokens"
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         share = min(self.layers or cfg.n_layers, cfg.n_layers) / cfg.n_layers
         return sum(n * (1.0 + n / 8192) for n in self.lengths) * self.repeats * share
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         cfg, params = _first_layers(subject, self.layers)
+        model = DecoderModel(cfg)
 
         @jax.jit
         def read(params: Any, tokens_BT: jax.Array) -> jax.Array:
-            return Decoder(cfg).apply({"params": params}, tokens_BT, logits=False).hidden_BTD
+            return model.apply(params, Inputs(tokens_BT), watch=Watch(logits=False)).hidden_BTD
 
         samples: dict[str, list[float]] = {}
         medians: list[float] = []

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject
+from lm.measures.base import Measure, Measured, Progress, Subject
 from lm.train.log import read
 
 
 @dataclass(frozen=True)
-class TrainLog:
+class TrainLog(Measure):
     """The log of the run that made the subject's parameters.
 
     Samples, one per run: ``nll`` (nats per token) and ``bits_per_byte`` on all held-out rows at the end, ``train_nll``
@@ -27,7 +27,6 @@ class TrainLog:
 
     tail: float = 0.05
     bin: int = 10
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.tail <= 1:

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, encode, score
+from lm.measures.base import Measure, Measured, Progress, Subject, encode, score
 
 
 @dataclass(frozen=True)
-class NllByPosition:
+class NllByPosition(Measure):
     """Reads the first `tokens` tokens of each document of `texts` (specs of `lm.data.texts`, one document each unless
     a spec yields more; `documents` caps them).
 
@@ -48,7 +49,7 @@ class NllByPosition:
     def identity(self) -> str:
         return texts.identity(self._documents())
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         """Tokens read, with the quadratic part of attention in units of 8k tokens."""
         n = self.context or self.tokens
         passes = len(self._windows())
@@ -66,7 +67,7 @@ class NllByPosition:
         return out
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        trained = self.trained or subject.config.max_positions
+        trained = self.trained or subject.model.trained_length
         docs = [(d, encode(subject.tokenizer, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
         for doc, ids in docs:
             if len(ids) < self.tokens:
@@ -75,7 +76,7 @@ class NllByPosition:
                     "choose a longer document or fewer tokens"
                 )
         windows = self._windows()
-        steps = len(docs) * len(windows) * subject.config.n_layers
+        steps = len(docs) * len(windows) * subject.n_layers
         done = 0
         curves = []
         for doc, ids in docs:

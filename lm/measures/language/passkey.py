@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, encode, score
+from lm.measures.base import Measure, Measured, Progress, Subject, encode, score
 
 TASK = "A pass key is hidden in the text below. Find it and remember it, the question comes at the end.\n\n"
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -19,7 +20,7 @@ QUESTION = "\n\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
-class Passkey:
+class Passkey(Measure):
     """`trials` prompts per length and depth; each is exactly `length` tokens long, question included.
 
     Filler is consecutive real text (`filler`, a spec of `lm.data.texts`), a different stretch per trial. The answer
@@ -35,7 +36,6 @@ class Passkey:
     digits: int = 5
     filler: str = "python-docs"
     context: int | None = None
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.lengths or min(self.lengths) < 128:
@@ -50,7 +50,7 @@ class Passkey:
     def identity(self) -> str:
         return texts.identity(texts.documents(self.filler))
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         kept = [min(n, self.context or n) for n in self.lengths]
         return sum(n * (1.0 + n / 8192) for n in kept) * len(self.depths) * self.trials
 
@@ -86,10 +86,10 @@ class Passkey:
                     yield j, i, *self.prompt(subject.tokenizer, filler, length, depth, rng)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        trained = subject.config.max_positions
+        trained = subject.model.trained_length
         samples: dict[str, list[float]] = {"accuracy": [], "answer_nll": []}
         grid = np.zeros((len(self.depths), len(self.lengths)))
-        steps = len(self.lengths) * len(self.depths) * self.trials * subject.config.n_layers
+        steps = len(self.lengths) * len(self.depths) * self.trials * subject.n_layers
         done, length, depth = 0, self.lengths[0], self.depths[0]
 
         def tick() -> None:

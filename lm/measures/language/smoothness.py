@@ -9,17 +9,21 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, encode
-from lm.model.decoder import Decoder, readout
+from lm.heads.base import Head
+from lm.measures.base import Measure, Measured, Progress, Subject, encode
+from lm.model.inputs import Inputs
+from lm.model.language_model import LanguageModel
+from lm.watch import Watch
 
 SIGMAS = 100
 
 
-def smoothness(y_NV: Any) -> np.ndarray:
+def smoothness(y_NV: ArrayLike) -> np.ndarray:
     """``s(y) = sum_sigma 6 / (pi sigma)^2 |y - G_sigma * y|_2``, sigma = 1 … 100 bins, float64 ``[N]``; 0 is a flat y.
 
     G is a Gaussian filter on the circle of bins that reaches V - 1 bins to either side, its weights summing to 1. The
@@ -47,14 +51,14 @@ def _lost(V: int) -> np.ndarray:
     return out
 
 
-def in_order(y_NV: np.ndarray, head: Any) -> np.ndarray:
+def in_order(y_NV: np.ndarray, head: Head) -> np.ndarray:
     """The columns of `y_NV`, one per id, in the order of the bins that `head` gives the ids."""
-    positions = getattr(head, "positions", None)
-    return y_NV if positions is None else y_NV[:, np.argsort(positions(y_NV.shape[1]), kind="stable")]
+    bins = head.bins(y_NV.shape[1])
+    return y_NV if bins is None else y_NV[:, np.argsort(bins, kind="stable")]
 
 
 @dataclass(frozen=True)
-class Smoothness:
+class Smoothness(Measure):
     """Reads the first `tokens` tokens of each document of `texts` and takes s(y) of the model's distribution of the
     next token at every position from `skip` on; ids are bins in the order that the head gives them, or in their own.
 
@@ -80,7 +84,7 @@ class Smoothness:
     def identity(self) -> str:
         return texts.identity(self._documents())
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.tokens)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
@@ -92,7 +96,7 @@ class Smoothness:
                     f"measures.smoothness.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
                     "choose a longer document or fewer tokens"
                 )
-            y = np.asarray(_distributions(subject.config)(subject.params, jnp.asarray(ids, jnp.int32)[None]))[0]
+            y = np.asarray(_distributions(subject.model)(subject.params, jnp.asarray(ids, jnp.int32)[None]))[0]
             rows.append(smoothness(in_order(y, subject.config.head))[self.skip :])
             progress((i + 1) / len(docs), doc.name)
         s = np.stack(rows)
@@ -108,9 +112,9 @@ class Smoothness:
 
 
 @functools.lru_cache(maxsize=8)
-def _distributions(cfg: ModelConfig) -> Any:
+def _distributions(model: LanguageModel) -> Any:
     def run(params: Any, tokens_BT: jax.Array) -> jax.Array:
-        hidden = Decoder(cfg).apply({"params": params}, tokens_BT, logits=False).hidden_BTD
-        return jax.nn.softmax(readout(cfg, params, hidden), axis=-1)
+        hidden = model.apply(params, Inputs(tokens_BT), watch=Watch(logits=False)).hidden_BTD
+        return jax.nn.softmax(model.readout(params, hidden), axis=-1)
 
     return jax.jit(run)

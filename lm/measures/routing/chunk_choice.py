@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject, records
+from lm.measures.base import Measure, Measured, Progress, Subject, watched
 from lm.measures.language.passkey import Passkey
 
 
 @dataclass(frozen=True)
-class ChunkChoice:
+class ChunkChoice(Measure):
     """Reads pass-key prompts (fields and prompts are those of `lm.measures.language.passkey.Passkey`) under a
     pattern that records ``blocks``, and looks at the chunks picked by the tokens that predict the answer's digits.
 
@@ -32,7 +32,6 @@ class ChunkChoice:
     digits: int = 5
     filler: str = "python-docs"
     bins: int = 16
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self._prompts()
@@ -48,15 +47,16 @@ class ChunkChoice:
     def identity(self) -> str:
         return self._prompts().identity()
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return self._prompts().cost(cfg)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        pattern, L, H = subject.config.pattern, subject.config.n_layers, subject.config.n_heads
-        if not hasattr(pattern, "records") or not hasattr(pattern, "summary"):
+        cfg = subject.config
+        pattern, L, H = cfg.pattern.picks, cfg.n_layers, cfg.n_heads
+        if pattern is None:
             raise UserError(
-                f"measures.chunk_choice: pattern {type(pattern).__name__} picks no chunks; valid: an arm of longheads, "
-                "or this measure left out of the arm's 'only'"
+                f"measures.chunk_choice: pattern {type(cfg.pattern).__name__} picks no chunks; valid: an arm of "
+                "longheads, or this measure left out of the arm's 'only'"
             )
         begin = pattern.begin
         if min(self.lengths) <= begin:
@@ -76,8 +76,7 @@ class ChunkChoice:
         n_prompts = 0
         for _, _, prompt, answer, needle in self._prompts().prompts(subject):
             text = prompt + answer[:-1]
-            seen = records(subject, text, len(answer), tick)
-            ids_LTHn = np.stack([layer["blocks"] for layer in seen])
+            ids_LTHn = np.stack(watched(subject, text, "attn/blocks", len(answer), tick))
             queries = np.arange(len(prompt) - 1, len(text))
             wanted = {i // pattern.chunk for i in needle}
             hit_LH = hit(ids_LTHn, wanted).mean(1)

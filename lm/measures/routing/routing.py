@@ -11,11 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
 from lm.interop import reader
-from lm.measures.base import Measured, Progress, Subject, encode
-from lm.model.decoder import Decoder
+from lm.interop.readers.run_folder import Run
+from lm.measures.base import Measure, Measured, Progress, Subject, encode
+from lm.model.inputs import Inputs
+from lm.watch import Watch
 
 
 def _rows(subject: Subject, specs: tuple[str, ...], length: int, rows: int, key: str) -> np.ndarray:
@@ -33,13 +36,12 @@ def _rows(subject: Subject, specs: tuple[str, ...], length: int, rows: int, key:
 
 def _reader(subject: Subject) -> Callable[[Any, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """``(params, ids[R, T]) -> experts, kept``, both ``[M, R, T, k]`` over the M layers whose tokens choose experts."""
-    cfg = subject.config
+    model = subject.model
 
     @jax.jit
     def run(params: Any, ids_BT: jax.Array) -> Any:
-        reports = Decoder(cfg).apply({"params": params}, ids_BT, logits=False, taps=True).reports
-        taps = [r["taps"] for r in reports if "experts" in r.get("taps", {})]
-        return [t["experts"] for t in taps], [t["kept"] for t in taps]
+        out = model.apply(params, Inputs(ids_BT), watch=Watch(taps=("ffn/experts", "ffn/kept"), logits=False))
+        return out.tap("ffn/experts"), out.tap("ffn/kept")
 
     def read(params: Any, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         size = next(n for n in range(min(16, len(ids)), 0, -1) if len(ids) % n == 0)
@@ -69,7 +71,7 @@ def information(c_fit: np.ndarray, e_fit: np.ndarray, c: np.ndarray, e: np.ndarr
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Measure):
     """Reads `rows` rows of `length` tokens of every text; the odd rows are predicted from the even ones.
 
     Samples, means over the mixture layers: ``info_X`` (nats about a token's first expert) and ``accuracy_X`` for X =
@@ -96,7 +98,7 @@ class Routing:
     def identity(self) -> str:
         return texts.identity([d for spec in self.texts for d in texts.documents(spec)])
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.rows * self.length)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
@@ -104,7 +106,7 @@ class Routing:
         n, R, T = ids.shape
         experts, kept = _reader(subject)(subject.params, ids.reshape(n * R, T))
         progress(0.8, "read")
-        E = next(layer.ffn.experts for layer in subject.config.layers() if hasattr(layer.ffn, "experts"))
+        E = max(layer.ffn.n_experts for layer in subject.model.layers())
         flat = ids.reshape(n * R, T)
         of = {
             "id": flat,
@@ -163,7 +165,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class RoutingHistory:
+class RoutingHistory(Measure):
     """The choices of every kept checkpoint (``train.keep_every``) against the last one's, on the same text.
 
     Samples: ``overlap_early``, the share of a token's experts that it keeps to the end, at the first checkpoint after
@@ -175,7 +177,6 @@ class RoutingHistory:
     length: int = 128
     rows: int = 32
     early: float = 0.2
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.early < 1 or self.length < 8 or self.rows < 1:
@@ -187,14 +188,14 @@ class RoutingHistory:
     def identity(self) -> str:
         return texts.identity([d for spec in self.texts for d in texts.documents(spec)])
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return 10.0 * len(self.texts) * self.rows * self.length
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:
             raise UserError("measures.routing_history: the parameters were not trained here; valid: set train")
-        kept = reader(str(subject.run))
-        steps = kept.steps()
+        run = Run(subject.run, reader)
+        steps = run.steps()
         if len(steps) < 3:
             raise UserError(
                 f"measures.routing_history: {subject.run} keeps checkpoints {steps}; valid: set train.keep_every to a "
@@ -203,11 +204,11 @@ class RoutingHistory:
         ids = _rows(subject, self.texts, self.length, self.rows, "measures.routing_history")
         flat = ids.reshape(-1, self.length)
         read = _reader(subject)
-        last = read(kept.params(subject.config, steps[-1]), flat)[0]
+        last = read(run.params(subject.config, steps[-1]), flat)[0]
         E = int(last.max()) + 1
         overlaps, chances = [], []
         for n, step in enumerate(steps[:-1]):
-            then = read(kept.params(subject.config, step), flat)[0]
+            then = read(run.params(subject.config, step), flat)[0]
             same = (then[..., :, None] == last[..., None, :]).any(-1)
             overlaps.append(float(same.mean()))
             loads = [

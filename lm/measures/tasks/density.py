@@ -6,25 +6,28 @@ import dataclasses
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 import lm.measures.tasks.density_tasks as tasks
 from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject
+from lm.heads.base import Head, Targets
+from lm.measures.base import Measure, Measured, Progress, Subject
 from lm.measures.language.smoothness import in_order, smoothness
 from lm.model.decoder import readout
+from lm.model.language_model import DecoderModel
 from lm.objectives.likelihood import head_loss
 from lm.weights.project import uniform
 
 
 @dataclass(frozen=True)
-class ConditionalDensity:
+class ConditionalDensity(Measure):
     """The synthetic study of arXiv 2410.22269, section 3: ReLU layers of widths `hidden` and the subject's head learn
     z's bin from the bins of x and y (`samples` triples of `density_tasks`, a fifth of them kept for testing).
     Adam; the head's auxiliary losses count. Of the subject only ``model.head`` is read: nothing else need be trained.
@@ -46,13 +49,16 @@ class ConditionalDensity:
     batch: int = 32
     learning_rate: float = 1e-3
     hidden: tuple[int, ...] = (64, 32)
-    stochastic: ClassVar[bool] = True
-    untrained: ClassVar[bool] = True
+
+    @property
+    def untrained(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
-        for name in ("bins", "samples", "epochs", "batch"):
-            if getattr(self, name) < (2 if name == "bins" else 1):
-                raise UserError(f"measures.conditional_density.{name}: too small, found {getattr(self, name)}")
+        sizes = {"bins": self.bins - 1, "samples": self.samples, "epochs": self.epochs, "batch": self.batch}
+        for name, size in sizes.items():
+            if size < 1:
+                raise UserError(f"measures.conditional_density.{name}: too small, found {vars(self)[name]}")
         if self.batch > self.samples * 4 // 5:
             raise UserError(
                 f"measures.conditional_density.batch: {self.batch} rows, {self.samples * 4 // 5} are trained on; "
@@ -63,8 +69,8 @@ class ConditionalDensity:
         if any(n < 1 for n in self.frequencies):
             raise UserError(f"measures.conditional_density.frequencies: each at least 1, found {self.frequencies}")
 
-    def cost(self, cfg: Any) -> float:
-        runs = 1 + (len(self.frequencies) if hasattr(cfg.head, "frequencies") else 0)
+    def cost(self, cfg: ModelConfig) -> float:
+        runs = 1 + (len(self.frequencies) if cfg.head.resolution is not None else 0)
         return 1.0 if self.truncated else 0.3 * runs * self.epochs * self.samples
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
@@ -75,7 +81,7 @@ class ConditionalDensity:
         true = tasks.pmf(self.task, xy[order[n:]], self.bins)
         samples = {"true_smoothness": [float(smoothness(true).mean())]}
         head = subject.config.head
-        own = getattr(head, "frequencies", None)
+        own = head.resolution
         points: dict[int | None, dict[str, float]] = {}
         if self.truncated:
             for N in self.frequencies:
@@ -85,7 +91,7 @@ class ConditionalDensity:
             todo = list(dict.fromkeys([own, *(self.frequencies if own is not None else ())]))
             for i, number in enumerate(todo):
                 progress(i / len(todo), self.task if number is None else f"{self.task}, {number} frequencies")
-                plug = head if number == own else dataclasses.replace(head, frequencies=number)
+                plug = head if number is None or number == own else head.at_resolution(number)
                 q = self._learn(plug, subject.seed, xy[order], z[order], n)
                 kl = np.where(true > 0, true * (np.log(np.maximum(true, 1e-300)) - np.log(q + 1e-10)), 0.0).sum(-1)
                 s = smoothness(in_order(q, plug))
@@ -99,9 +105,9 @@ class ConditionalDensity:
                 curves[name] = {"x": list(self.frequencies), "y": ys, "xlabel": "frequencies N", "ylabel": label}
         return Measured(samples, curves, {"task": self.task, "trained on": n, "tested on": self.samples - n})
 
-    def _learn(self, head: Any, seed: int, xy: np.ndarray, z: np.ndarray, n: int) -> np.ndarray:
+    def _learn(self, head: Head, seed: int, xy: np.ndarray, z: np.ndarray, n: int) -> np.ndarray:
         """The learned distributions for the test rows, float64 ``[rows, bins]``."""
-        if getattr(head, "tie", False):
+        if head.reads_embedding:
             raise UserError(
                 "measures.conditional_density: the head reads the embedding table, and this network has none; valid: "
                 "model.head.tie = False"
@@ -149,20 +155,21 @@ def _learner(plug: ConditionalDensity, cfg: ModelConfig) -> Any:
 
     def loss(params: Any, x: jax.Array, target: jax.Array) -> jax.Array:
         ones = jnp.ones((1, len(target)))
-        return head_loss(cfg, with_table(params), trunk(params, x)[None], target[None], ones, chunk=0)[0] / len(target)
+        over = Targets(trunk(params, x)[None], target[None], ones, chunk=0)
+        return head_loss(DecoderModel(cfg), with_table(params), over)[0] / len(target)
 
     def learn(key: jax.Array, x: jax.Array, target: jax.Array, test: jax.Array) -> jax.Array:
         start, shuffles = jax.random.split(key)
         params = init(start)
         steps = len(x) // plug.batch
 
-        def step(state: Any, rows: jax.Array) -> tuple[Any, None]:
+        def step(state: tuple[Any, Any], rows: jax.Array) -> tuple[Any, None]:
             params, opt = state
             grads = jax.grad(loss)(params, x[rows], target[rows])
             updates, opt = tx.update(grads, opt)
             return (optax.apply_updates(params, updates), opt), None
 
-        def epoch(state: Any, key: jax.Array) -> tuple[Any, None]:
+        def epoch(state: tuple[Any, Any], key: jax.Array) -> tuple[Any, None]:
             rows = jax.random.permutation(key, len(x))[: steps * plug.batch].reshape(steps, plug.batch)
             return jax.lax.scan(step, state, rows)
 
@@ -172,7 +179,7 @@ def _learner(plug: ConditionalDensity, cfg: ModelConfig) -> Any:
     return jax.jit(learn)
 
 
-def scaling_law(frequencies: Any, values: Any) -> dict[str, float]:
+def scaling_law(frequencies: ArrayLike, values: ArrayLike) -> dict[str, float]:
     """The least-squares fit of ``s(N) = C1 - C2 / N^(2t - 1)`` (theorem 3.3: coefficients that decay as 1/k^t): ``c1``,
     ``c2``, ``t`` (searched in [1, 6]) and ``r2``, the share of the variance it explains."""
     N, s = np.asarray(frequencies, np.float64), np.asarray(values, np.float64)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 
-from lm.data import series
-from lm.data.values import ValueTokenizer
+from lm.config import ModelConfig
+from lm.data.texts import series
+from lm.data.tokenizers.values import ValueTokenizer
+from lm.decoding.generator import Generator
 from lm.errors import UserError
-from lm.measures.base import Measured, Progress, Subject
+from lm.measures.base import Measure, Measured, Progress, Subject
+from lm.plug import bounded, check_bounds
 
 LEVELS = np.arange(1, 10) / 10  # the quantiles of the weighted quantile loss
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """`windows` forecasts of `horizon` values of `series` (a spec of `lm.data.series`, without windows), their origins
+class Forecast(Measure):
+    """`windows` forecasts of `horizon` values of `series` (a spec of `lm.data.texts.series`, without windows), origins
     evenly spaced over what follows the share `start`, which no training should have seen.
 
     `method`: ``model`` draws `paths` continuations of the last `context` values (temperature 1) from the subject, whose
@@ -34,19 +37,16 @@ class Forecast:
 
     series: str = "fpp2/elecdemand#Demand"
     method: Literal["model", "seasonal_naive", "ets"] = "model"
-    season: int = 48
-    context: int = 144
-    horizon: int = 48
+    season: int = bounded(48, at_least=1)
+    context: int = bounded(144, at_least=1)
+    horizon: int = bounded(48, at_least=1)
     history: int = 672
-    windows: int = 16
-    paths: int = 20
+    windows: int = bounded(16, at_least=1)
+    paths: int = bounded(20, at_least=1)
     start: float = 0.8
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name in ("season", "context", "horizon", "windows", "paths"):
-            if getattr(self, name) < 1:
-                raise UserError(f"measures.forecast.{name}: must be at least 1, found {getattr(self, name)}")
+        check_bounds(self, "measures.forecast")
         if self.history < max(2 * self.season + 1, self.context):
             raise UserError(
                 f"measures.forecast.history: {self.history} values; valid: at least two seasons and one value, and the "
@@ -70,7 +70,7 @@ class Forecast:
 
         return hashlib.sha256(series.values(self.series).tobytes()).hexdigest()[:32]
 
-    def cost(self, cfg: Any) -> float:
+    def cost(self, cfg: ModelConfig) -> float:
         return float(self.windows * (self.context + self.paths * self.horizon))
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
@@ -126,8 +126,6 @@ class Forecast:
         return np.asarray(drawn, np.float64).reshape(self.horizon, -1).T
 
     def _sampled(self, subject: Subject, values: np.ndarray, origins: np.ndarray, progress: Progress) -> np.ndarray:
-        from lm.decoding.generator import Generator
-
         tokenizer = subject.tokenizer
         if not isinstance(tokenizer, ValueTokenizer) or tokenizer.context != self.context:
             found = tokenizer.identity if tokenizer is not None else None
@@ -141,7 +139,7 @@ class Forecast:
         seeds = [1000 * subject.seed + i for i in range(len(prompts))]
         ids = np.zeros((len(prompts), self.paths, self.horizon), np.int64)
         at = np.zeros(ids.shape[:2], int)
-        generator = Generator(subject.config, subject.params)
+        generator = Generator(subject.model, subject.params)
         for n, s, tokens, _, _ in generator.stream(
             prompts, max_new_tokens=self.horizon, seeds=seeds, samples=self.paths
         ):

@@ -11,7 +11,7 @@ import pytest
 
 from lm.config import model_config
 from lm.data.tokenizers import ByteTokenizer
-from lm.data.values import ValueTokenizer
+from lm.data.tokenizers.values import ValueTokenizer
 from lm.errors import UserError
 from lm.measures import TABLE, Subject
 from lm.measures.tasks.forecast import score

@@ -1,0 +1,1 @@
+"""What a run leaves: results.json, tables, plots, Markdown and HTML."""

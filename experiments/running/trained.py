@@ -1,0 +1,120 @@
+"""Parameters that an experiment trains: one training per (model, settings, data, seed), shared by all arms and runs.
+
+Trainings live in ``$DECODER_LAB_CACHE/trained/HASH`` (default ``runs/cache``), addressed by everything that determines
+them. One that was interrupted goes on from its newest checkpoint, a finished one is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.running.cache import key, shared_folder
+from experiments.running.subject import Base
+from experiments.spec.arms import Arm
+from lm import compat
+from lm.config import to_dict
+from lm.data.tokenizers import check_vocab
+from lm.errors import UserError
+from lm.interop import reader
+from lm.sharding import processes
+from lm.train import loop
+from lm.train.config import DataConfig
+from lm.train.data import Data, prepare
+from lm.train.placement import Placement
+
+Report = Callable[[float, str], None]
+Tell = Callable[[str], None]
+
+
+class Trainer:
+    """Trainings of one experiment over `base`, the checkpoint that they start from."""
+
+    def __init__(self, base: Base) -> None:
+        self.base = base
+        self._data: dict[DataConfig, Data] = {}
+        self._checked: set[Any] = set()
+        self._last: tuple[str, Any] | None = None  # where its devices have it
+        self._whole: tuple[str, Any] | None = None  # the same as this process's own
+
+    def data(self, arm: Arm) -> Data:
+        """The arm's data; raises `UserError` for texts, tokenizers, vocabularies and batches that do not fit."""
+        assert arm.train is not None and arm.trained is not None
+        settings = arm.train.data
+        if (arm.train, arm.trained) in self._checked:
+            return self._data[settings]
+        Placement(arm.trained, arm.train)
+        if settings not in self._data:
+            own = None if self.base.random else self.base.tokenizer
+            with processes.first():
+                self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
+        data = self._data[settings]
+        check_vocab(data.tokenizer, arm.trained)
+        data.loader(arm.train, 0)
+        arm.train.check(arm.trained)
+        if arm.trained.positions.limit and arm.trained.positions.limit < settings.seq_len:
+            raise UserError(
+                f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "
+                f"{arm.trained.positions.limit} rows; valid: a shorter seq_len or more positions"
+            )
+        self._checked.add((arm.train, arm.trained))
+        return data
+
+    def what(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Everything that determines the trained parameters, JSON-ready."""
+        assert arm.train is not None
+        return {
+            "start": self.base.identity if arm.start is None else key(self.what(arm.start, seed)),
+            "model": to_dict(arm.trained),
+            "train": arm.train.determines(),
+            "data": self.data(arm).identity,
+            "seed": seed,
+        }
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return shared_folder() / "trained" / key(self.what(arm, seed))
+
+    def cost(self, arm: Arm, seed: int) -> float:
+        """Tokens to train on that have not been yet, three passes each; 0 for a finished training."""
+        assert arm.train is not None
+        left = arm.train.steps - loop.steps_done(self.folder(arm, seed))
+        before = 0.0 if arm.start is None or left < arm.train.steps else self.cost(arm.start, seed)
+        return before + 3.0 * left * arm.train.tokens_per_step
+
+    def params(self, arm: Arm, seed: int, report: Report, tell: Tell) -> tuple[Any, Path]:
+        """The trained parameters and the folder of their training, which runs now unless it has. Of several processes,
+        all train and the first one gets the parameters (the others None)."""
+        trained, folder = self._trained(arm, seed, report, tell)
+        if self._whole is None or self._whole[0] != folder.name:
+            self._whole = (folder.name, processes.local(trained))
+        return self._whole[1], folder
+
+    def _trained(self, arm: Arm, seed: int, report: Report, tell: Tell) -> tuple[Any, Path]:
+        assert arm.train is not None and arm.trained is not None
+        folder = self.folder(arm, seed)
+        if self._last is None or self._last[0] != folder.name:
+            self._last = self._whole = None  # one set of parameters at a time
+            processes.meet()  # one process has been measuring
+            compat.keep_compiled(shared_folder() / "compiled")
+            start, identity, place = None, self.base.identity, self.base.place
+            if arm.start is not None:
+                start, begun = self._trained(arm.start, seed, report, tell)
+                identity, place = key(self.what(arm.start, seed)), str(begun.absolute())
+            elif not self.base.random:
+                self.base.load()
+                start = self.base.params(dataclasses.replace(arm, model=arm.trained), arm.trained, seed)
+            content = reader(place).identity() if place and arm.train.surgery.adds else ""
+            done = loop.run(
+                arm.trained,
+                arm.train,
+                self.data(arm),
+                folder,
+                seed=seed,
+                start=loop.Start(start, identity, place, content),
+                report=report,
+                tell=tell,
+            )
+            self._last = (folder.name, done.params)
+        return self._last[1], folder

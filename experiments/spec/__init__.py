@@ -1,0 +1,1 @@
+"""What an experiment is: its settings, its arms, its config file and its claims."""

@@ -1,0 +1,70 @@
+"""Texts by name: ``documents(spec)`` for installed sources and for the user's own files.
+
+A spec is one of the following, or several separated by commas (a comma inside a name is written ``\\,``):
+
+* a named source: ``kjv``, ``wikipedia``, ``python-source``, ``python-docs``, or one member of it: ``kjv:Genesis``;
+* a file of UTF-8 text, a folder (its text files, recursively), a glob;
+* JSON lines: ``path.jsonl`` (field ``text``) or ``path.jsonl#meta.body``; one document a line;
+* ``tfds:name[/config][:version][:split][#field]``: a prepared array_record dataset; one document an example;
+* ``hf:[owner/]name[:split][#field]``, ``hf:owner/name/config…`` or ``hf:./folder…``: a Hugging Face dataset, likewise;
+* ``series:PACKAGE/TABLE#COLUMN?…``: a time series as numbers in text (`lm.data.texts.series`).
+
+A name in the table wins over a file of the same name; write ``./kjv`` for the file. ``python -m lm.data.texts`` prints
+the table, ``python -m lm.data.texts SPEC`` the documents of a spec.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lm.data.texts import files
+from lm.data.texts.document import Document, identity
+from lm.data.texts.sources import SOURCES, Source
+from lm.errors import UserError, nearest
+
+__all__ = ["SOURCES", "Document", "Source", "documents", "identity"]
+
+
+def documents(spec: str, *, min_chars: int = 0) -> list[Document]:
+    """The documents of `spec`, in order, those shorter than `min_chars` characters left out.
+
+    Raises `UserError` when the spec names nothing that exists, when a text is empty, binary or not UTF-8, when a JSON
+    line is malformed or lacks the field, and when no document is left.
+    """
+    if not isinstance(spec, str) or not spec.strip():
+        raise UserError(f"texts: found {spec!r}; valid: a named source ({', '.join(SOURCES)}), a file, folder or glob")
+    if "\0" in spec:
+        raise UserError(f"texts: {spec!r} holds a NUL character")
+    found = [d for part in _parts(spec) for d in _one(part)]
+    kept = [d for d in found if len(d.text) >= min_chars]
+    if not kept:
+        longest = max((len(d.text) for d in found), default=0)
+        raise UserError(
+            f"texts: no document of {spec!r} has {min_chars} characters; the longest of {len(found)} has {longest}"
+        )
+    return kept
+
+
+def _parts(spec: str) -> list[str]:
+    if Path(spec).expanduser().exists():
+        return [spec]
+    parts = [p.strip().replace("\\,", ",") for p in re.split(r"(?<!\\),", spec)]
+    if "" in parts:
+        raise UserError(f"texts: {spec!r} has an empty part between commas")
+    return parts
+
+
+def _one(spec: str) -> list[Document]:
+    name, colon, member = spec.partition(":")
+    if name in SOURCES:
+        if colon and not member:
+            raise UserError(f"texts: {spec!r} names no member; valid: {name} or {SOURCES[name].members}")
+        return SOURCES[name].loader(member or None)
+    path = files.split_field(spec)[0]
+    if re.search(r"[/\\.*?\[~]", path.partition(":")[0]) or Path(path).expanduser().exists():
+        return files.read(spec)
+    raise UserError(
+        f"texts: unknown source or file {spec!r}{nearest(name, SOURCES)}; valid: {', '.join(SOURCES)}, or the path of "
+        "a file, folder or glob"
+    )

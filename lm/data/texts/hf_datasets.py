@@ -1,0 +1,117 @@
+"""Documents from Hugging Face ``datasets``: of the Hub, of a folder saved to disk, or of a folder of data files."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lm.data.texts.document import Document
+from lm.data.texts.files import field_of
+from lm.errors import UserError, nearest
+
+HOW_TO_GET = "pip install datasets (extra data)"
+
+_SPEC = re.compile(r"(?P<name>[^:#]+)(?::(?P<split>[^#]+))?(?:#(?P<field>.+))?")
+_VALID = "valid: hf:[OWNER/]NAME, hf:OWNER/NAME/CONFIG or hf:./FOLDER, then [:SPLIT][#FIELD]"
+
+
+def _first_line(e: BaseException) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def installed() -> bool:
+    """Whether the package is there; it is not imported."""
+    return importlib.util.find_spec("datasets") is not None
+
+
+def read(member: str | None) -> list[Document]:
+    """One document per example of ``[owner/]name``, ``owner/name/config`` or a folder; then ``[:split][#field]``.
+
+    The split is ``train`` unless given, and of anything but a folder saved to disk may be a slice: ``train[:1%]``; the
+    field is ``text``, else the only one of strings. A name that does not begin with ``.``, ``/`` or ``~`` is one of the
+    Hub: the library takes it from its own cache, else downloads it, except where ``HF_DATASETS_OFFLINE`` is set.
+    Raises `UserError` when the library, the dataset, the split or the field is absent.
+    """
+    parsed = _SPEC.fullmatch(member or "")
+    if parsed is None:
+        raise UserError(f"texts: 'hf:{member or ''}' is not a dataset; {_VALID}")
+    if not installed():
+        raise UserError(f"texts: 'hf:{member}' needs a package that is not here; get it with: {HOW_TO_GET}")
+    name, split = parsed["name"], parsed["split"] or "train"
+    where = f"hf:{name}:{split}"
+    rows = _folder(name, split, where) if name[0] in "./~" else _hub(name, split, where)
+    names = list(rows.column_names)
+    field = parsed["field"] or _default_field(rows.features, where)
+    column = field if field in names else field.partition(".")[0]
+    if column not in names:
+        raise UserError(f"texts: {where} has no field {field!r}{nearest(column, names)}; fields: {', '.join(names)}")
+    licence = rows.info.license or "not stated by the dataset"
+    source = rows.info.homepage or where
+    out = []
+    for i, row in enumerate(rows.select_columns([column])):  # the others may be images, which would be decoded
+        text = field_of(row, field, f"{where}[{i}]")
+        if text:
+            out.append(Document(f"{where}[{i}]", text, source, licence))
+    if not out:
+        raise UserError(f"texts: {where}: field {field!r} of all {len(rows)} examples is empty")
+    return out
+
+
+def _hub(name: str, split: str, where: str) -> Any:
+    parts = name.split("/")
+    if len(parts) > 3 or "" in parts:
+        raise UserError(f"texts: 'hf:{name}' is not a dataset; {_VALID}")
+    return _load("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split, where)
+
+
+def _folder(name: str, split: str, where: str) -> Any:
+    """Of ``Dataset.save_to_disk`` (with splits or without), or of Parquet, JSON, CSV or text files."""
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+        raise UserError(f"texts: {where}: no such folder{close}; valid: a folder saved to disk or one of data files")
+    whole, splits = (path / "state.json").is_file(), (path / "dataset_dict.json").is_file()
+    if not (whole or splits):
+        return _load(str(path), None, split, where)
+    import datasets
+
+    try:
+        found: Any = datasets.load_from_disk(str(path))
+    except Exception as e:  # the library raises a dozen unrelated types for a damaged folder
+        raise UserError(f"texts: {where} cannot be read ({_first_line(e)}); valid: a folder saved to disk") from None
+    if splits:
+        names = list(found)
+    else:
+        names = [str(found.split or "train")]
+        found = {names[0]: found}
+    if split not in names:
+        raise UserError(f"texts: {where}: no split {split!r}{nearest(split, names)}; valid: {', '.join(names)}")
+    return found[split]
+
+
+def _load(path: str, config: str | None, split: str, where: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, config, split=split)
+    except Exception as e:  # as above, and whatever the network ends in
+        raise UserError(
+            f"texts: {where} cannot be read ({_first_line(e)}); valid: a dataset, configuration and split of the Hub "
+            "or of the library's cache, or ./FOLDER of data files"
+        ) from None
+
+
+def _default_field(features: Mapping[str, object], where: str) -> str:
+    """`text` if there is one, else the only one of strings."""
+    if "text" in features:
+        return "text"
+    strings = [n for n, kind in features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    if len(strings) != 1:
+        raise UserError(
+            f"texts: {where} has no field 'text'{nearest('text', features)}; fields: {', '.join(features)}; "
+            "name one with #field"
+        )
+    return str(strings[0])

@@ -1,0 +1,147 @@
+"""Mixtures of experts: Mixtral, Qwen2-MoE and Qwen3-MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lm.config import ModelConfig
+from lm.errors import UserError
+from lm.ffn.moe.plug import MoE
+from lm.ffn.moe.routers import TopK
+from lm.interop.families.common import Family, Hf, attention_of, need, sliding_window, window_of, without
+from lm.interop.families.llama import TABLE, read_like, write_like
+from lm.interop.families.qwen import DEFAULTS, read_layer_types, read_qwen3, write_layer_types
+from lm.interop.families.table import Table, flip
+
+_MATRICES = ("gate", "up", "down")
+
+
+def _expert_rows(router: str, experts: str, matrices: Mapping[str, str]) -> Table:
+    """A router, and the matrices of every expert: our name -> the file's."""
+    layer = "model.layers.{i}"
+    return {
+        "ffn/router/kernel": (f"{layer}.{router}.weight", flip),
+        **{f"ffn/experts/{o}/kernel": (f"{layer}.{experts}.{{e}}.{t}.weight", flip) for o, t in matrices.items()},
+    }
+
+
+MIXTRAL_TABLE: Table = {
+    **TABLE,
+    **_expert_rows("block_sparse_moe.gate", "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
+}
+QWEN_TABLE: Table = {
+    **TABLE,
+    **_expert_rows("mlp.gate", "mlp.experts", {n: f"{n}_proj" for n in _MATRICES}),
+    **{f"ffn/shared/{n}/kernel": (f"model.layers.{{i}}.mlp.shared_expert.{n}_proj.weight", flip) for n in _MATRICES},
+    "ffn/shared_gate/kernel": ("model.layers.{i}.mlp.shared_expert_gate.weight", flip),
+}
+
+
+def _experts_of(cfg: ModelConfig) -> tuple[MoE, TopK]:
+    """The model's mixture and its router; one expert, and its only choice, where it has others or none."""
+    moe = cfg.ffn if isinstance(cfg.ffn, MoE) else MoE(experts=1, router=TopK(k=1), load_balance_loss=0.0)
+    return moe, moe.router if isinstance(moe.router, TopK) else TopK(k=1)
+
+
+def _read_mixtral(hf: Hf) -> dict[str, Any]:
+    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, **hf}
+    if not hf.get("rope_parameters"):
+        hf = {"rope_theta": 1e6, **hf}
+    out = read_like(hf)
+    router = {"k": hf.get("num_experts_per_tok", 2), "jitter": float(hf.get("router_jitter_noise") or 0.0)}
+    moe = {
+        "name": "moe",
+        "experts": hf.get("num_local_experts", 8),
+        "expert": out["ffn"]["name"],
+        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "router": {"name": "topk", "softmax": "after", **router},
+    }
+    out |= {"pattern": sliding_window(hf["sliding_window"])} if hf.get("sliding_window") else {}
+    return {**out, "ffn": moe}
+
+
+def _write_mixtral(cfg: ModelConfig) -> dict[str, Any]:
+    moe, router = _experts_of(cfg)
+    return {
+        **without(write_like(cfg, "mixtral", "MixtralForCausalLM"), "mlp_bias", "attention_bias"),
+        "sliding_window": window_of(cfg),
+        "num_local_experts": moe.experts,
+        "num_experts_per_tok": router.k,
+        "router_aux_loss_coef": moe.load_balance_loss,
+        "intermediate_size": moe.d_expert or cfg.d_ff,
+    }
+
+
+def _read_qwen_experts(hf: Hf, out: dict[str, Any], k: int, shared: int) -> dict[str, Any]:
+    """`out` with experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
+    moe = {
+        "name": "moe",
+        "experts": hf.get("num_experts") or hf.get("num_local_experts") or need(hf, "num_experts"),
+        "expert": out["ffn"]["name"],
+        "d_expert": need(hf, "moe_intermediate_size"),
+        "every": hf.get("decoder_sparse_step", 1),
+        "dense": out["ffn"],
+        "shared": shared,
+        "shared_gate": shared > 0,
+        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "router": {
+            "name": "topk",
+            "k": hf.get("num_experts_per_tok", k),
+            "softmax": "after" if hf.get("norm_topk_prob") else "before",
+        },
+    }
+    plain = [{"layers": str(i), "ffn": out["ffn"]} for i in hf.get("mlp_only_layers") or ()]
+    return {**out, "ffn": moe, "layer_overrides": [*out.get("layer_overrides", ()), *plain]}
+
+
+def _write_qwen_experts(cfg: ModelConfig, out: Hf) -> dict[str, Any]:
+    moe, router = _experts_of(cfg)
+    plain = [
+        i
+        for i, layer in enumerate(cfg.layers())
+        if type(layer.ffn) is not type(cfg.ffn) and (i + 1) % moe.every == 0  # not one that `every` leaves out
+    ]
+    return {
+        **without(out, "mlp_bias"),
+        "num_experts": moe.experts,
+        "num_experts_per_tok": router.k,
+        "norm_topk_prob": router.softmax == "after",
+        "moe_intermediate_size": moe.d_expert or cfg.d_ff,
+        "shared_expert_intermediate_size": moe.shared,
+        "decoder_sparse_step": moe.every,
+        "mlp_only_layers": plain,
+        "router_aux_loss_coef": moe.load_balance_loss,
+    }
+
+
+def _read_qwen2_moe(hf: Hf) -> dict[str, Any]:
+    hf = {**DEFAULTS, "num_key_value_heads": 16, **hf}
+    if hf.get("use_sliding_window") and not hf.get("layer_types"):
+        raise UserError("config.json layer_types: missing; a qwen2_moe with use_sliding_window needs it")
+    out = read_layer_types(hf, read_like(hf, qkv_bias=bool(hf.get("qkv_bias", True))))
+    return _read_qwen_experts(hf, out, 4, hf.get("shared_expert_intermediate_size", 5632))
+
+
+def _write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
+    out = without(write_like(cfg, "qwen2_moe", "Qwen2MoeForCausalLM"), "attention_bias", "head_dim")
+    return {**_write_qwen_experts(cfg, out), **write_layer_types(cfg), "qkv_bias": attention_of(cfg).qkv_bias}
+
+
+def _read_qwen3_moe(hf: Hf) -> dict[str, Any]:
+    hf = {**DEFAULTS, "num_key_value_heads": 4, **hf}
+    out = read_qwen3(hf)
+    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+        out["pattern"] = sliding_window(hf["sliding_window"])  # every layer, in this family
+    return _read_qwen_experts(hf, out, 8, 0)
+
+
+def _write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
+    width = window_of(cfg)
+    out = write_like(cfg, "qwen3_moe", "Qwen3MoeForCausalLM")
+    return {**_write_qwen_experts(cfg, out), "use_sliding_window": width is not None, "sliding_window": width}
+
+
+MIXTRAL = Family(_read_mixtral, _write_mixtral, MIXTRAL_TABLE)
+QWEN2_MOE = Family(_read_qwen2_moe, _write_qwen2_moe, QWEN_TABLE)
+QWEN3_MOE = Family(_read_qwen3_moe, _write_qwen3_moe, QWEN_TABLE)

@@ -1,0 +1,84 @@
+"""GPT-NeoX (Pythia): layer norms, biases, and one tensor for queries, keys and values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+import lm.interop.families.rotary as rotary
+from lm.config import ModelConfig
+from lm.interop.families.common import PLAIN, Family, Hf, activation, attention_of, pick, ties
+from lm.interop.families.llama import read_like
+from lm.interop.families.table import Table, Turn, flip, fused_rows, linear_rows, norm_rows, same
+
+
+def _part(part: int) -> Turn:
+    """One of q, k, v out of the fused tensor, which is ordered head, part, channel."""
+
+    def turn(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+        x = x.reshape(cfg.n_heads, 3, -1, *x.shape[1:])[:, part]
+        return np.moveaxis(x, -1, 0) if x.ndim == 3 else x
+
+    return turn
+
+
+def _fuse(cfg: ModelConfig, parts: list[np.ndarray]) -> np.ndarray:
+    """``[H * 3 * d, D]`` or ``[H * 3 * d]``: rows ordered head, part, channel."""
+    inputs = parts[0].shape[:-1]  # (D,) for matrices [D, H * d], () for biases
+    heads = [p.T.reshape(cfg.n_heads, -1, *inputs) for p in parts]
+    return np.stack(heads, axis=1).reshape(-1, *inputs)
+
+
+_LAYER = "gpt_neox.layers.{i}"
+TABLE: Table = {
+    "embed": ("gpt_neox.embed_in.weight", same),
+    "head/kernel": ("embed_out.weight", flip),
+    **norm_rows("final_norm", "gpt_neox.final_layer_norm"),
+    **norm_rows("attn_norm", f"{_LAYER}.input_layernorm"),
+    **norm_rows("ffn_norm", f"{_LAYER}.post_attention_layernorm"),
+    **fused_rows(f"{_LAYER}.attention.query_key_value", _part),
+    **linear_rows("attn/o", f"{_LAYER}.attention.dense"),
+    **linear_rows("ffn/up", f"{_LAYER}.mlp.dense_h_to_4h"),
+    **linear_rows("ffn/down", f"{_LAYER}.mlp.dense_4h_to_h"),
+}
+
+
+def _read(hf: Hf) -> dict[str, Any]:
+    bias = bool(hf.get("attention_bias", True))
+    positions = rotary.read({**hf, "rotary_pct": hf.get("rotary_pct", 0.25)})
+    out = read_like({**hf, "hidden_act": "silu"}, qkv_bias=bias, out_bias=bias)
+    return {
+        **out,
+        "n_kv_heads": None,
+        "head_dim": None,
+        "norm": {"name": "layernorm", "eps": hf.get("layer_norm_eps", 1e-5)},
+        "positions": positions,
+        "ffn": {"name": pick(PLAIN, hf.get("hidden_act", "gelu"), "hidden_act"), "bias": True},
+        "parallel_residual": bool(hf.get("use_parallel_residual", True)),
+    }
+
+
+def _write(cfg: ModelConfig) -> dict[str, Any]:
+    rope = rotary.write(cfg)
+    fraction = rope.get("partial_rotary_factor", 1.0)
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "intermediate_size": cfg.d_ff,
+        "max_position_embeddings": cfg.max_positions,
+        "layer_norm_eps": cfg.norm.eps,
+        "hidden_act": activation(PLAIN, cfg),
+        "attention_bias": attention_of(cfg).out_bias,
+        "use_parallel_residual": cfg.parallel_residual,
+        "tie_word_embeddings": ties(cfg),
+        "rotary_pct": fraction,
+        "rope_parameters": {**rope, "partial_rotary_factor": fraction},
+    }
+
+
+GPT_NEOX = Family(_read, _write, TABLE, "gpt_neox.", "embed_out.weight", _fuse)

@@ -1,0 +1,155 @@
+"""GGUF files, dequantised to float32 with the `gguf` library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+import lm.interop.readers.tensors as tensors
+from lm.config import ModelConfig
+from lm.data.tokenizers import Tokenizer, from_gguf
+from lm.errors import UserError, unknown
+from lm.interop.families.table import Table, flip, same
+from lm.interop.readers.base import Reader
+
+
+def _pairs_to_halves(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    """Rows of Q and K are stored so that rotations act on adjacent pairs; ours act on the halves of a head."""
+    d = cfg.head_dim
+    assert d is not None
+    return x.reshape(-1, d // 2, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def _halved_flip(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
+    return _pairs_to_halves(x, cfg).T
+
+
+def _table(permuted: bool) -> Table:
+    qk = (_halved_flip, _pairs_to_halves) if permuted else (flip, same)
+    out: Table = {
+        "embed": ("token_embd.weight", same),
+        "final_norm/scale": ("output_norm.weight", same),
+        "head/kernel": ("output.weight", flip),
+        "attn_norm/scale": ("blk.{i}.attn_norm.weight", same),
+        "ffn_norm/scale": ("blk.{i}.ffn_norm.weight", same),
+        "attn/q_norm/scale": ("blk.{i}.attn_q_norm.weight", same),
+        "attn/k_norm/scale": ("blk.{i}.attn_k_norm.weight", same),
+        "attn/o/kernel": ("blk.{i}.attn_output.weight", flip),
+        "attn/v/kernel": ("blk.{i}.attn_v.weight", flip),
+        "attn/v/bias": ("blk.{i}.attn_v.bias", same),
+    }
+    for n in "qk":
+        out[f"attn/{n}/kernel"] = (f"blk.{{i}}.attn_{n}.weight", qk[0])
+        out[f"attn/{n}/bias"] = (f"blk.{{i}}.attn_{n}.bias", qk[1])
+    for n in ("gate", "up", "down"):
+        out[f"ffn/{n}/kernel"] = (f"blk.{{i}}.ffn_{n}.weight", flip)
+    return out
+
+
+ARCHITECTURES = {"llama": _table(True), "qwen2": _table(False), "qwen3": _table(False)}
+
+
+class File(Reader):
+    """One GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.reader = GGUFReader(str(path))
+            self.tensors = {t.name: t for t in self.reader.tensors}
+        except Exception as e:  # the library raises whatever its parsing runs into
+            raise UserError(f"{path}: not a complete GGUF file ({type(e).__name__}: {e})") from None
+        self.arch = self._field("general.architecture")
+        if self.arch not in ARCHITECTURES:
+            raise unknown(f"{path} general.architecture", self.arch, ARCHITECTURES)
+
+    def _field(self, key: str, default: float | str | None = None) -> Any:
+        field = self.reader.fields.get(key)
+        return default if field is None else field.contents()
+
+    def _need(self, key: str) -> Any:
+        value = self._field(f"{self.arch}.{key}")
+        if value is None:
+            raise UserError(f"{self.path}: metadata {self.arch}.{key!r} is missing")
+        return value
+
+    def model(self) -> dict[str, Any]:
+        heads, width = self._need("attention.head_count"), self._need("embedding_length")
+        if isinstance(heads, list):
+            raise UserError(f"{self.path}: {self.arch}.attention.head_count differs by layer; valid: one number")
+        head_dim = self._field(f"{self.arch}.attention.key_length", width // heads if heads else 0)
+        rotated = self._field(f"{self.arch}.rope.dimension_count", head_dim)
+        if rotated != head_dim:
+            raise UserError(
+                f"{self.path}: {self.arch}.rope.dimension_count = {rotated}; valid: {head_dim}, a head's width"
+            )
+        embed = self.tensors.get("token_embd.weight")
+        if embed is None:
+            raise UserError(f"{self.path}: tensor 'token_embd.weight' is missing")
+        # Only here do all layers have the window; qwen files may carry a width that their model does not use.
+        window = self._field("llama.attention.sliding_window") if self.arch == "llama" else None
+        return {
+            "pattern": {"name": "sliding_window", "window": window} if window else {"name": "causal"},
+            "vocab_size": int(embed.shape[1]),
+            "d_model": width,
+            "n_layers": self._need("block_count"),
+            "n_heads": heads,
+            "n_kv_heads": self._field(f"{self.arch}.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "d_ff": self._need("feed_forward_length"),
+            "max_positions": self._need("context_length"),
+            "norm": {"name": "rmsnorm", "eps": float(self._need("attention.layer_norm_rms_epsilon"))},
+            "positions": self._rope(),
+            "ffn": {"name": "swiglu"},
+            "head": {"name": "linear", "tie": "output.weight" not in self.tensors},
+            "mixer": {
+                "name": "softmax",
+                "qkv_bias": "blk.0.attn_q.bias" in self.tensors,
+                "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,
+            },
+        }
+
+    def _rope(self) -> dict[str, Any]:
+        theta = float(self._field(f"{self.arch}.rope.freq_base", 10000.0))
+        kind = self._field(f"{self.arch}.rope.scaling.type", "none")
+        scaling: dict[str, Any] = {"name": "default"}
+        if "rope_freqs.weight" in self.tensors:  # Llama 3's divisors, spelled out per frequency
+            divisors = [float(x) for x in self._read("rope_freqs.weight")]
+            scaling = {"name": "longrope", "short_factor": divisors, "long_factor": divisors, "factor": 1.0}
+        elif kind in ("linear", "yarn"):
+            scaling = {"name": kind, "factor": float(self._field(f"{self.arch}.rope.scaling.factor", 1.0))}
+            original = self._field(f"{self.arch}.rope.scaling.original_context_length")
+            if kind == "yarn" and original:
+                scaling["original"] = int(original)
+        elif kind not in ("none", None):
+            raise unknown(f"{self.path} {self.arch}.rope.scaling.type", kind, ("none", "linear", "yarn"))
+        return {"name": "rope", "theta": theta, "scaling": scaling}
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self.tensors[name]
+        try:
+            value = dequantize(tensor.data, tensor.tensor_type)
+            return np.asarray(value, np.float32).reshape(tuple(int(n) for n in tensor.shape[::-1]))
+        except (ValueError, NotImplementedError, IndexError) as e:
+            raise UserError(f"{self.path}: tensor {name!r} cannot be read ({e})") from None
+
+    def params(self, cfg: ModelConfig) -> dict[str, Any]:
+        names = [n for n in self.tensors if n != "rope_freqs.weight"]
+        return tensors.fill(cfg, ARCHITECTURES[self.arch], self._read, names, self.path)
+
+    def tokenizer(self) -> Tokenizer | None:
+        return from_gguf(self._field, str(self.path))
+
+    def special(self) -> tuple[int | None, int | None]:
+        return self._field("tokenizer.ggml.eos_token_id"), self._field("tokenizer.ggml.bos_token_id")
+
+    def chat_template(self) -> str | None:
+        template: str | None = self._field("tokenizer.chat_template")
+        return template
+
+    def identity(self) -> str:
+        return tensors.content_hash([self.path])

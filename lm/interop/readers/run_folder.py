@@ -1,0 +1,117 @@
+"""Training runs of this library as checkpoints: ``run.json``, the newest Orbax checkpoint, the tokenizer beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import lm.interop.readers.tensors as tensors
+import lm.model.params as params_lib
+from lm.config import ModelConfig, plug
+from lm.data.tokenizers import Tokenizer, from_description
+from lm.errors import UserError
+from lm.interop.readers.base import Reader
+from lm.interop.readers.huggingface import chat_template
+from lm.train import folder
+from lm.train.checkpoint import read_part
+
+FILE = folder.ABOUT
+
+
+class Run(Reader):
+    """The folder of a training run."""
+
+    def __init__(self, path: Path, reader: Callable[[str], Reader]) -> None:
+        """`reader` finds who reads the checkpoint that training started from (`lm.interop.reader`)."""
+        self.path, self.reader = path, reader
+        try:
+            self.about = json.loads((path / FILE).read_text(encoding="utf-8"))
+            self._model = dict(self.about["model"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{path / FILE}: not the description of a training run; valid: one that training wrote"
+            ) from None
+
+    def model(self) -> dict[str, Any]:
+        return self._model
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, oldest first; `UserError` when there is none."""
+        steps = folder.steps(self.path)
+        if not steps:
+            raise UserError(f"{self.path}: no complete checkpoint yet; valid: a run that has saved one")
+        return steps
+
+    def step(self) -> int:
+        """The newest complete checkpoint's step."""
+        return self.steps()[-1]
+
+    def surgery(self) -> Any:
+        """The plug that says what was trained (`lm.surgery`)."""
+        settings = self.about.get("train", {}).get("surgery", "none")
+        return plug("lm.surgery", settings, f"{self.path / FILE} train.surgery")
+
+    def start(self) -> Reader | None:
+        """Reader of the checkpoint that training started from; None for random parameters.
+
+        Raises `UserError` when the checkpoint is not where it was, or not what it was.
+        """
+        source = self.about.get("start_source", "")
+        if not source:
+            return None
+        try:
+            start = self.reader(source)
+            same = self.about.get("start_content") in ("", start.identity())
+        except UserError as e:
+            raise UserError(f"{self.path}: holds adapters to {source!r}, which cannot be read: {e}") from None
+        if not same:
+            raise UserError(f"{self.path}: holds adapters to {source!r}, which is not the checkpoint it was then")
+        return start
+
+    def params(self, cfg: ModelConfig, step: int | None = None) -> dict[str, Any]:
+        """The parameters at `step`, None = the newest checkpoint; the optimizer's state is not read.
+
+        Adapters are merged into the parameters that they belong to.
+        """
+        surgery = self.surgery()
+        if not surgery.adds:
+            return self.trained(cfg, step)
+        start = self.start()
+        base = params_lib.init(cfg, jax.random.key(int(self.about["seed"]))) if start is None else start.params(cfg)
+        return dict(surgery.merge(cfg, base, self.trained(cfg, step)))
+
+    def trained(self, cfg: ModelConfig, step: int | None = None) -> dict[str, Any]:
+        """What training changed: all parameters, or the adapters alone."""
+        surgery = self.surgery()
+        step = self.step() if step is None else step
+        shapes = jax.eval_shape(lambda p: surgery.init(cfg, p, jax.random.key(0)), params_lib.abstract(cfg))
+        trained = read_part(self.path, step, {"params": shapes})["params"]
+        if not surgery.adds:
+            tensors.check(cfg, trained, str(self.path))
+        return dict(jax.tree.map(jax.numpy.asarray, trained))
+
+    def tokenizer(self) -> Tokenizer | None:
+        return from_description(self.path, self.about.get("tokenizer") or {})
+
+    def special(self) -> tuple[int | None, int | None]:
+        about = self.about.get("tokenizer") or {}
+        return about.get("eos_id"), about.get("bos_id")
+
+    def chat_template(self) -> str | None:
+        """The run's own, else that of the checkpoint that training started from."""
+        own = chat_template(self.path)
+        if own is not None or not self.about.get("start_source"):
+            return own
+        try:
+            start = self.start()
+        except UserError:  # the start is gone: the weights do not need it, unless they are adapters
+            return None
+        return None if start is None else start.chat_template()
+
+    def identity(self) -> str:
+        saved = self.path / folder.CHECKPOINTS / str(self.step())
+        return tensors.content_hash([self.path / FILE, *sorted(p for p in saved.rglob("*") if p.is_file())])

@@ -1,0 +1,30 @@
+"""Checkpoints as folders of this library, like those of a training run of no steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lm.config import to_dict
+from lm.files import new_folder, write_json
+from lm.interop import Checkpoint
+from lm.train.checkpoint import Checkpoints
+from lm.train.folder import ABOUT, CHECKPOINTS
+
+
+def write(folder: Path, checkpoint: Checkpoint) -> None:
+    """Writes `checkpoint`, weights and tokenizer; the folder appears whole or not at all, and must not exist."""
+    with new_folder(folder) as swap:
+        about: dict[str, Any] = {"model": to_dict(checkpoint.config), "start": checkpoint.identity}
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save(swap, checkpoint.chat_template)
+            about["tokenizer"] = {
+                **checkpoint.tokenizer.describe(),
+                "eos_id": checkpoint.eos_id,
+                "bos_id": checkpoint.bos_id,
+            }
+        checkpoints = Checkpoints(swap / CHECKPOINTS)
+        checkpoints.save(0, {"params": checkpoint.params}, about)
+        checkpoints.wait()
+        checkpoints.close()
+        write_json(swap / ABOUT, about)

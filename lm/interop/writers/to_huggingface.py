@@ -1,0 +1,167 @@
+"""Checkpoints out: a Hugging Face directory that `transformers` loads to the same logits.
+
+What a family can say is tested by saying it and reading it back: whatever of the model's configuration does not survive
+is named, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lm.model.params as params_lib
+from lm.config import ModelConfig, build, saved_names, to_dict
+from lm.data.tokenizers import Tokenizer
+from lm.errors import UserError, unknown
+from lm.files import new_folder, write_json
+from lm.interop.families import FAMILIES
+from lm.interop.families.table import flip
+from lm.nested import flat
+
+# How a model is computed, not what it computes: not part of a checkpoint.
+_COMPUTED = "dtype param_dtype remat scan_layers init_std mixer.backend mixer.block_q mixer.block_k".split()
+# Of a mixture of experts, what matters in training alone.
+_TRAINING = (
+    "capacity capacity_counts_k min_capacity priority group balance_over dispatch implementation load_balance_loss "
+    "router_z_loss router.jitter"
+).split()
+
+
+def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, dict[str, Any]]:
+    """The family that can express `cfg` and its config.json; `name` asks for one.
+
+    Raises `UserError` naming the first setting that the family (or the nearest one) has no place for.
+    """
+    if name is not None and name not in FAMILIES:
+        raise unknown("--family", name, FAMILIES)
+    lost: dict[str, list[str]] = {}
+    for family in [name] if name else FAMILIES:
+        hf = FAMILIES[family].write(cfg)
+        lost[family] = _differences(cfg, hf, family)
+        if not lost[family]:
+            return family, hf
+    # A setting that every layer repeats is one.
+    keys = {f: {line.split(" = ")[0].split()[-1].removeprefix("model.") for line in lost[f]} for f in lost}
+    nearest = min(lost, key=lambda f: len(keys[f]))
+    valid = ", ".join(FAMILIES)
+    raise UserError(f"export: {lost[nearest][0]}, which {nearest} cannot express; valid families: {valid}")
+
+
+def _differences(cfg: ModelConfig, hf: Mapping[str, Any], family: str) -> list[str]:
+    """``model.KEY = VALUE`` of everything that config.json does not bring back."""
+    try:
+        back = build(ModelConfig, FAMILIES[family].read(json.loads(json.dumps(hf))), "model")
+    except UserError as e:
+        return [f"the model ({e})"]
+
+    def order(key: str) -> tuple[bool, str]:
+        return not key.endswith(".name"), key  # another plug says more than its fields
+
+    ours, theirs = _settings(cfg), _settings(back)
+    return [
+        f"model.{key} = {ours.get(key)!r}"
+        for key in sorted({*ours, *theirs}, key=order)
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
+def _settings(cfg: ModelConfig) -> dict[str, Any]:
+    """Everything a model computes by, flat; every layer's pattern as it is."""
+    layers = cfg.layers()
+    settings = flat(_to_dict(dataclasses.replace(cfg, layer_overrides=(), pattern=layers[0].pattern)))
+    for i, layer in enumerate(layers):
+        fields = _to_dict(layer)
+        settings |= flat({"pattern": fields["pattern"], "ffn": fields["ffn"]}, f"layer {i} ")
+    apart = (*_COMPUTED, *(f"ffn.{name}" for name in _TRAINING))
+    out = {k: v for k, v in settings.items() if k.split()[-1] not in apart and not k.startswith("pattern")}
+    if out.get("positions.trained") is None:
+        out["positions.trained"] = cfg.max_positions
+    return out
+
+
+def _to_dict(cfg: ModelConfig) -> dict[str, Any]:
+    """The fields under the names that a user writes."""
+    names = saved_names(ModelConfig)
+    return {names.get(k, k): v for k, v in to_dict(cfg).items()}
+
+
+def tensors(cfg: ModelConfig, params: Mapping[str, object], family: str) -> dict[str, np.ndarray]:
+    """The file's tensors by name, float32 or as stored: the import's tables, backwards."""
+    kind = FAMILIES[family]
+    out: dict[str, np.ndarray] = {}
+    fused: dict[str, dict[str, np.ndarray]] = {}  # of each tensor that holds all three: q, k and v
+    for place, leaf in params_lib.names(params).items():
+        for i, ours, stored in _by_layer(cfg, place, leaf):
+            name, turn = kind.table[ours]
+            if "{e}" in name:
+                out |= {name.format(i=i, e=e): matrix.T for e, matrix in enumerate(stored)}
+                continue
+            file, value = name.format(i=i), _flat_heads(ours, stored)
+            if kind.fuse is not None and ours.startswith(("attn/q/", "attn/k/", "attn/v/")):
+                fused.setdefault(file, {})[ours.split("/")[1]] = value
+            else:
+                out[file] = value.T if turn is flip else value
+    for file, parts in fused.items():
+        assert kind.fuse is not None
+        out[file] = kind.fuse(cfg, [parts[name] for name in "qkv"])
+    return {k: np.ascontiguousarray(v) for k, v in out.items()}
+
+
+def _by_layer(cfg: ModelConfig, place: str, leaf: np.ndarray) -> Iterator[tuple[int | None, str, np.ndarray]]:
+    """(layer, name within the layer, array) of a parameter; (None, name, array) outside of layers."""
+    block, _, rest = place.partition("/")
+    if block == "blocks":
+        for i in range(cfg.n_layers):
+            yield i, rest, np.asarray(leaf[i])
+    elif block.startswith("blocks_"):
+        yield int(block.removeprefix("blocks_")), rest, np.asarray(leaf)
+    else:
+        yield None, place, np.asarray(leaf)
+
+
+def _flat_heads(ours: str, value: np.ndarray) -> np.ndarray:
+    """A linear layer's arrays without the axes of heads: matrices ``[in, out]``, biases ``[out]``."""
+    if ours.endswith("/bias"):
+        return value.reshape(-1)
+    if not ours.endswith("/kernel"):
+        return value
+    return value.reshape(-1, value.shape[-1]) if "/o/" in ours else value.reshape(value.shape[0], -1)
+
+
+def write(
+    folder: Path,
+    cfg: ModelConfig,
+    params: Mapping[str, object],
+    tokenizer: Tokenizer | None = None,
+    *,
+    family: str | None = None,
+    eos_id: int | None = None,
+    bos_id: int | None = None,
+    chat_template: str | None = None,
+) -> str:
+    """Writes config.json, model.safetensors, generation_config.json and the tokenizer; gives the family's name.
+
+    The folder appears whole or not at all, and must not exist. Raises `UserError` for a model that the family cannot
+    express, and for a place that cannot be written.
+    """
+    from safetensors.numpy import save_file
+
+    kind, hf = family_of(cfg, family)
+    tokenizer_ids = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
+    end = eos_id if eos_id is not None else tokenizer_ids[0]
+    begin = bos_id if bos_id is not None else tokenizer_ids[1]
+    ids = {k: v for k, v in (("bos_token_id", begin), ("eos_token_id", end)) if v is not None}
+    dtypes = {str(leaf.dtype) for leaf in params_lib.names(params).values()}
+    hf |= {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32", "bos_token_id": begin, "eos_token_id": end}
+    with new_folder(folder) as swap:
+        write_json(swap / "config.json", hf, indent=2, ascii_only=False)
+        write_json(swap / "generation_config.json", ids, indent=2, ascii_only=False)
+        save_file(tensors(cfg, params, kind), str(swap / "model.safetensors"), {"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save(swap, chat_template)
+    return kind

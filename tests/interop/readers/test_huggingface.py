@@ -1,0 +1,255 @@
+"""Whole-model logits against `transformers` on random weights, family by family and scaling by scaling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import interop
+from lm.config import model_config
+from lm.interop import families
+from lm.model.decoder import Decoder
+
+torch = pytest.importorskip("torch", reason="the PyTorch oracles need torch (CPU build, Python 3.11)")
+transformers = pytest.importorskip("transformers")
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+GQA = {**SMALL, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+EXT = [1.0 + 0.5 * i for i in range(4)]  # head_dim 8: four frequencies
+
+
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **fields}}
+
+
+LONGROPE = {"short_factor": EXT, "long_factor": [2 * x for x in EXT], "original_max_position_embeddings": 64}
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "llama": ("Llama", GQA, 48),
+    "llama-mha-tied": ("Llama", {**SMALL, "tie_word_embeddings": True, "attention_bias": True}, 48),
+    "llama-linear": ("Llama", {**GQA, **_rope("linear", factor=4.0)}, 150),
+    "llama-dynamic-within": ("Llama", {**GQA, **_rope("dynamic", factor=4.0)}, 48),
+    "llama-dynamic-beyond": ("Llama", {**GQA, **_rope("dynamic", factor=4.0)}, 150),
+    "llama-yarn": ("Llama", {**GQA, **_rope("yarn", factor=4.0, original_max_position_embeddings=32)}, 150),
+    "llama-yarn-mscale": (
+        "Llama",
+        {**GQA, **_rope("yarn", factor=4.0, mscale=0.7, mscale_all_dim=1.3, original_max_position_embeddings=32)},
+        150,
+    ),
+    "llama-longrope-short": ("Llama", {**GQA, "max_position_embeddings": 256, **_rope("longrope", **LONGROPE)}, 48),
+    "llama-longrope-long": ("Llama", {**GQA, "max_position_embeddings": 256, **_rope("longrope", **LONGROPE)}, 150),
+    "llama3": (
+        "Llama",
+        {
+            **GQA,
+            **_rope(
+                "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+            ),
+        },
+        150,
+    ),
+    "mistral-window": ("Mistral", {**GQA, "sliding_window": 16}, 60),
+    "qwen2": ("Qwen2", GQA, 48),
+    "qwen2-window": (
+        "Qwen2",
+        {**GQA, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+        48,
+    ),
+    "qwen3": ("Qwen3", {**GQA, "head_dim": 16}, 48),
+    "mixtral": ("Mixtral", {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2}, 48),
+    "mixtral-window": ("Mixtral", {**GQA, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 12}, 48),
+    "qwen2-moe": ("Qwen2Moe", {**GQA, **EXPERTS, "shared_expert_intermediate_size": 40}, 48),
+    "qwen2-moe-sparse": (
+        "Qwen2Moe",
+        {
+            **GQA,
+            **EXPERTS,
+            "shared_expert_intermediate_size": 40,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": True,
+        },
+        48,
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**GQA, **EXPERTS, "head_dim": 16, "norm_topk_prob": True}, 48),
+    "qwen3-moe-raw": ("Qwen3Moe", {**GQA, **EXPERTS, "head_dim": 16, "norm_topk_prob": False}, 48),
+    # Heads of 16: four channels turn, two frequencies, so that the exponent's denominator matters.
+    "neox": ("GPTNeoX", {**SMALL, "hidden_size": 64, "rotary_pct": 0.25, "intermediate_size": 128}, 48),
+    "neox-sequential": ("GPTNeoX", {**SMALL, "rotary_pct": 1.0, "use_parallel_residual": False}, 48),
+    "gpt2": (
+        "GPT2",
+        {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.3},
+        60,
+    ),
+    "gpt2-unscaled": (
+        "GPT2",
+        {
+            "vocab_size": 96,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_inner": 40,
+            "scale_attn_weights": False,
+            "initializer_range": 0.3,
+        },
+        60,
+    ),
+}
+
+
+def _save(case: str, folder: Path, **kwargs: Any) -> Any:
+    name, fields, _ = CASES[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**fields)
+    cls = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    model = getattr(transformers, cls)(config).eval()
+    with torch.no_grad():  # biases and norms start at constants, which would hide a mix-up
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            elif "mlp" in name and not parameter.any():  # so do the routers of some families
+                parameter.normal_(0, 0.3)
+    model.save_pretrained(folder, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+    length = CASES[case][2]
+    model = _save(case, tmp_path)
+    ids = np.random.default_rng(0).integers(0, 96, (2, length))
+    with torch.no_grad():
+        want = model(torch.as_tensor(ids)).logits.numpy()
+    checkpoint = interop.load(str(tmp_path))
+    apply = jax.jit(lambda p, t: Decoder(checkpoint.config).apply({"params": p}, t).logits_BTV)
+    got = np.asarray(apply(checkpoint.params, jnp.asarray(ids)))
+    assert want.std() > 0.1, "the logits must vary for the comparison to mean anything"
+    assert np.abs(got - want).max() <= 2e-4
+
+
+def test_shards_equal_one_file(tmp_path: Path) -> None:
+    model = _save("llama", tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="8KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    one, many = (interop.load(str(tmp_path / n)) for n in ("one", "many"))
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bfloat16_files_load_as_float32(tmp_path: Path) -> None:
+    model = _save("llama", tmp_path / "f32")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    checkpoint = interop.load(str(tmp_path / "bf16"))
+    embed = model.get_input_embeddings().weight.detach().float().numpy()
+    assert checkpoint.params["embed"].dtype == jnp.float32
+    np.testing.assert_array_equal(checkpoint.params["embed"], embed)
+
+
+@pytest.mark.parametrize(
+    ("family", "given"),
+    [
+        ("llama", {}),
+        ("mistral", {}),
+        ("qwen2", {}),
+        ("qwen2", {"use_sliding_window": True}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8}),
+        ("mixtral", {}),
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {}),
+        ("gpt_neox", {}),
+        ("gpt2", {}),
+    ],
+)
+def test_an_absent_key_stands_for_what_it_does_in_transformers(family: str, given: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 60000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 32}
+    if family == "gpt2":
+        sizes = {"vocab_size": 60000, "n_embd": 64, "n_layer": 4, "n_head": 4}
+    else:
+        sizes["intermediate_size"] = 48
+    if "qwen" in family and "moe" in family:
+        key = "num_experts" if family == "qwen2_moe" else "num_local_experts"  # what transformers writes
+        sizes |= {key: 8, "moe_intermediate_size": 16}
+    bare = {"model_type": family, **sizes, **given}
+    full = transformers.AutoConfig.for_model(**bare).to_dict()
+    read = families.FAMILIES[family].read
+    assert set(full) > set(bare)
+    assert model_config(read(bare)) == model_config(read(full))
+
+
+def test_old_style_rope_scaling_reads_the_same(tmp_path: Path) -> None:
+    _save("llama-linear", tmp_path)
+    new = interop.load(str(tmp_path), load_params=False).config
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert interop.load(str(tmp_path), load_params=False).config == new
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_deepseek_v3_routing_block_equals_transformers(groups: int) -> None:
+    """Its mixture layer alone: sigmoid scores, balancing bias, groups, scale, shared experts."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    from lm.ffn.context import Call
+
+    experts, width, k, kept = 8, 20, 3, max(1, groups // 2)
+    config = transformers.DeepseekV3Config(
+        hidden_size=32,
+        moe_intermediate_size=width,
+        n_routed_experts=experts,
+        num_local_experts=experts,
+        num_experts_per_tok=k,
+        n_group=groups,
+        topk_group=kept,
+        n_shared_experts=2,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+    )
+    torch.manual_seed(0)
+    block = DeepseekV3MoE(config).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_(0, 0.3)
+        block.gate.e_score_correction_bias.normal_(0, 0.3)
+    router = {"name": "deepseek_v3", "k": k, "groups": groups, "keep_groups": kept, "scale": 2.5}
+    moe = {"name": "moe", "experts": experts, "d_expert": width, "shared": 2 * width, "router": router}
+    cfg = model_config({"d_model": 32, "ffn": moe})
+    gate_up, down = (p.detach().numpy() for p in (block.experts.gate_up_proj, block.experts.down_proj))
+    mine = {"gate": gate_up[:, :width], "up": gate_up[:, width:], "down": down}
+    params = {
+        "router": {
+            "kernel": block.gate.weight.detach().numpy().T,
+            "bias": block.gate.e_score_correction_bias.numpy(),
+        },
+        "experts": {n: {"kernel": w.transpose(0, 2, 1)} for n, w in mine.items()},
+        "shared": {
+            n: {"kernel": getattr(block.shared_experts, f"{n}_proj").weight.detach().numpy().T}
+            for n in ("gate", "up", "down")
+        },
+    }
+    x = np.random.default_rng(0).normal(size=(2, 40, 32)).astype(np.float32)
+    with torch.no_grad():
+        want = block(torch.from_numpy(x)).numpy()
+    call = Call(jnp.broadcast_to(jnp.arange(40), (2, 40)))
+    got, report = cfg.ffn.module(cfg).apply({"params": params}, jnp.asarray(x), call)
+    assert want.std() > 0.1 and float(report["sums"]["counts_E"].sum()) == 2 * 40 * k
+    assert np.abs(np.asarray(got) - want).max() <= 2e-4

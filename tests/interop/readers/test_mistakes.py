@@ -1,0 +1,224 @@
+"""Broken Hugging Face directories: one line that names file and tensor. Needs no PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lm import interop
+from lm.errors import UserError
+from lm.interop.readers import schema
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "tie_word_embeddings": True,
+}
+SHAPES = {
+    "model.embed_tokens.weight": (16, 8),
+    "model.norm.weight": (8,),
+    **{f"model.layers.0.self_attn.{n}_proj.weight": (8, 8) for n in "qkvo"},
+    **{f"model.layers.0.mlp.{n}_proj.weight": (12, 8) for n in ("gate", "up")},
+    "model.layers.0.mlp.down_proj.weight": (8, 12),
+    "model.layers.0.input_layernorm.weight": (8,),
+    "model.layers.0.post_attention_layernorm.weight": (8,),
+}
+
+
+def _make(folder: Path, config: dict[str, Any] | None = None, drop: str = "", **shapes: tuple[int, ...]) -> Path:
+    rng = np.random.default_rng(0)
+    tensors = {k: rng.normal(size=s).astype(np.float32) for k, s in {**SHAPES, **shapes}.items() if k != drop}
+    save_file(tensors, str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
+    return folder
+
+
+def _refused(path: Path | str) -> str:
+    with pytest.raises(UserError) as caught:
+        interop.load(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_whole_directory_loads(tmp_path: Path) -> None:
+    checkpoint = interop.load(str(_make(tmp_path)))
+    assert checkpoint.params["blocks"]["attn"]["q"]["kernel"].shape == (1, 8, 2, 4)
+    assert checkpoint.tokenizer is None
+
+
+def test_overrides_keep_the_parameters(tmp_path: Path) -> None:
+    pattern = {"name": "sliding_window", "window": 3}
+    checkpoint = interop.load(str(_make(tmp_path)), overrides={"pattern": pattern})
+    assert checkpoint.config.pattern.window == 3
+    plain = interop.load(str(tmp_path))
+    np.testing.assert_array_equal(checkpoint.params["embed"], plain.params["embed"])
+    assert checkpoint.identity == plain.identity
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"d_ff": 5}, "blocks/ffn/"),
+        ({"n_layers": 2}, "blocks/attn"),
+        ({"head": {"tie": False}}, "head/kernel"),
+        ({"mixer": {"qk_norm": True}}, "blocks/attn/k_norm/scale"),
+        ({"positions": {"name": "learned", "size": 8}}, "pos_embed"),
+    ],
+)
+def test_overrides_that_ask_for_other_parameters(tmp_path: Path, overrides: dict[str, Any], name: str) -> None:
+    with pytest.raises(UserError, match=f"overrides of .*{name}"):
+        interop.load(str(_make(tmp_path)), overrides=overrides)
+
+
+def test_files_beside_the_model_are_not_its_shards(tmp_path: Path) -> None:
+    save_file({"layers.0.attention.wq": np.ones(3, np.float32)}, str(_make(tmp_path) / "consolidated.safetensors"))
+    interop.load(str(tmp_path))
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")  # shards without an index: all are read
+    assert "wq" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 40, 500, -8])
+def test_truncated_safetensors(tmp_path: Path, keep: int) -> None:
+    file = _make(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    assert "model.safetensors" in _refused(tmp_path)
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert f"{name!r} is missing" in _refused(_make(tmp_path, drop=name))
+
+
+def test_wrong_shape(tmp_path: Path) -> None:
+    message = _refused(_make(tmp_path, **{"model.layers.0.self_attn.k_proj.weight": (4, 8)}))
+    assert "k_proj" in message and "(4, 8)" in message
+
+
+def test_tensor_without_a_place(tmp_path: Path) -> None:
+    message = _refused(_make(tmp_path, **{"model.layers.0.self_attn.q_norm.weight": (4,)}))
+    assert "q_norm" in message and "no place" in message
+
+
+def test_only_a_pickle(tmp_path: Path) -> None:
+    (_make(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    message = _refused(tmp_path)
+    assert "pickle" in message and "safetensors" in message
+
+
+def test_index_names_a_shard_that_is_not_there(tmp_path: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00002.safetensors"}}
+    (_make(tmp_path) / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002.safetensors" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3, "b": null}}'])
+def test_broken_index(tmp_path: Path, text: str) -> None:
+    (_make(tmp_path) / "model.safetensors.index.json").write_text(text)
+    assert "index.json" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "lama"}, ("model_type", "'lama'", "did you mean 'llama'")),
+        ({"model_type": None}, ("model_type", "valid")),
+        ({"hidden_act": "tanh"}, ("hidden_act", "'tanh'", "silu")),
+        ({"hidden_size": None}, ("hidden_size", "missing")),
+        ({"num_key_value_heads": 3}, ("n_kv_heads", "does not divide")),
+        ({"rope_parameters": {"rope_type": "yarnn", "factor": 2.0}}, ("rope_type", "'yarnn'", "yarn")),
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [1]}}, ("rope_type", "mrope")),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, ("factor", "at least 1")),
+        ({"rope_parameters": {"a": {"rope_type": "default"}}}, ("rope_parameters", "layer type")),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}, ("short_factor",)),
+    ],
+)
+def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[str, Any], words: Any) -> None:
+    message = _refused(_make(tmp_path, config))
+    for word in words:
+        assert word in message
+
+
+RIGHT: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "n_embd": 8, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+def test_values_of_another_type_are_named(tmp_path: Path, family: str) -> None:
+    """Every key that is read, with every type but its own."""
+    _make(tmp_path)
+    for kind, keys in schema.TOP.items():
+        for key in keys.split():
+            for value in ("x", 1.5, True, 3, [], ["a"], [1], {}, {"a": 1}):
+                if schema.KINDS[kind](value):
+                    continue
+                (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **RIGHT, "model_type": family, key: value}))
+                message = _refused(tmp_path)
+                assert f"config.json {key}: expected {kind}" in message, (key, value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "words"),
+    [
+        ({"rope_type": "linear"}, ("rope_parameters.factor", "'linear' needs it")),
+        ({"rope_type": "dynamic", "factor": None}, ("rope_parameters.factor", "'dynamic' needs it")),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, ("high_freq_factor", "'llama3' needs it")),
+        ({"rope_type": "longrope", "short_factor": [1.0, 1.0]}, ("long_factor", "'longrope' needs it")),
+        ({"rope_type": "linear", "factor": "x"}, ("rope_parameters factor", "a number", "'x'")),
+        ({"rope_theta": "x"}, ("rope_parameters rope_theta", "a number")),
+        ({"rope_theta": 0}, ("theta", "must exceed 1")),
+        ({"rope_type": ["x"]}, ("rope_type", "a string")),
+        ({"partial_rotary_factor": 0.0}, ("fraction", "rotary width")),
+        ({"rope_type": "longrope", "short_factor": "x", "long_factor": 3}, ("short_factor", "a list of numbers")),
+    ],
+)
+def test_rotary_settings_that_are_incomplete(tmp_path: Path, rope: dict[str, Any], words: tuple[str, ...]) -> None:
+    message = _refused(_make(tmp_path, {"rope_parameters": rope}))
+    for word in words:
+        assert word in message
+
+
+def test_layer_types_of_another_number_of_layers(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2", "layer_types": ["full_attention"] * 2, "num_key_value_heads": 2}
+    assert "layer_types: 2 found, num_hidden_layers = 1" in _refused(_make(tmp_path, config))
+
+
+def test_config_is_not_json(tmp_path: Path) -> None:
+    (_make(tmp_path) / "config.json").write_text("{")
+    assert "config.json" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["smollm2-135", "no/such/path"])
+def test_no_such_checkpoint(name: str) -> None:
+    assert "smollm2-135m" in _refused(name)
+
+
+def test_directory_without_config(tmp_path: Path) -> None:
+    assert "config.json" in _refused(tmp_path)
+
+
+def test_a_file_that_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "notes.txt" in _refused(tmp_path / "notes.txt")
+
+
+def test_foreign_vocabulary(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    vocab = {f"t{i}": i for i in range(20)}
+    Tokenizer(models.WordLevel(vocab, unk_token="t0")).save(str(_make(tmp_path) / "tokenizer.json"))
+    message = _refused(tmp_path)
+    assert "20 ids" in message and "vocab_size = 16" in message
+
+
+def test_tokenizer_file_is_broken(tmp_path: Path) -> None:
+    (_make(tmp_path) / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in _refused(tmp_path)

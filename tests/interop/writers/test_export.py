@@ -1,0 +1,238 @@
+"""Checkpoints out: back in without a change, into transformers with the same logits and text, refusals that name it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import convert
+from lm import interop
+from lm.config import ModelConfig, merge, model_config
+from lm.data.tokenizers import ByteTokenizer
+from lm.decoding import Generator, Sampling
+from lm.errors import UserError
+from lm.interop.readers import run_folder
+from lm.interop.writers import to_huggingface
+from lm.model import params as params_lib
+from lm.model.decoder import Decoder
+
+LLAMA = {
+    "vocab_size": 258,
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "d_ff": 48,
+    "max_positions": 64,
+}
+LAYER = {"name": "layernorm", "eps": 1e-5}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", LLAMA),
+    "llama untied, biases": (
+        "llama",
+        {
+            **LLAMA,
+            "head": {"name": "linear", "tie": False},
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+        },
+    ),
+    "llama yarn": (
+        "llama",
+        {**LLAMA, "positions": {"name": "rope", "scaling": {"name": "yarn", "factor": 4.0, "original": 16}}},
+    ),
+    "mistral": ("mistral", {**LLAMA, "pattern": {"name": "sliding_window", "window": 8}}),
+    "qwen2": (
+        "qwen2",
+        {
+            **LLAMA,
+            "mixer": {"name": "softmax", "qkv_bias": True},
+            "layer_overrides": ({"layers": "1", "pattern": {"name": "sliding_window", "window": 8}},),
+        },
+    ),
+    "qwen3": ("qwen3", {**LLAMA, "head_dim": 16, "mixer": {"name": "softmax", "qk_norm": True}}),
+    "mixtral": ("mixtral", {**LLAMA, "ffn": {"name": "moe", "experts": 3, "load_balance_loss": 0.02}}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **LLAMA,
+            "n_layers": 4,
+            "mixer": {"name": "softmax", "qkv_bias": True},
+            "ffn": {
+                "name": "moe",
+                "experts": 4,
+                "d_expert": 24,
+                "shared": 40,
+                "shared_gate": True,
+                "every": 2,
+                "router": {"name": "topk", "softmax": "before"},
+            },
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **LLAMA,
+            "head_dim": 16,
+            "mixer": {"name": "softmax", "qk_norm": True},
+            "ffn": {"name": "moe", "experts": 4, "d_expert": 24, "capacity": 1.5},
+        },
+    ),
+    "pythia": (
+        "gpt_neox",
+        {
+            **LLAMA,
+            "n_kv_heads": 4,
+            "norm": LAYER,
+            "ffn": {"name": "gelu", "bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+            "positions": {"name": "rope", "fraction": 0.5},
+            "head": {"name": "linear", "tie": False},
+            "parallel_residual": True,
+        },
+    ),
+    "gpt2": (
+        "gpt2",
+        {
+            **LLAMA,
+            "n_kv_heads": 4,
+            "norm": LAYER,
+            "ffn": {"name": "gelu_tanh", "bias": True},
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True},
+            "positions": {"name": "learned", "size": 64},
+        },
+    ),
+}
+TEXT = [ord(c) for c in "Once upon a time"]
+
+
+def made(name: str) -> tuple[ModelConfig, Any]:
+    cfg = model_config(MODELS[name][1])
+    leaves, treedef = jax.tree.flatten(params_lib.init(cfg, jax.random.key(0)))
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return cfg, treedef.unflatten([x + 0.15 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_written_reads_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    cfg, weights = made(name)
+    assert to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer()) == MODELS[name][0]
+    back = interop.load(str(tmp_path / "out"))
+    assert jax.tree.structure(back.params) == jax.tree.structure(weights)
+    jax.tree.map(np.testing.assert_array_equal, back.params, weights)
+    assert [layer.pattern for layer in back.config.layers()] == [layer.pattern for layer in cfg.layers()]
+    assert back.tokenizer is not None and (back.eos_id, back.bos_id) == (257, 256)
+    text = "naïve café\n\t日本 \x00!"
+    assert (
+        list(back.tokenizer.encode(text)) == list(text.encode()) and back.tokenizer.decode(list(text.encode())) == text
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_it_to_the_same_logits_and_text(name: str, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
+    transformers = pytest.importorskip("transformers")
+    cfg, weights = made(name)
+    to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    assert ids.tolist() == [TEXT]
+    with torch.no_grad():
+        want = theirs(ids).logits.numpy()
+        text = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)[0].tolist()
+    ours = Decoder(cfg).apply({"params": weights}, jnp.asarray([TEXT])).logits_BTV
+    np.testing.assert_allclose(ours, want, atol=2e-4)
+    answer = Generator(cfg, weights)([TEXT], Sampling(temperature=0.0), max_new_tokens=12)[0][0]
+    assert answer.tokens == text[len(TEXT) :]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"ffn": {"name": "relu2"}}, "model.ffn.name = 'relu2'"),
+        ({"positions": {"name": "alibi"}}, "model.positions"),
+        ({"positions": {"name": "rope", "scaling": {"name": "ntk", "factor": 2.0}}}, "model.positions.scaling"),
+        ({"pattern": {"name": "lm_infinite"}}, "pattern.name = 'lm_infinite'"),
+        ({"mixer": {"name": "softmax", "softcap": 30.0}}, "model.mixer.softcap = 30.0"),
+        ({"embed_scale": 4.0}, "model.embed_scale = 4.0"),
+        ({"parallel_residual": True}, "model.parallel_residual = True"),
+    ],
+)
+def test_what_no_family_can_say_is_named(change: dict[str, Any], names: str, tmp_path: Path) -> None:
+    cfg = merge(model_config(LLAMA), change, "model")
+    with pytest.raises(UserError) as e:
+        to_huggingface.write(tmp_path / "out", cfg, params_lib.init(cfg, jax.random.key(0)))
+    assert names in str(e.value) and "cannot express" in str(e.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_dies_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, weights = made("llama")
+
+    def die(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByteTokenizer, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_goes_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg, weights = made("qwen3")
+    to_huggingface.write(tmp_path / "hf", cfg, weights, ByteTokenizer(), chat_template="{{ messages[0].content }}")
+    assert convert.main([f"--checkpoint={tmp_path}/hf", f"--to={tmp_path}/run", "--as=run"]) == 0
+    loaded = interop.load(str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, weights)
+    assert (loaded.eos_id, loaded.bos_id, loaded.chat_template) == (257, 256, "{{ messages[0].content }}")
+    assert convert.main([f"--checkpoint={tmp_path}/run", f"--to={tmp_path}/again"]) == 0
+    for file in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+    ):
+        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes(), file
+    assert "as qwen3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--to=hf"], "--to: hf exists already"),
+        (["--to=new", "--family=lama"], "--family: unknown name 'lama' (did you mean 'llama'?)"),
+        (["--to=new", "--family=gpt2"], "which gpt2 cannot express"),
+        (["--to=new", "--as=onnx"], "--as: unknown name 'onnx'"),
+        (["--to=new", "--as=run", "--family=llama"], "--family: a run's folder has none"),
+        (["--to=file/new"], "file/new: cannot be written"),
+        ([], "--to"),
+        (["--to=new", "--too=x"], "--too: unknown argument (did you mean '--to'?)"),
+    ],
+)
+def test_mistakes_of_the_command(
+    args: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    to_huggingface.write(tmp_path / "hf", *made("llama"))
+    (tmp_path / "file").write_text("x")
+    before = sorted(str(p) for p in tmp_path.rglob("*"))
+    assert convert.main(["--checkpoint=hf", *args]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+    assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_only_looks_like_a_run(tmp_path: Path) -> None:
+    (tmp_path / run_folder.FILE).write_text("[]")
+    with pytest.raises(UserError, match="not the description of a training run"):
+        interop.load(str(tmp_path))
+    (tmp_path / run_folder.FILE).write_text(json.dumps({"model": LLAMA}))
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        interop.load(str(tmp_path))
