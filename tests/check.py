@@ -5,8 +5,8 @@
 * ``lm/x/y.py`` -> ``tests/x/test_y.py``; where there is none, the tests of the folder that name the module, or else all
   tests of the folder. Beside these the generic suites (classes with a `change`) that name a plug of the file.
 * What every test rests on (the model, attention, the configuration, the suites) -> the tests marked `smoke`.
-* ``kernels_pallas/x`` -> ``tests/kernels/test_x*.py``; ``experiments/y.py`` -> ``tests/experiments/test_y.py`` or all
-  of the folder; ``configs`` -> the smoke runs.
+* ``kernels_pallas/x`` -> ``tests/kernels/test_x*.py``; ``experiments/x/y.py`` -> ``tests/experiments/x/test_y.py`` by
+  the same rule; ``configs`` -> the smoke runs.
 * Always the plan of the house and the configuration.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -55,25 +56,25 @@ def tests_of(name: str) -> set[str]:
     if top == "tests":
         return {name} if path.name.startswith("test_") and (ROOT / name).is_file() else _beside(path)
     if top == "lm":
-        return _mirror(path, folders) | _cases(name)
+        return _mirror(path, ["tests", *folders]) | _cases(name)
     if top == "kernels_pallas":
         kernel = folders[0] if folders else path.stem
         return _files("tests/kernels", f"test_{kernel}*.py") or _files("tests/kernels", "test_*.py")
     if top == "experiments":
-        return _files("tests/experiments", f"test_{path.stem}.py") or _files("tests/experiments", "test_*.py")
-    return {"tests/experiments/test_smoke.py"} if top == "configs" else set()
+        return _mirror(path, ["tests", "experiments", *folders]) or _files("tests/experiments", "test_*.py", deep=True)
+    return _files("tests/experiments", "test_smoke.py", deep=True) if top == "configs" else set()
 
 
 def _mirror(path: Path, folders: list[str]) -> set[str]:
-    """Of ``lm/x/y.py``."""
-    folder = "/".join(["tests", *folders])
+    """Of ``y.py``, in the folders that mirror its own."""
+    folder = "/".join(folders)
     found = _files(folder, f"test_{path.stem}.py") if path.name != "__init__.py" else set()
     if found:
         return found
     here = _files(folder, "test_*.py", deep=True)
     module = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
     naming = {test for test in here if re.search(rf"\b{re.escape(module)}\b", _text(test))}
-    return naming or (here if folders else set())
+    return naming or (here if len(folders) > 1 else set())
 
 
 def _beside(path: Path) -> set[str]:
@@ -90,12 +91,17 @@ def _cases(name: str) -> set[str]:
     for table in ROOT.glob("lm/**/*.py"):
         plugs |= set(re.findall(rf'"(\w+)": "{re.escape(module)}:\w+"', table.read_text(encoding="utf-8")))
     if (ROOT / name).is_file():  # a table beside its plugs
-        plugs |= set(re.findall(r'^ +"(\w+)": [A-Z]\w+,$', _text(name), re.MULTILINE))
+        plugs |= set(re.findall(r'"(\w+)": [A-Z]\w+\b', _text(name)))
     return {case for case, named in _suites() if named & plugs}
 
 
-def _suites() -> Iterator[tuple[str, set[str]]]:
+@functools.cache
+def _suites() -> tuple[tuple[str, set[str]], ...]:
     """(``file::Class``, the words of its settings) for every class with a `change`, a `plug` or an `objective`."""
+    return tuple(_found())
+
+
+def _found() -> Iterator[tuple[str, set[str]]]:
     for test in sorted(_files("tests", "test_*.py", deep=True)):
         for node in ast.parse(_text(test)).body:
             if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
@@ -109,12 +115,14 @@ def _suites() -> Iterator[tuple[str, set[str]]]:
                 yield f"{test}::{node.name}", words
 
 
+@functools.cache
 def _files(folder: str, pattern: str, deep: bool = False) -> set[str]:
     place = ROOT / folder
     found = place.rglob(pattern) if deep else place.glob(pattern)
     return {str(path.relative_to(ROOT)) for path in found}
 
 
+@functools.cache
 def _text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 

@@ -1,6 +1,7 @@
 """`make mutants`: breaks the code a line at a time, on a copy, and asks whether a test notices.
 
-``python tests/mutate.py [SOCKET ...] [--list] [--only TEXT]`` reads ``tests/mutants/SOCKET.toml``, whose entries are
+``python tests/mutate.py [SOCKET ...] [--list] [--sample N] [--only TEXT]`` reads ``tests/mutants/SOCKET.toml``, whose
+entries are
 
     [[mutant]]
     why = "a window is one token too wide"
@@ -117,9 +118,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="breaks the code a line at a time")
     parser.add_argument("sockets", nargs="*", help="files of tests/mutants, without .toml (default: all)")
     parser.add_argument("--list", action="store_true", help="only look whether each can be applied")
+    parser.add_argument("--sample", type=int, default=0, help="so many of every file, evenly spaced (default: all)")
     parser.add_argument("--only", default="", help="those whose reason has this text in it")
     args = parser.parse_args()
     chosen = [mutant for mutant in mutants(args.sockets) if args.only in mutant.why]
+    if args.sample:
+        of = {m.socket: [n for n in chosen if n.socket == m.socket] for m in chosen}
+        chosen = [m for many in of.values() for m in many[:: -(-len(many) // args.sample)]]
     errors = [f"{m.socket}: {m.why}: {m.wrong()}" for m in chosen if m.wrong()]
     errors += [f"{m.socket}: {m.why}: no test for {m.file}" for m in chosen if not m.wrong() and not m.noticing()]
     print("\n".join(f"error: {error}" for error in errors))

@@ -8,7 +8,7 @@ import pytest
 from cases import model, rows
 from cases.drafter_case import DrafterCase
 from cases.model import BASE, TOKENS
-from cases.plug_case import PlugCase, _by
+from cases.plug_case import PlugCase, _beyond, _by
 from cases.table_model import LENGTH, TableModel, V
 
 
@@ -92,3 +92,11 @@ def test_a_limit_that_is_the_baseline_costs_nothing() -> None:
         limits = ({"pattern": {"name": "causal", "prefix": 0}}, {"pattern": {"name": "sliding_window", "window": 44}})
 
     assert Case.allowed() == PlugCase.PROGRAMS + 2
+
+
+def test_what_differs_is_named() -> None:
+    one = {"a": {"kernel": np.ones(4)}, "b": np.zeros(3)}
+    other = {"a": {"kernel": np.ones(4) + 1e-4}, "b": np.zeros(3)}
+    assert _beyond(np.ones(2), np.ones(2), one, one, 1e-5, 1e-5) == []
+    assert _beyond(np.ones(2), np.ones(2) + 1e-3, one, other, 1e-5, 1e-5) == ["logits", "a/kernel"]
+    assert _beyond(np.full(2, np.nan), np.ones(2), one, {**one, "b": np.ones(3)}, 1e-5, 1e-5) == ["logits", "b"]

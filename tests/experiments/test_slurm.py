@@ -122,6 +122,7 @@ def reference(slurm: Cluster) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, env=env, cwd=ROOT, stdout=out, stderr=err)
 
 
+@pytest.mark.nightly
 def test_an_array_is_preempted_requeued_cancelled_and_resumed(slurm: Cluster) -> None:
     undisturbed, unbroken = reference(slurm), slurm.folder / "unbroken"
     process = slurm.sweep("--slurm=timeout_min=60,signal_delay_s=60", name="first")
