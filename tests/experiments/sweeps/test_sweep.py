@@ -27,7 +27,7 @@ from experiments.sweeps.points import literal
 from lm.errors import UserError
 from lm.train import loop
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_combinators() -> None:

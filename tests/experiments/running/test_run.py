@@ -19,7 +19,7 @@ from experiments.reports import results_file
 from experiments.running import runner
 from lm.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
