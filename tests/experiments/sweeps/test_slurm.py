@@ -21,7 +21,7 @@ from slurm_cluster import NoCluster, cluster
 
 from lm.train.log import read
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 STEPS, WAITS = 12, 6
 SAVED = WAITS + 2  # a step's numbers are written while the next one runs
 PATIENCE = 240.0  # seconds, for what takes a few on a machine that has time

@@ -18,7 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from toy_experiment import Lab
 
-from experiments import run, sweep
+from experiments import sweep
+from experiments.running import command
 from experiments.running.plan import prepare
 from experiments.spec import registry
 from experiments.sweeps import chain, grid, local, points, prefix, product, slurm, subsample, zip_
@@ -27,7 +28,7 @@ from experiments.sweeps.points import literal
 from lm.errors import UserError
 from lm.train import session
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_combinators() -> None:
@@ -52,7 +53,7 @@ NESTED = st.recursive(SCALARS, lambda v: st.lists(v) | st.tuples(v) | st.diction
 @example((float("inf"), [-float("inf")]))
 def test_values_survive_the_command_line(value: Any) -> None:
     line = shlex.join([f"--config.some.key={literal(value, 'some.key')}"])
-    [(name, text)] = run.arguments(["--config=x", *shlex.split(line)])[1]
+    [(name, text)] = command.arguments(["--config=x", *shlex.split(line)])[1]
     assert "\0" not in line and name == "some.key" and repr(text.literal()) == repr(value)
 
 
@@ -146,7 +147,7 @@ def test_printed_lines_say_the_same_settings(s: Sweeps) -> None:
     source, settings = registry.find(f"{s.config}:smoke")
     for line, wanted in zip(lines, source.module.sweep_tricky(), strict=True):
         assert tuple(line[:3]) == local.RUN
-        args, overrides = run.arguments(line[3:])
+        args, overrides = command.arguments(line[3:])
         assert (args.config, args.arms, args.workdir.parent) == (f"{s.config}:smoke", "zero,window", s.work)
         assert overrides[0] == ("measures.other.n", "2") and {k: v.literal() for k, v in overrides[1:]} == wanted
         theirs = prepare(settings, overrides, args.arms).exp

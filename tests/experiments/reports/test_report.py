@@ -20,7 +20,7 @@ from experiments.reports import command, plots, report, tables
 from experiments.reports import page as results_page
 from lm.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 # Made-up results in the shape of a real run: no number below was measured.
 ARMS = "full window sinks_window streaming ntk yarn lm_infinite lm_infinite_topk truncation".split()

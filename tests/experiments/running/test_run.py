@@ -16,9 +16,10 @@ import pytest
 from toy_experiment import Lab, Toy
 
 from experiments.reports import results_file
+from experiments.running import runner
 from lm.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_a_run_leaves_everything(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +145,21 @@ def test_a_stopped_run_is_valid_and_goes_on(
     assert lab.results()["complete"]
 
 
+def test_results_are_assembled_once_a_minute(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the beginning and at the end, and in between only where a minute has passed; the points are the truth."""
+    times: list[int] = []
+    write = runner.Runner.write
+
+    def counted(self: runner.Runner) -> None:
+        write(self)
+        times.append(len(lab.results()["arms"].get("zero", {})))
+
+    monkeypatch.setattr(runner.Runner, "write", counted)
+    assert lab("--arms=zero") == 0 and times == [0, 6]
+    monkeypatch.setattr(runner, "EVERY", 0.0)
+    assert lab("--arms=zero", "--fresh") == 0 and len(times) == 2 + 1 + 4 + 1
+
+
 def test_arms_by_and_by(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert lab("--arms=window") == 0 and len(lab.calls) == 4
     assert list(lab.results()["arms"]) == ["window"]
@@ -232,8 +248,9 @@ lm.measures.TABLE["sleeper"] = Sleeper
 """
 
 
-def test_an_interrupt_ends_a_long_computation(lab: Lab) -> None:
-    """The signal arrives while the main thread waits inside a compiled computation."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_long_computation(lab: Lab, number: signal.Signals) -> None:
+    """It arrives while the main thread waits inside a compiled computation; results.json has all finished points."""
     measures = 'c.measures = {"a": {"name": "sleeper"}, "b": {"name": "sleeper", "seconds": 60.0}}\n    old = {'
     text = lab.config.read_text().replace("c.measures = {", measures).replace('"only": ("toy",)', "")
     lab.config.write_text(SLEEPER + text.replace(', "measures.toy.value": 2.0', ""))
@@ -245,15 +262,16 @@ def test_an_interrupt_ends_a_long_computation(lab: Lab) -> None:
         while "measuring 60.0" not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
     assert [x for x in err.splitlines() if "%" not in x and x] == [
         "interrupted; finished points are kept, the same command goes on from there"
     ]
     assert lab.results()["arms"]["zero"]["a/seconds"]["n"] == 1 and out == ""
+    results_file.check(lab.results())
 
 
 def test_progress_lines_are_readable(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
