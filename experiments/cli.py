@@ -99,7 +99,9 @@ def enter(fn: Callable[[], int]) -> NoReturn:
         while number != signal.SIGINT and not (
             number == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is nothing
         ):
-            number = read.recv(1)[0]
+            if not (byte := read.recv(1)):
+                return  # the process ends by itself
+            number = byte[0]
         last = threading.Thread(target=_last_words, daemon=True)
         last.start()
         last.join(_PATIENCE)
