@@ -1,6 +1,7 @@
-"""All experiments: paper, claim, scales and the last verdict.
+"""All experiments: paper, claim, scales and the last verdict; or all plugs of every socket.
 
-``python -m experiments.list [--json]``. The verdict is that of the committed results, else of the newest run.
+``python -m experiments.list [--json] [--plugs [KEY]]``. The verdict is that of the committed results, else of
+the newest run.
 """
 
 from __future__ import annotations

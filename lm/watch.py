@@ -66,8 +66,8 @@ def tap(module: nn.Module, watch: Watch, name: str, x: jax.Array) -> jax.Array:
     if not (watch.taps or watch.edits):
         return x
     full = "/".join((*module.path, name))
-    if watch.wants(full):
-        module.sow("taps", name, watch.reduced(x), reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    if watch.wants(full) and module.is_mutable_collection("taps"):
+        module.put_variable("taps", name, watch.reduced(x))  # `sow` refuses the name of a submodule, as ``experts``
     for pattern, edit in watch.edits:
         if fnmatchcase(full, pattern):
             x = edit(x)

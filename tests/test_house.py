@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.commands.listing import SOCKETS, plugs
 from lm.plug import table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,7 @@ GENERIC = {
     "learned",
     "linear",
     "none",
+    "own",
     "partial",
     "softmax",
 }
@@ -177,12 +179,110 @@ def test_sockets_do_not_import_each_others_plugs() -> None:
     assert wrong == []
 
 
-def test_decoder_names_no_plug() -> None:
+def test_the_model_names_no_plug() -> None:
     names = {n.lower() for socket in PLUG_SOCKETS for n in table(socket)} - GENERIC
     assert {"lm_infinite", "streaming", "yarn", "swiglu"} <= names
-    text = (ROOT / "lm/model/decoder.py").read_text(encoding="utf-8").lower()
-    words = set(re.findall(r"[a-z0-9_]+", text)) | set(re.findall(r"[a-z0-9]+", text))
-    assert names & words == set()
+    for path in sorted((ROOT / "lm/model").glob("*.py")):
+        text = path.read_text(encoding="utf-8").lower()
+        words = set(re.findall(r"[a-z0-9_]+", text)) | set(re.findall(r"[a-z0-9]+", text))
+        assert names & words == set(), path.name
+
+
+def test_the_decoder_is_one_page() -> None:
+    sizes = {name: len((ROOT / "lm/model" / name).read_text().splitlines()) for name in ("decoder.py", "block.py")}
+    assert sizes["decoder.py"] <= 100 and sizes["block.py"] <= 60
+
+
+def _functions(*packages: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in _sources(*packages):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.relative_to(ROOT)}:{node.name}", node
+
+
+def _arguments(node: ast.FunctionDef) -> list[ast.arg]:
+    return [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
+
+
+def test_functions_are_short() -> None:
+    """Eighty lines, kernel bodies apart; eight arguments in the kernels."""
+    found = dict(_functions(*PACKAGES))
+    assert len(found) > 1500
+    lines = {name: node.end_lineno - node.lineno + 1 for name, node in found.items() if node.end_lineno}
+    assert {k: n for k, n in lines.items() if n > 80 and not k.startswith("kernels_pallas")} == {}
+    many = {name: len(_arguments(node)) for name, node in _functions("kernels_pallas")}
+    assert {name: n for name, n in many.items() if n > 8} == {}
+
+
+def test_arguments_have_types() -> None:
+    """Fewer than 8 in 100 annotated arguments are a bare `Any`."""
+    notes = [a.annotation for _, node in _functions(*PACKAGES) for a in _arguments(node) if a.annotation is not None]
+    bare = [n for n in notes if isinstance(n, ast.Name) and n.id == "Any"]
+    assert len(notes) > 3000
+    assert len(bare) < 0.08 * len(notes)
+
+
+def test_plugs_have_no_hooks() -> None:
+    """What others ask of a plug is a method of its base class: nobody looks whether an attribute is there. Objects of
+    other libraries may be asked so."""
+    foreign = {"lm/compat.py", "lm/data/texts/hf_datasets.py"}
+    wrong = []
+    for path in _sources("lm", "experiments"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("getattr", "hasattr")
+            ):
+                hook = node.func.id == "hasattr" or len(node.args) > 2 or isinstance(node.args[1], ast.Constant)
+                wrong += [f"{path.relative_to(ROOT)}:{node.lineno}"] if hook else []
+    assert {place for place in wrong if place.split(":")[0] not in foreign} == set()
+
+
+def test_every_plug_inherits_its_sockets_base() -> None:
+    for socket in PLUG_SOCKETS:
+        bases = [{c.__qualname__ for c in cls.__mro__[1:]} - {"object", "Generic"} for cls in table(socket).values()]
+        assert set.intersection(*bases), socket
+
+
+def _knots(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen, todo = set(), [start]
+        while todo:
+            for node in graph.get(todo.pop(), set()) - seen:
+                seen.add(node)
+                todo.append(node)
+        return seen
+
+    far = {node: reached(node) for node in graph}
+    return sorted(
+        {
+            tuple(sorted({node} | {m for m in far[node] if node in far.get(m, set())}))
+            for node in graph
+            if node in far[node]
+        }
+    )
+
+
+def test_folders_need_each_other_one_way() -> None:
+    """The folders of `lm` as a graph, by what is imported when a module loads: no arrow leads back up."""
+    graph: dict[str, set[str]] = {}
+    for path in _sources("lm"):
+        name = _module(path)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        top = [
+            n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.Import, ast.ImportFrom))
+        ]
+        found = {m for node in top for m in _imports(node, package) if m.startswith("lm.")}
+        here = ".".join(name.split(".")[:2])
+        graph.setdefault(here, set()).update({".".join(m.split(".")[:2]) for m in found} - {here})
+    files = {_module(p) for p in _sources("lm")}
+    graph = {k: {m for m in v if m in files} for k, v in graph.items() if k != "lm"}
+    assert "lm.attention" in graph["lm.patterns"] and len(graph) > 20
+    assert _knots(graph) == []
+    assert _knots({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [("b", "c")]
 
 
 def test_no_path_of_one_machine() -> None:
@@ -269,10 +369,16 @@ def test_links_lead_somewhere() -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("socket", PLUG_SOCKETS)
-def test_readme_lists_every_plug(socket: str) -> None:
+@pytest.mark.parametrize("key", SOCKETS)
+def test_plugs_are_listed(key: str) -> None:
+    """`experiments.list --plugs` has every plug with what it computes; the README's table has no other names."""
+    assert set(SOCKETS.values()) == set(PLUG_SOCKETS)
+    rows = plugs(key)
+    assert {row["name"] for row in rows} == set(table(SOCKETS[key])) and all(len(row["about"]) > 3 for row in rows)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert {name for name in table(socket) if f"`{name}`" not in text} == set()
+    (row,) = re.findall(rf"^\| [^|]*\| `{re.escape(key)}`[^|]*\|([^|]*)\|$", text, re.MULTILINE)
+    named = re.findall(r"`([^`]+)`", re.sub(r"\([^)]*\)", "", row))
+    assert set(named) - set(table(SOCKETS[key])) - {"quantize", "int8"} == set() and named
 
 
 def test_importing_the_library_is_light() -> None:

@@ -159,9 +159,7 @@ def serve(args: argparse.Namespace, arm: Arm) -> serving.Serve:
     """How generation is asked for; the length is by default the longest text that the arm's measures read."""
     if args.weights not in WEIGHTS:
         raise unknown("--weights", args.weights, WEIGHTS)
-    longest = [arm.config.max_positions]
-    for measure in arm.measures.values():
-        longest += [getattr(measure, "tokens", 0) or 0, *(getattr(measure, "lengths", ()) or ())]
+    longest = [arm.config.max_positions, *(measure.longest for measure in arm.measures.values())]
     mesh = {"data": 1, "tensor": -1} if args.mesh is None else {"data": 1, **axes(args.mesh)}
     length = args.length if args.length is not None else max(longest)
     batch = 1 if args.batch is None else args.batch

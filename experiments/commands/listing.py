@@ -1,7 +1,8 @@
-"""All experiments: paper, claim, scales and the last verdict."""
+"""All experiments: paper, claim, scales and the last verdict; all plugs of every socket."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
@@ -14,9 +15,27 @@ from experiments import cli
 from experiments.reports import results_file, tables
 from experiments.spec import registry
 from experiments.spec.settings import experiment
-from lm.errors import UserError
+from lm.errors import UserError, unknown
+from lm.plug import table as plug_table
 
 PROG = "python -m experiments.list"
+SOCKETS = {  # config key -> where its plugs are
+    "model.mixer": "lm.mixers",
+    "model.pattern": "lm.patterns",
+    "model.cache": "lm.caches",
+    "model.positions": "lm.positions",
+    "model.positions.scaling": "lm.positions.scaling",
+    "model.ffn": "lm.ffn",
+    "model.ffn.router": "lm.ffn.moe.routers",
+    "model.norm": "lm.norms",
+    "model.head": "lm.heads",
+    "train.objective": "lm.objectives",
+    "train.optimizer": "lm.optimizers",
+    "train.schedule": "lm.optimizers.schedules",
+    "train.augmentation": "lm.positions.augmentation",
+    "train.surgery": "lm.surgery",
+    "measures": "lm.measures",
+}
 
 
 def entries(folder: Path, results: Sequence[Path]) -> list[dict[str, Any]]:
@@ -72,20 +91,46 @@ def table(found: Sequence[dict[str, Any]], width: int | None) -> str:
             about = f"{e['paper']['title']}: {e['paper']['claim']}"
             rows.append((e["name"], " ".join(e["scales"]), verdict(e), e["paper"]["arxiv"] or "-", about))
     lines = cli.aligned(rows).split("\n")
-    return "\n".join(x if width is None or len(x) <= width else x[: width - 1] + "…" for x in lines)
+    return "\n".join(cut(line, width) for line in lines)
+
+
+def cut(line: str, width: int | None) -> str:
+    return line if width is None or len(line) <= width else line[: width - 1] + "…"
+
+
+def plugs(key: str | None = None) -> list[dict[str, str]]:
+    """``{key, name, about}`` of every plug, or of those that the config key `key` takes; `about` is the first sentence
+    of its docstring. Raises `UserError` for an unknown key."""
+    if key is not None and key not in SOCKETS:
+        raise unknown("--plugs", key, SOCKETS)
+    out = []
+    for place in SOCKETS if key is None else (key,):
+        for name, cls in plug_table(SOCKETS[place]).items():
+            about = " ".join((inspect.getdoc(cls) or "").split("\n\n")[0].split())
+            out.append({"key": place, "name": name, "about": about.split(". ")[0].rstrip(".")})
+    return out
 
 
 def run(argv: Sequence[str], doc: str | None = None) -> int:
     parser = cli.Parser(PROG, doc)
     parser.add_argument("--json", action="store_true", help="print JSON with everything in full")
     parser.add_argument("--configs", type=Path, default=registry.CONFIGS, help="folder of config files")
-    parsed, unknown = parser.parse_known_args(argv)
-    parser.refuse(unknown)
+    parser.add_argument(
+        "--plugs", nargs="?", const="", metavar="KEY", help="print plugs instead, of a config key or all"
+    )
+    parsed, rest = parser.parse_known_args(argv)
+    parser.refuse(rest)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if parsed.plugs is not None:
+        rows = plugs(parsed.plugs or None)
+        lines = cli.aligned([("key", "name", "about"), *(tuple(row.values()) for row in rows)]).split("\n")
+        print(json.dumps(rows, indent=2) if parsed.json else "\n".join(cut(line, width) for line in lines))
+        return 0
     if not parsed.configs.is_dir():
         raise UserError(f"--configs: {parsed.configs} is not a folder; valid: a folder of config files")
     found = entries(parsed.configs, (registry.ROOT / "results", Path("runs")))
     if parsed.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
     else:
-        print(table(found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+        print(table(found, width))
     return 0

@@ -72,7 +72,7 @@ class FullState(State):
         new = (k, v, tokens.index_BT, tokens.positions_BT)
         if live_BT.shape[1] > 1:  # padding, wherever it stands, goes behind a row's tokens, where the next ones land
             order = jnp.argsort(~live_BT, axis=1, stable=True)
-            new = jax.tree.map(lambda x: x[jnp.arange(x.shape[0])[:, None], order], new)
+            new = jax.tree.map(lambda x: jax.vmap(lambda row, at: row[at])(x, order), new)
         k, v, index, positions = new
         old = (self.k_BKCd, self.v_BKdC, self.index_BC, self.positions_BC)
         start_B = jnp.zeros_like(self.used_B) if self.fresh else self.used_B

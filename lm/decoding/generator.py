@@ -251,7 +251,7 @@ def prefill(
     out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), cache, HIDDEN)
     live_BT = index_BT >= 0
     last_B = jnp.maximum(live_BT.sum(1) - 1, 0)
-    new_BD = out.hidden_BTD[jnp.arange(last_B.shape[0]), last_B]
+    new_BD = jax.vmap(lambda row, at: row[at])(out.hidden_BTD, last_B)
     return new_BD if hidden_BD is None else jnp.where(live_BT.any(1)[:, None], new_BD, hidden_BD), out.cache
 
 

@@ -65,6 +65,11 @@ class Measure:
         """Whether nothing of the subject's parameters is read, so that none are trained for it."""
         return False
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that it reads; 0 where that is not a setting."""
+        return 0
+
     def cost(self, cfg: ModelConfig) -> float:
         """Work on a model, relative to other measures, for estimates of the time left."""
         return 1.0

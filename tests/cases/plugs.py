@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from lm.config import to_dict
 from lm.plug import table
 
 Plug = dict[str, Any]
 Row = tuple[int, int, int, int, int, int]  # indices into SOCKETS
+
+
+def rest_of(socket: str, named: list[Plug], plug: Callable[[str], Plug] = lambda name: {"name": name}) -> list[Plug]:
+    """The plugs of a socket that `named` leaves out, as `plug` gives them: a new one is tried without being named."""
+    return [plug(name) for name in table(socket) if name not in {p["name"] for p in named}]
+
+
+def small_pattern(name: str) -> Plug:
+    """A pattern for models that were trained at five tokens."""
+    options = table("lm.patterns")
+    return dict(to_dict(options[name].trained_at(5), options))
+
 
 FOUR = [1.0, 1.5, 2.0, 4.0]
 PATTERNS: list[Plug] = [
     {"name": "causal"},
     {"name": "causal", "prefix": 3},
     {"name": "bidirectional"},
-    {"name": "sliding_window", "window": 5},
     {"name": "streaming", "window": 5, "sinks": 2},
     {"name": "lm_infinite", "window": 6, "sinks": 2, "ceiling": 6.0},
     {"name": "lm_infinite", "window": 6, "sinks": 2, "ceiling": 6.0, "top_k": 3, "top_k_from_layer": 0},
     {"name": "longheads", "chunk": 2, "attention_length": 10},
 ]
+PATTERNS += rest_of("lm.patterns", PATTERNS, small_pattern)
 POSITIONS: list[Plug] = [
     {"name": "nope"},
     {"name": "alibi"},
@@ -35,6 +48,7 @@ POSITIONS: list[Plug] = [
     {"name": "rope", "scaling": {"name": "longrope", "short_factor": FOUR, "long_factor": FOUR[::-1], "factor": 2.0}},
     {"name": "rope", "scaling": {"name": "llama3", "factor": 2.0}},
 ]
+POSITIONS += rest_of("lm.positions", POSITIONS)
 FFN: list[Plug] = [
     *({"name": name, "bias": i % 2 == 0} for i, name in enumerate(sorted(set(table("lm.ffn")) - {"moe"}))),
     {"name": "moe", "experts": 3, "d_expert": 8, "shared": 8, "router": {"name": "topk", "k": 2}},
@@ -44,8 +58,8 @@ HEADS: list[Plug] = [
     {"name": "linear", "tie": False, "bias": True},
     {"name": "linear", "tie": True, "softcap": 10.0},
     {"name": "fourier", "frequencies": 4},
-    {"name": "mixture"},
 ]
+HEADS += rest_of("lm.heads", HEADS)
 ATTENTION: list[Plug] = [{}, {"softcap": 5.0, "qk_norm": True}, {"qkv_bias": True, "out_bias": True}]
 REST: list[Plug] = [
     {"norm": norm, "parallel_residual": parallel} for norm in sorted(table("lm.norms")) for parallel in (False, True)
@@ -70,7 +84,7 @@ def behaviour(positions: Plug) -> str:
     """How positions enter: not at all, as a bias, as a table, as rotations that are fixed or that follow the length."""
     if positions["name"] == "rope":
         return "rotary, by length" if kind(positions) in LENGTH_DEPENDENT else "rotary"
-    return {"nope": "none", "alibi": "bias", "learned": "table"}[positions["name"]]
+    return {"nope": "none", "alibi": "bias", "learned": "table"}.get(positions["name"], positions["name"])
 
 
 BEHAVIOURS = tuple(dict.fromkeys(map(behaviour, POSITIONS)))

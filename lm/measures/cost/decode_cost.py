@@ -42,6 +42,10 @@ class DecodeCost(Measure):
         # Another layout is another time.
         return "noise; one tree of weights per layer; keys [B, K, C, d], values [B, K, d, C]"
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
     def cost(self, cfg: ModelConfig) -> float:
         return 400.0 * len(self.lengths) * (self.steps + 20)
 

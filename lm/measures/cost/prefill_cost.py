@@ -45,6 +45,10 @@ class PrefillCost(Measure):
     def identity(self) -> str:
         return "random tokens"
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
     def cost(self, cfg: ModelConfig) -> float:
         share = min(self.layers or cfg.n_layers, cfg.n_layers) / cfg.n_layers
         return sum(n * (1.0 + n / 8192) for n in self.lengths) * self.repeats * share

@@ -49,6 +49,10 @@ class NllByPosition(Measure):
     def identity(self) -> str:
         return texts.identity(self._documents())
 
+    @property
+    def longest(self) -> int:
+        return self.tokens
+
     def cost(self, cfg: ModelConfig) -> float:
         """Tokens read, with the quadratic part of attention in units of 8k tokens."""
         n = self.context or self.tokens

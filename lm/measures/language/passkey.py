@@ -50,6 +50,10 @@ class Passkey(Measure):
     def identity(self) -> str:
         return texts.identity(texts.documents(self.filler))
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
     def cost(self, cfg: ModelConfig) -> float:
         kept = [min(n, self.context or n) for n in self.lengths]
         return sum(n * (1.0 + n / 8192) for n in kept) * len(self.depths) * self.trials

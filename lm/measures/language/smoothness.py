@@ -84,6 +84,10 @@ class Smoothness(Measure):
     def identity(self) -> str:
         return texts.identity(self._documents())
 
+    @property
+    def longest(self) -> int:
+        return self.tokens
+
     def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.tokens)
 

@@ -47,6 +47,10 @@ class ChunkChoice(Measure):
     def identity(self) -> str:
         return self._prompts().identity()
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
     def cost(self, cfg: ModelConfig) -> float:
         return self._prompts().cost(cfg)
 
