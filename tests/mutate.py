@@ -12,7 +12,8 @@ entries are
 
 `old` is to occur exactly once in the file: "anchor not found" and "anchor found n times" are errors, which ``--list``
 finds without running a test. A mutant is *noticed* when a test fails (or does not end in time), *survives* when all
-pass, and is *broken* when the tests cannot even be collected. The exit code is 1 unless every one is noticed.
+pass, is *broken* when the tests cannot even be collected, and *unsound* when they fail without it. The exit code is 1
+unless every one is noticed.
 """
 
 from __future__ import annotations
@@ -95,23 +96,35 @@ def _link(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def tried(mutant: Mutant, folder: Path) -> str:
-    """``noticed | survived | broken``, of the copy in `folder`."""
-    path = folder / mutant.file
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+def passes(tests: tuple[str, ...], folder: Path) -> int:
+    """pytest's exit code on the copy in `folder`; 1 for tests that do not end."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     env.pop("JAX_COMPILATION_CACHE_DIR", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.noticing()]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        return "noticed"
-    finally:
-        path.write_text(text, encoding="utf-8")
+        return 1
     if done.returncode not in (0, 1):
         print(done.stdout[-1500:], done.stderr[-500:], flush=True)
-    return {0: "survived", 1: "noticed"}.get(done.returncode, "broken")
+    return done.returncode
+
+
+def tried(mutant: Mutant, folder: Path, sound: dict[tuple[str, ...], bool]) -> str:
+    """``noticed | survived | broken | unsound``, of the copy in `folder`. `sound`: what is known of tests without any
+    mutation, which must pass."""
+    tests = tuple(mutant.noticing())
+    if tests not in sound:
+        sound[tests] = passes(tests, folder) == 0
+    if not sound[tests]:
+        return "unsound"
+    path = folder / mutant.file
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        return {0: "survived", 1: "noticed"}.get(passes(tests, folder), "broken")
+    finally:
+        path.write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -133,11 +146,12 @@ def main() -> int:
             print(f"{m.socket:12} {m.file:36} {m.why}  [{' '.join(m.noticing())}]")
         return 1 if errors else 0
     found: dict[str, int] = {}
+    sound: dict[tuple[str, ...], bool] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         copy(Path(name))
         for mutant in chosen:
             start = time.monotonic()
-            result = tried(mutant, Path(name))
+            result = tried(mutant, Path(name), sound)
             found[result] = found.get(result, 0) + 1
             seconds = time.monotonic() - start
             print(f"{result:9} {mutant.socket:12} {seconds:5.0f} s  {mutant.file:36} {mutant.why}", flush=True)

@@ -33,9 +33,9 @@ class Programs:
 
         jax.monitoring.register_event_duration_secs_listener(self._compiled)
 
-    def _compiled(self, name: str, seconds: float, **about: Any) -> None:
-        if name == COMPILED:
-            self.add(programs=1, compile_s=seconds)
+    def _compiled(self, event: str, duration_secs: float, **about: str | int) -> None:
+        if event == COMPILED:
+            self.add(programs=1, compile_s=duration_secs)
             if self.covered:
                 self.names.append(str(about.get("fun_name", "?")))
 

@@ -272,11 +272,14 @@ def mixer_state(cfg: ModelConfig, batch: int, capacity: int) -> Any:
 # Caches: a layer's keys and values, by themselves.
 
 
-def stored(plug: Any, pieces: tuple[int, ...], heads: int, width: int) -> Callable[..., tuple[list[Any], Any]]:
+def stored(
+    plug: Any, pieces: tuple[int, ...], heads: int, width: int, drafted: bool = False
+) -> Callable[..., tuple[list[Any], Any]]:
     """Jitted ``(k_BTKd, v_BTKd, index_BT) -> (seen, kept)``: one program.
 
     `plug`: of `lm.caches`. `seen`: after every piece the (keys, values, index) that its queries may see; of ``-n``
     tokens one by one, in one loop, those of each, along a leading axis. `kept`: what the last token finds.
+    `drafted`: pieces behind the first are read with a wrong token before each of theirs, and theirs are committed.
     """
 
     def run(k_BTKd: jax.Array, v_BTKd: jax.Array, index_BT: jax.Array) -> tuple[list[Any], Any]:
@@ -288,9 +291,21 @@ def stored(plug: Any, pieces: tuple[int, ...], heads: int, width: int) -> Callab
             state, (found,) = state.extend(Keys(k, v, Tokens(index, index.astype(jnp.float32)), rotated=True))
             return state, (found.k_BSKd, found.v_BSKd, found.tokens.index_BT)
 
+        def draft(state: Any, new: tuple[jax.Array, ...]) -> tuple[Any, None]:
+            k, v, index = (jnp.stack([-x if x.dtype == jnp.float32 else x, x], 2).reshape(x.shape[0], -1, *x.shape[2:])
+                           for x in new)  # fmt: skip
+            keys = Keys(k, v, Tokens(index, index.astype(jnp.float32)), rotated=True)
+            state.read(keys)
+            live_BT = new[2] >= 0
+            path_BP = 1 + 2 * jnp.argsort(~live_BT, axis=1, stable=True)
+            (state,) = caches.commit((state,), (keys,), path_BP, live_BT.sum(1))
+            return state, None
+
         for n in pieces:
             new = tuple(x[:, at : at + abs(n)] for x in (k_BTKd, v_BTKd, index_BT))
-            if n > 0:
+            if n > 1 and at and drafted:
+                state, got = draft(state, new)
+            elif n > 0:
                 state, got = step(state, new)
             else:
                 state, got = jax.lax.scan(step, state, tuple(x.swapaxes(0, 1)[:, :, None] for x in new))
