@@ -283,7 +283,7 @@ def stored(
     """
 
     def run(k_BTKd: jax.Array, v_BTKd: jax.Array, index_BT: jax.Array) -> tuple[list[Any], Any]:
-        cfg = changed(BASE, {"n_heads": heads, "n_kv_heads": heads, "head_dim": width})
+        cfg = changed(BASE, {"n_heads": heads, "n_kv_heads": heads, "head_dim": width, "positions": "nope"})
         state, at, seen = plug.init(cfg, *index_BT.shape), 0, []
 
         def step(state: Any, new: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:

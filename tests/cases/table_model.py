@@ -8,8 +8,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from lm.model.inputs import Inputs
+from lm.model.language_model import LanguageModel
+from lm.model.output import Output
+from lm.watch import Watch
 
 V = 8
 LENGTH = 4
@@ -30,6 +38,11 @@ class TableModel:
         """Probabilities of the next token by the last one."""
         e = np.exp(self.logits_VV - self.logits_VV.max(-1, keepdims=True))
         return np.asarray(e / e.sum(-1, keepdims=True))
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """As `TableLM` takes them."""
+        return {"logits_VV": jnp.asarray(self.logits_VV, jnp.float32)}
 
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Logits ``[B, T, V]`` of the token after each."""
@@ -60,3 +73,39 @@ def expected_accepted(target: TableModel, drafter: TableModel, last: int, n: int
         alive = alive @ overlap_VV
         total += float(alive.sum())
     return total
+
+
+@dataclass(frozen=True)
+class TableLM(LanguageModel):
+    """A `TableModel` as `lm.model.language_model.LanguageModel`: its parameters are ``{"logits_VV": ...}``, a hidden
+    state is the row of logits itself, and a cache counts the tokens of every row."""
+
+    vocab_size: int = V
+
+    def apply(
+        self,
+        params: Any,
+        inputs: Inputs,
+        cache: Any = None,
+        watch: Watch = Watch(),  # noqa: B008  (frozen)
+        commit: bool = True,
+    ) -> Output:
+        assert inputs.tokens_BT is not None
+        logits_BTV = params["logits_VV"][inputs.tokens_BT]
+        if cache is not None and commit:
+            assert inputs.index_BT is not None
+            cache = cache + (inputs.index_BT >= 0).sum(1)
+        return Output(logits_BTV if watch.logits else None, logits_BTV, cache)
+
+    def cache(self, batch: int, capacity: int) -> jax.Array:
+        return jnp.zeros(batch, jnp.int32)
+
+    def commit(self, cache: jax.Array, fresh: Any, path_BP: jax.Array, count_B: jax.Array) -> jax.Array:
+        return cache + count_B
+
+    def readout(self, params: Any, hidden: jax.Array) -> jax.Array:
+        return hidden
+
+    @property
+    def trained_length(self) -> int:
+        return LENGTH

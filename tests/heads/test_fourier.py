@@ -274,7 +274,7 @@ class TestMixture(PlugCase):
     def params(self) -> Any:
         """Wider than one bin, for the same reason."""
         tree = parameters(self.cfg)
-        return {**tree, "head": {**tree["head"], "spread": tree["head"]["spread"] + 3.0}}
+        return {**tree, "head": {**tree["head"], "spread": np.asarray(tree["head"]["spread"]) + np.float32(3.0)}}
 
 
 def test_one_line_replaces_the_head() -> None:
