@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from lm.config import ModelConfig
+from lm.config import ModelConfig, to_dict
 from lm.errors import UserError, unknown
 from lm.ffn.glu import SwiGLU
 from lm.ffn.mlp import Gelu
@@ -16,7 +16,6 @@ from lm.ffn.moe.plug import MoE
 from lm.heads.linear import Linear
 from lm.interop.families.table import Table
 from lm.mixers.softmax import SoftmaxAttention
-from lm.patterns.sliding_window import SlidingWindow
 from lm.plug import table
 
 Hf = Mapping[str, Any]  # a config.json
@@ -90,7 +89,8 @@ def sliding_window(width: int) -> dict[str, Any]:
 
 def window_of(cfg: ModelConfig) -> int | None:
     """The width of a sliding window, None for other patterns."""
-    return cfg.pattern.window if isinstance(cfg.pattern, SlidingWindow) else None
+    pattern = to_dict(cfg.pattern, table("lm.patterns"))
+    return int(pattern["window"]) if pattern["name"] == "sliding_window" else None
 
 
 def attention_of(cfg: ModelConfig) -> SoftmaxAttention:
