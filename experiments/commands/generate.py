@@ -149,7 +149,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     ids = [_encode(header, tokenizer, text, args) for text in texts]
     params = interop.load(args.checkpoint).params
     check(cfg, params, args.checkpoint)
-    cfg, params = applied(surgery, cfg, params)
+    cfg, params = applied(surgery, cfg, params, tokenizer)
     cfg = merge(cfg, {"cache": {"quantize": "int8"}}, "model") if args.cache == "int8" else cfg
     generator = Generator(DecoderModel(cfg), params)
     stop = [] if args.ignore_eos or header.eos_id is None else [header.eos_id]

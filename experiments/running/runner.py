@@ -161,7 +161,7 @@ class Runner:
         if job.surgery:
             if self.operated is None or self.operated[0] != (arm.name, seed):
                 self.operated = None  # one set at a time
-                self.operated = ((arm.name, seed), *applied(job.surgery, cfg, params))
+                self.operated = ((arm.name, seed), *applied(job.surgery, cfg, params, tokenizer))
             _, cfg, params = self.operated
         return Subject(DecoderModel(cfg), params, tokenizer, seed, folder)
 

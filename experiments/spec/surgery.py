@@ -33,5 +33,10 @@ def applicable() -> list[str]:
 
 
 def written(surgery: tuple[Surgery, ...]) -> dict[str, Any]:
-    """``{"surgery": […]}``, JSON-ready; nothing where there is none, so that what had none keeps its address."""
-    return {"surgery": [to_dict(one, table(SURGERY)) for one in surgery]} if surgery else {}
+    """``{"surgery": […]}``, JSON-ready, with a hash of the texts that a plug reads; nothing where there is none, so
+    that what had none keeps its address."""
+    made = [to_dict(one, table(SURGERY)) for one in surgery]
+    for said, one in zip(made, surgery, strict=True):
+        if one.reads is not None:
+            said["texts"] = one.reads.identity()
+    return {"surgery": made} if made else {}

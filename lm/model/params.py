@@ -60,7 +60,7 @@ class Axes(Mapping[str, tuple[str, ...]]):
     """The logical axes of a model's parameters by name.
 
     Names that were not declared but follow from one that was are known too: a layer's own tensor (``blocks_3/…``) of a
-    stack (``blocks/…``), and the parts of a surgery beside a parameter (`lm.weights.BELOW`). Any other name has no axes.
+    stack (``blocks/…``), and the parts of a surgery beside a parameter (`lm.weights.BELOW`). Another name has no axes.
     """
 
     def __init__(self, declared: Mapping[str, tuple[str, ...]]) -> None:

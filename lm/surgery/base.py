@@ -8,7 +8,7 @@ import jax
 
 from lm.config import ModelConfig
 from lm.plug import Plug
-from lm.surgery.calibration import Calibration
+from lm.surgery.calibration import Calibration, CalibrationText
 
 Params = Any  # a tree of arrays and weights
 
@@ -37,11 +37,16 @@ class Surgery(Plug):
         """Whether `attach` draws while training."""
         return False
 
+    @property
+    def reads(self) -> CalibrationText | None:
+        """The text that `apply` is given to look at; None = it looks at none."""
+        return None
+
     def check(self, cfg: ModelConfig) -> None:
         """Raises `UserError` for a model that it does not fit."""
 
     def apply(self, cfg: ModelConfig, params: Params, data: Calibration | None = None) -> tuple[ModelConfig, Params]:
-        """The changed model and its parameters; `data` is what it may look at (`lm.surgery.calibration`)."""
+        """The changed model and its parameters; `data`: the rows of `reads`, None where it reads nothing."""
         raise NotImplementedError
 
     def init(self, cfg: ModelConfig, params: Params, rng: jax.Array) -> Params:

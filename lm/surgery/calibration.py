@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from lm.config import ModelConfig
+from lm.data.texts import Document, documents, identity
+from lm.data.tokenizers import Tokenizer
+from lm.errors import UserError
 from lm.layer import LayerInputs, LayerOut
 from lm.model.block import Block
 from lm.model.embed import embed
 from lm.model.inputs import Inputs
 from lm.model.params import unstack
 from lm.model.taps import Taps, named
+from lm.plug import bounded, check_bounds
 from lm.watch import Reduce, Watch
 
 Params = Any
@@ -85,6 +90,43 @@ class _Start(nn.Module):
     def __call__(self, inputs: Inputs) -> jax.Array:
         x_BTD, _ = embed(self, self.cfg, inputs)
         return self.cfg.positions.absolute(self, self.cfg, x_BTD, inputs.tokens(x_BTD.shape[:2]).positions_BT)
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Which text a surgery looks at, as a field of its plug: the first `rows` rows of `length` tokens of `texts` (specs
+    of `lm.data.texts`), taken from them in turn."""
+
+    texts: tuple[str, ...] = ("kjv:Genesis",)
+    rows: int = bounded(16, at_least=1)
+    length: int = bounded(128, at_least=1)
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "surgery.calibration")
+
+    def documents(self) -> list[Document]:
+        """What is read. Raises `UserError` for texts that there are not."""
+        return [document for spec in self.texts for document in documents(spec)]
+
+    def identity(self) -> str:
+        """A hash of the texts."""
+        return identity(self.documents())
+
+    def read(self, tokenizer: Tokenizer | None) -> Calibration:
+        """The rows. Raises `UserError` where the checkpoint has no tokenizer, and where the texts are too short."""
+        if tokenizer is None:
+            raise UserError("surgery.calibration: the checkpoint has no tokenizer; valid: one that has")
+        cut: list[list[list[int]]] = []
+        for document in self.documents():
+            ids = tokenizer.encode(document.text)
+            cut.append([list(ids[i : i + self.length]) for i in range(0, len(ids) - self.length + 1, self.length)])
+        in_turn = [row for rows in itertools.zip_longest(*cut) for row in rows if row is not None]
+        if len(in_turn) < self.rows:
+            raise UserError(
+                f"surgery.calibration.rows: {self.rows} of {self.length} tokens asked for, {', '.join(self.texts)} has "
+                f"{len(in_turn)}; valid: fewer or shorter rows, or more texts"
+            )
+        return Calibration(jnp.asarray(in_turn[: self.rows], jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)

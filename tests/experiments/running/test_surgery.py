@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 from toy_experiment import Lab
@@ -12,7 +15,11 @@ from experiments.running.job import make
 from experiments.running.plan import prepare
 from experiments.spec import registry, settings
 from experiments.spec.surgery import surgeries
+from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
+from lm.plug import table
+from lm.surgery.base import Surgery
+from lm.surgery.calibration import Calibration, CalibrationText
 from lm.surgery.int8 import Int8
 
 NLL = '"toy": {"name": "nll_by_position", "texts": ("python-docs",), "tokens": 32, "bin": 8}} or {"toy": {'
@@ -88,3 +95,45 @@ def test_plugs_of_surgery() -> None:
     assert surgeries(({"name": "int8", "keep": ("embed",)}, "int8")) == (Int8(("embed",)), Int8())
     with pytest.raises(UserError, match="'none' is trained"):
         surgeries(("none",))
+
+
+@dataclass(frozen=True)
+class Centred(Surgery):
+    """A toy that looks at a text: the table of tokens times the largest number that any layer gives on it."""
+
+    calibration: CalibrationText = field(default_factory=lambda: CalibrationText(rows=2, length=8))
+
+    @property
+    def reads(self) -> CalibrationText:
+        return self.calibration
+
+    def apply(self, cfg: Any, params: Any, data: Calibration | None = None) -> tuple[Any, Any]:
+        assert data is not None and data.tokens_BT.shape == (self.calibration.rows, self.calibration.length)
+        size = max(float(abs(view.output()).max()) for view in data.layers(cfg, params))
+        return cfg, {**params, "embed": params["embed"] * size}
+
+
+def test_surgery_looks_at_a_text(reading: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of the plug's own texts reach it; settings and texts are part of what a point is addressed by."""
+    monkeypatch.setitem(table("lm.surgery"), "centred", Centred)
+    arm = "--config.arms.int8.surgery=({'name': 'centred', 'calibration': {'texts': 'python-docs', 'rows': %d}},)"
+    assert reading("--arms=zero,int8", arm % 2) == 0
+    nll = {name: values["toy/nll_inside"]["mean"] for name, values in reading.results()["arms"].items()}
+    assert abs(nll["int8"] - nll["zero"]) > 1e-4
+    what = [json.loads(p.read_text())["what"].get("surgery") for p in (reading.folder / "points").iterdir()]
+    (said,) = [w[0] for w in what if w]
+    assert said["calibration"]["rows"] == 2 and len(said["texts"]) == 32
+    assert reading("--arms=int8", "--config.arms.int8.surgery=({'name': 'centred', 'calibration': {'rows': 0}},)") == 2
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcdefghij")
+    few = CalibrationText((str(tmp_path / "a.txt"),), rows=3, length=4)
+    with pytest.raises(UserError, match=r"surgery\.calibration\.rows: 3 of 4 tokens asked for, .* has 2"):
+        few.read(ByteTokenizer())
+    assert CalibrationText((str(tmp_path / "a.txt"),), rows=2, length=4).read(ByteTokenizer()).tokens_BT.tolist() == [
+        list(b"abcd"),
+        list(b"efgh"),
+    ]
+    with pytest.raises(UserError, match="has no tokenizer"):
+        few.read(None)
