@@ -127,8 +127,9 @@ class Generator:
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         settings = Settings(self.model, sampling, tuple(sorted(set(stop))))
         rows = [list(p) for p in prompts for _ in range(samples)]
-        keys = [jax.random.fold_in(jax.random.key(seed), s) for seed in seeds for s in range(samples)]
-        state = self._read(rows, jnp.stack(keys), settings, max_new_tokens)
+        each = jax.vmap(jax.random.fold_in, (None, 0))
+        keys = jnp.concatenate([each(jax.random.key(seed), jnp.arange(samples)) for seed in seeds])
+        state = self._read(rows, keys, settings, max_new_tokens)
         given, finished = np.zeros(len(rows), int), np.zeros(len(rows), bool)
         while not finished.all():
             state = _advance(settings, self.params, state, jnp.int32(min(stride, max_new_tokens)))

@@ -22,6 +22,7 @@ class TestSampler(DrafterCase):
     """The generator draws what the model says: every text of four tokens as often as its probability."""
 
     N = 20_000
+    PROGRAMS = 24  # the prompt and the loop, and the small operations that make the first state
 
     def draw(self, target: TableModel, drafter: TableModel, last: int, n: int, seed: int) -> tuple[np.ndarray, float]:
         (made,) = Generator(TableLM(), target.params)([[last]], max_new_tokens=LENGTH, seeds=[seed], samples=n)
