@@ -22,6 +22,7 @@ from lm.train.config import TrainConfig
 from lm.train.step import Beside
 
 SMALL = {"vocab_size": 13, "d_model": 8, "n_layers": 2, "n_heads": 2, "d_ff": 8, "max_positions": 8}
+ADAM = {"name": "adamw", "learning_rate": 0.03}
 CFG, TEACHER = model_config(SMALL), model_config({**SMALL, "n_layers": 1, "d_model": 16})
 MOE = model_config({**SMALL, "ffn": {"name": "moe", "experts": 4, "d_expert": 4, "load_balance_loss": 0.5}})
 
@@ -55,18 +56,19 @@ def batch(V: int = 13) -> dict[str, jax.Array]:
     return {k: jnp.asarray(v) for k, v in {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": ones}.items()}
 
 
-def settings(objective: Objective, **fields: Any) -> TrainConfig:
-    made = build(TrainConfig, {"steps": 4, "batch": 4, "data": {"seq_len": 6}, **fields}, "train")
-    return dataclasses.replace(made, objective=objective)
+def settings(objective: Objective, **models: str) -> TrainConfig:
+    made = build(TrainConfig, {"steps": 60, "batch": 4, "data": {"seq_len": 6}, "optimizer": ADAM}, "train")
+    return dataclasses.replace(made, objective=objective, models=models)
 
 
 def test_a_teacher_is_read_and_not_trained() -> None:
-    train = settings(Towards(), models={"teacher": "some/checkpoint"})
-    params, teacher = params_lib.init(CFG, jax.random.key(0)), params_lib.init(TEACHER, jax.random.key(1))
+    train = settings(Towards(), teacher="some/checkpoint")
+    params = params_lib.init(CFG, jax.random.key(0))
+    teacher = jax.tree.map(lambda x: 8 * x, params_lib.init(TEACHER, jax.random.key(1)))
     beside = Beside(None, {"teacher": teacher}, (("teacher", DecoderModel(TEACHER)),))
     one = jax.jit(lambda state, rows, beside: steps.step(CFG, train, state, rows, beside))
     state, seen = steps.initial(CFG, train, params), []
-    for _ in range(30):
+    for _ in range(60):
         state, metrics = one(state, batch(), beside)
         seen.append(float(metrics["nll"] / metrics["weight"]))
     logits = DecoderModel(TEACHER).readout(teacher, beside.frozen()["teacher"](Forward.rows(None, batch())).hidden_BTD)  # type: ignore[arg-type]
@@ -85,7 +87,7 @@ def test_models_that_are_not_asked_for_are_refused() -> None:
     with pytest.raises(UserError, match=r"train\.models\.teacher: is missing"):
         settings(Towards())
     with pytest.raises(UserError, match=r"train\.models\.teecher"):
-        settings(Towards(), models={"teacher": "a", "teecher": "b"})
+        settings(Towards(), teacher="a", teecher="b")
 
 
 def test_an_objective_cannot_leave_reports_out() -> None:
