@@ -43,6 +43,7 @@ def _arms(trained: int, factor: float) -> dict[str, dict[str, Any]]:
     }
     return {
         "full": {"model.pattern.name": "causal"},
+        "window": {"model.pattern.name": "sliding_window", "model.pattern.window": trained},
         "sinks_window": {
             "model.pattern.name": "streaming",
             "model.pattern.window": trained,

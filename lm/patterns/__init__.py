@@ -8,6 +8,7 @@ TABLE = Table(
     {
         "causal": "lm.patterns.causal:Causal",
         "bidirectional": "lm.patterns.causal:Bidirectional",
+        "sliding_window": "lm.patterns.sliding_window:SlidingWindow",
         "streaming": "lm.patterns.streaming:Streaming",
         "lm_infinite": "lm.patterns.lm_infinite:LMInfinite",
         "longheads": "lm.patterns.longheads:LongHeads",

@@ -18,6 +18,11 @@ class TestPrefix(PlugCase):
     # Cached too, because the first chunk holds the whole prefix: its tokens see each other forward in time.
 
 
+class TestSlidingWindow(PlugCase):
+    change = {"pattern": {"name": "sliding_window", "window": 7}}
+    limits = ({"pattern": {"name": "sliding_window", "window": T}},)
+
+
 @pytest.mark.smoke
 class TestStreaming(PlugCase):
     change = {"pattern": {"name": "streaming", "window": 7, "sinks": 3}}
