@@ -37,7 +37,7 @@ class Runner:
         """Looks for finished points; nothing is written. Raises `UserError` for texts that cannot be read."""
         assert plan.base is not None and plan.model is not None
         self.plan, self.source, self.workdir, self.base, self.model = plan, source, workdir, plan.base, plan.model
-        self.trainer = Trainer(plan.base)
+        self.trainer = Trainer(plan.base, plan.arms)
         read = identities(plan)
         self.environment, self.cache, self.start = describe(), Cache(workdir.path), time.monotonic()
         self.made = {k: self.environment[k] for k in ("jax", "device", "commit", "dirty")} | {"code": code()}

@@ -7,33 +7,36 @@ them. One that was interrupted goes on from its newest checkpoint, a finished on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.running.cache import key, shared_folder
 from experiments.running.subject import Base
-from experiments.spec.arms import Arm
-from lm import compat
+from experiments.spec.arms import Arm, frozen
+from lm import compat, interop
 from lm.config import to_dict
 from lm.data.tokenizers import check_vocab
 from lm.errors import UserError
 from lm.interop import reader
+from lm.model.language_model import DecoderModel
 from lm.sharding import processes
 from lm.train import loop
 from lm.train.config import DataConfig
 from lm.train.data import Data, prepare
 from lm.train.placement import Placement
+from lm.train.run import FrozenModel
 
 Report = Callable[[float, str], None]
 Tell = Callable[[str], None]
 
 
 class Trainer:
-    """Trainings of one experiment over `base`, the checkpoint that they start from."""
+    """Trainings of one experiment over `base`, the checkpoint that they start from; `arms`: those that another one's
+    training may name."""
 
-    def __init__(self, base: Base) -> None:
-        self.base = base
+    def __init__(self, base: Base, arms: Mapping[str, Arm]) -> None:
+        self.base, self.arms = base, arms
         self._data: dict[DataConfig, Data] = {}
         self._checked: set[Any] = set()
         self._last: tuple[str, Any] | None = None  # where its devices have it
@@ -62,10 +65,37 @@ class Trainer:
         self._checked.add((arm.train, arm.trained))
         return data
 
+    def _models(self, arm: Arm, seed: int, report: Report, tell: Tell) -> dict[str, FrozenModel]:
+        """The same with their parameters, trained first where they have to be."""
+        out = {}
+        for name, place in frozen(self.arms, arm.name).items():
+            if isinstance(place, str):
+                found = interop.load(place)
+                out[name] = FrozenModel(DecoderModel(found.config), found.params, found.identity)
+            elif place.train is None:
+                self.base.load()
+                params = self.base.params(place, place.config, seed)
+                out[name] = FrozenModel(DecoderModel(place.config), params, self._identity(place, seed))
+            else:
+                assert place.trained is not None
+                params, _ = self._trained(place, seed, report, tell)
+                out[name] = FrozenModel(DecoderModel(place.trained), params, self._identity(place, seed))
+        return out
+
+    def _identity(self, place: Arm | str, seed: int) -> str:
+        """What stands for the parameters of a frozen model."""
+        if isinstance(place, str):
+            return interop.load(place, load_params=False).identity
+        if place.train is None:
+            return f"{self.base.identity} {seed}" if self.base.random else self.base.identity
+        return key(self.what(place, seed))
+
     def what(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Everything that determines the trained parameters, JSON-ready."""
         assert arm.train is not None
+        models = {name: self._identity(place, seed) for name, place in frozen(self.arms, arm.name).items()}
         return {
+            **({"models": models} if models else {}),
             "start": self.base.identity if arm.start is None else key(self.what(arm.start, seed)),
             "model": to_dict(arm.trained),
             "train": arm.train.determines(),
@@ -105,6 +135,7 @@ class Trainer:
             elif not self.base.random:
                 self.base.load()
                 start = self.base.params(dataclasses.replace(arm, model=arm.trained), arm.trained, seed)
+            models = self._models(arm, seed, report, tell)
             content = reader(place).identity() if place and arm.train.surgery.adds else ""
             done = loop.run(
                 arm.trained,
@@ -113,6 +144,7 @@ class Trainer:
                 folder,
                 seed=seed,
                 start=loop.Start(start, identity, place, content),
+                models=models,
                 report=report,
                 tell=tell,
             )

@@ -93,6 +93,28 @@ def resolve(exp: Experiment, own: ModelConfig | None) -> dict[str, Arm]:
             raise UserError(f"arms.{name}: {e}") from None
     for name in out:
         out[name] = _started(exp, out, name, ())
+    for name in out:
+        frozen(out, name)
+    return out
+
+
+def frozen(arms: Mapping[str, Arm], name: str, before: tuple[str, ...] = ()) -> dict[str, Arm | str]:
+    """The frozen models that an arm's training runs (`lm.train.config.TrainConfig.models`), by name: another arm, or a
+    checkpoint. Raises `UserError` for arms that there are not, and for arms that wait for each other."""
+    out: dict[str, Arm | str] = {}
+    train = arms[name].train
+    for role, place in ({} if train is None else train.models).items():
+        kind, _, other = place.partition(":")
+        if kind != "arm":
+            out[role] = place
+            continue
+        at = f"arms.{name}: train.models.{role}"
+        if other not in arms:
+            raise unknown(at, other, arms)
+        if other in (*before, name):
+            raise UserError(f"{at}: arm {other!r} waits for this one; valid: an arm that is trained before it")
+        frozen(arms, other, (*before, name))
+        out[role] = arms[other]
     return out
 
 

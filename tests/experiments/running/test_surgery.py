@@ -122,7 +122,7 @@ def test_surgery_looks_at_a_text(reading: Lab, monkeypatch: pytest.MonkeyPatch) 
     assert abs(nll["int8"] - nll["zero"]) > 1e-4
     what = [json.loads(p.read_text())["what"].get("surgery") for p in (reading.folder / "points").iterdir()]
     (said,) = [w[0] for w in what if w]
-    assert said["calibration"]["rows"] == 2 and len(said["texts"]) == 32
+    assert said["calibration"]["rows"] == 2 and len(said["texts"]) == 64
     assert reading("--arms=int8", "--config.arms.int8.surgery=({'name': 'centred', 'calibration': {'rows': 0}},)") == 2
 
 

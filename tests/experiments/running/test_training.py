@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import run
+from lm.objectives.base import Batch, LossOut, Objective
+from lm.objectives.forward import Forward
+from lm.plug import table
 from lm.train import loop
 from lm.train.log import read
 
@@ -250,3 +254,48 @@ def test_mixtures_train_and_are_measured_at_their_smallest_scale(
     arms = made["openmoe"]["arms"]
     assert arms["moe"]["routing/dropped"]["mean"] == 0 < arms["capacity_k"]["routing/dropped"]["mean"]
     assert arms["capacity"]["routing/dropped"]["mean"] > arms["capacity_k"]["routing/dropped"]["mean"]
+
+
+@dataclass(frozen=True)
+class Towards(Objective):
+    """Cross-entropy to what a frozen model says."""
+
+    models: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    def loss(self, forward: Forward, batch: Batch) -> LossOut:
+        inputs, teacher = forward.rows(batch), forward.models["teacher"]
+        log_p = jax.nn.log_softmax(forward.model.readout(forward.params, forward(inputs).hidden_BTD))
+        nll = -(jax.nn.softmax(teacher.logits(teacher(inputs).hidden_BTD)) * log_p).sum(-1)
+        own = (batch["weights"] * nll).sum()
+        return LossOut(own, {"nll": own, "weight": batch["weights"].sum(), "z": 0 * own, "correct": 0 * own})
+
+
+def test_an_arm_teaches_another(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A frozen model of ``train.models`` is another arm's training, or a checkpoint; it is trained first, and once."""
+    monkeypatch.setitem(table("lm.objectives"), "towards", Towards)
+    student = "--config.arms.lion.train.objective=towards"
+    shared = [f"--config={config}", "--arms=adamw,lion", student]
+    assert run.main([*shared, "--config.arms.lion.train.models={'teacher':'arm:adamw'}", "--workdir=run"]) == 0
+    kept = trainings(config.parent)
+    assert len(kept) == 2
+    about = {json.loads((folder / "run.json").read_text())["train"]["objective"]["name"]: folder for folder in kept}
+    said = json.loads((about["towards"] / "run.json").read_text())
+    assert said["train"]["models"] == {"teacher": "arm:adamw"} and said["models"] == {"teacher": about["causal"].name}
+    made = json.loads((config.parent / "run" / "results.json").read_text())
+    held = made["curves"]["lion"]["training/held_out"]["y"]
+    assert np.isfinite(held).all() and held[-1] < held[0]
+    checkpoint = f"--config.arms.lion.train.models={{'teacher':'{about['causal']}'}}"
+    assert run.main([*shared, checkpoint, "--workdir=other"]) == 0
+    assert len(trainings(config.parent)) == 3
+    capsys.readouterr()
+    for place, message in (
+        ("arm:adam", "arms.lion: train.models.teacher: unknown name 'adam' (did you mean 'adamw'?)"),
+        ("arm:lion", "arms.lion: train.models.teacher: arm 'lion' waits for this one"),
+    ):
+        wrong = f"--config.arms.lion.train.models={{'teacher':'{place}'}}"
+        assert run.main([*shared, wrong, "--workdir=wrong", "--dry-run"]) == 2
+        assert message in capsys.readouterr().err
+    assert run.main([*shared, "--workdir=wrong", "--dry-run"]) == 2
+    assert "train.models.teacher: is missing, train.objective asks for it" in capsys.readouterr().err
