@@ -275,7 +275,7 @@ def test_what_does_not_fit_is_refused(make: Any, words: str) -> None:
         ({"steps": 1.5}, "train.steps: expected int, found 1.5"),
         ({"batch": 6, "accumulate": 4}, "train.accumulate: 4 does not divide train.batch = 6; valid: 1, 2, 3, 6"),
         ({"clip": 0.0}, "train.clip: must be positive or None"),
-        ({"eval_every": -1}, "train.eval_every: must be 0 or more"),
+        ({"eval_every": -1}, "train.eval_every: must be at least 0"),
         ({"max_skipped": 0}, "train.max_skipped: must be at least 1"),
         ({"profile": (3,)}, "train.profile: found (3,)"),
         ({"objective": "casual"}, "train.objective.name: unknown name 'casual' (did you mean 'causal'?)"),

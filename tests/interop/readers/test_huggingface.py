@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from lm import interop
+from lm.attention.branches import Tokens
 from lm.config import model_config
 from lm.interop import families
+from lm.layer import LayerInputs
 from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel
 
@@ -210,8 +212,6 @@ def test_deepseek_v3_routing_block_equals_transformers(groups: int) -> None:
     """Its mixture layer alone: sigmoid scores, balancing bias, groups, scale, shared experts."""
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 
-    from lm.ffn.context import Call
-
     experts, width, k, kept = 8, 20, 3, max(1, groups // 2)
     config = transformers.DeepseekV3Config(
         hidden_size=32,
@@ -250,7 +250,8 @@ def test_deepseek_v3_routing_block_equals_transformers(groups: int) -> None:
     x = np.random.default_rng(0).normal(size=(2, 40, 32)).astype(np.float32)
     with torch.no_grad():
         want = block(torch.from_numpy(x)).numpy()
-    call = Call(jnp.broadcast_to(jnp.arange(40), (2, 40)))
-    got, report = cfg.ffn.module(cfg).apply({"params": params}, jnp.asarray(x), call)
-    assert want.std() > 0.1 and float(report["sums"]["counts_E"].sum()) == 2 * 40 * k
-    assert np.abs(np.asarray(got) - want).max() <= 2e-4
+    index = jnp.broadcast_to(jnp.arange(40), (2, 40))
+    layer = LayerInputs(Tokens(index, index.astype(jnp.float32)), jnp.asarray(40.0))
+    out = cfg.ffn.module(cfg).apply({"params": params}, jnp.asarray(x), layer)
+    assert want.std() > 0.1 and float(out.report["sums"]["counts_E"].sum()) == 2 * 40 * k
+    assert np.abs(np.asarray(out.x) - want).max() <= 2e-4

@@ -135,7 +135,7 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             measure(name, **fields).run(who, quiet)
     few = Kept(subject(model()).params)
     few.by_step = {5: None, 10: None}
-    monkeypatch.setattr("lm.measures.routing.routing.reader", lambda path: few)
+    monkeypatch.setattr("lm.measures.routing.routing.Run", lambda path, reader: few)
     with pytest.raises(UserError, match=r"keeps checkpoints \[5, 10\]; valid: set train\.keep_every"):
         measure("routing_history").run(subject(model(), tmp_path), quiet)
     with pytest.raises(UserError, match=r"measures\.routing_history: early must lie in \(0, 1\)"):
