@@ -15,6 +15,7 @@ from experiments.spec.settings import MEASURES, Experiment, Settings
 from experiments.spec.surgery import written
 from lm.config import ModelConfig, to_dict
 from lm.errors import UserError
+from lm.nested import difference
 from lm.plug import table
 
 FIRST = ("checkpoint", "architecture")  # which keys a model has depends on these
@@ -97,7 +98,7 @@ class Workdir:
             return
         theirs, ours = registry.read_json(file)[1], self.plan.exp.to_dict()
         if theirs != ours:
-            key, old, new = _difference(theirs, ours, "config")
+            key, old, new = difference(theirs, ours, "config", "absent")
             raise UserError(
                 f"--workdir: {self.path} holds another config: {key} is {_short(old)} there and {_short(new)} here; "
                 "valid: another folder"
@@ -118,15 +119,6 @@ class Workdir:
         data = {"schema": registry.SCHEMA, "file": self.place, "config": plan.exp.to_dict(), "resolved": resolved}
         write_json(self.path / "config.json", settings.plain(data, lists=True))
         write_json(self.path / "environment.json", dict(environment))
-
-
-def _difference(a: object, b: object, key: str) -> tuple[str, object, object]:
-    """The first place where two nested values differ."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in [*a, *(n for n in b if n not in a)]:
-            if name not in a or name not in b or a[name] != b[name]:
-                return _difference(a.get(name, "absent"), b.get(name, "absent"), f"{key}.{name}")
-    return key, a, b
 
 
 def _short(value: object) -> str:
