@@ -198,8 +198,30 @@ class ExpertsChoose(Router):
         return ExpertChoice(tokens, gates, probs)
 
 
+class Balanced(Router):
+    """A router that looks at all tokens in training, to balance them; with ``evaluation = balanced`` also in use."""
+
+    leaks: ClassVar[str] = TRAINING
+    iterations: int
+    evaluation: str
+
+    def check(self, experts: int, cfg: Model) -> None:
+        super().check(experts, cfg)
+        if self.evaluation not in ("argmax", "balanced"):
+            raise unknown("model.ffn.router.evaluation", self.evaluation, ("argmax", "balanced"))
+        if self.iterations < 1:
+            raise UserError(f"model.ffn.router.iterations: must be at least 1, found {self.iterations}")
+
+    def acausal(self, training: bool) -> bool:
+        return training or self.evaluation == "balanced"
+
+    @property
+    def way_out(self) -> str:
+        return "; valid: model.ffn.router.evaluation = argmax"
+
+
 @dataclass(frozen=True)
-class Base(Router):
+class Base(Balanced):
     """BASE layers (arXiv 2103.16716): in training every expert gets the same number of tokens, by an assignment that
     makes the sum of logits large; the gate is sigmoid(z). The paper solves it by auction; here `iterations` of Sinkhorn
     at `temperature` and E rounds of placing tokens (`lm.ffn.moe.routing.balanced_assignment`), which is as balanced and
@@ -208,20 +230,11 @@ class Base(Router):
     iterations: int = 20
     temperature: float = 0.1
     evaluation: str = "argmax"
-    leaks: ClassVar[str] = TRAINING
 
     def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)
-        _check_balanced(self)
         if not self.temperature > 0:
             raise UserError(f"model.ffn.router.temperature: must be positive, found {self.temperature}")
-
-    def acausal(self, training: bool) -> bool:
-        return training or self.evaluation == "balanced"
-
-    @property
-    def way_out(self) -> str:
-        return "; valid: model.ffn.router.evaluation = argmax"
 
     def route(self, s: Scores) -> TokenChoice:
         z = jax.lax.stop_gradient(s.logits_TE)
@@ -235,25 +248,13 @@ class Base(Router):
 
 
 @dataclass(frozen=True)
-class Sinkhorn(Router):
+class Sinkhorn(Balanced):
     """S-BASE (arXiv 2202.01169, section 4): in training the k largest entries of each token's row of a Sinkhorn plan,
     which is nearly balanced; gates are sigmoid(z) for k = 1, else softmax(z). `evaluation` as in `Base`."""
 
     k: int = 1
     iterations: int = 8
     evaluation: str = "argmax"
-    leaks: ClassVar[str] = TRAINING
-
-    def check(self, experts: int, cfg: Model) -> None:
-        super().check(experts, cfg)
-        _check_balanced(self)
-
-    def acausal(self, training: bool) -> bool:
-        return training or self.evaluation == "balanced"
-
-    @property
-    def way_out(self) -> str:
-        return "; valid: model.ffn.router.evaluation = argmax"
 
     def route(self, s: Scores) -> TokenChoice:
         z = jax.lax.stop_gradient(s.logits_TE)
@@ -328,13 +329,6 @@ class Soft(Router):
 def _check_jitter(jitter: float) -> None:
     if not 0 <= jitter < 1:
         raise UserError(f"model.ffn.router.jitter: must lie in [0, 1), found {jitter}")
-
-
-def _check_balanced(router: Base | Sinkhorn) -> None:
-    if router.evaluation not in ("argmax", "balanced"):
-        raise unknown("model.ffn.router.evaluation", router.evaluation, ("argmax", "balanced"))
-    if router.iterations < 1:
-        raise UserError(f"model.ffn.router.iterations: must be at least 1, found {router.iterations}")
 
 
 TABLE = Table(

@@ -13,6 +13,7 @@ import pytest
 
 from lm.attention.branches import Tokens
 from lm.config import ModelConfig, merge, model_config
+from lm.errors import UserError
 from lm.ffn.moe.plug import MoE
 from lm.ffn.moe.routers import Hash
 from lm.ffn.moe.routing import TokenChoice, balanced_assignment, limit, sinkhorn
@@ -395,3 +396,19 @@ def test_balance_by_sequence_is_the_mean_of_rows() -> None:
     rows = [float(run(cfg, p, x=row)[1]["loss"]) for row in x]
     assert float(report["loss"]) == pytest.approx(np.mean(rows), rel=1e-5)
     assert rows[0] != pytest.approx(rows[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["base", "sinkhorn"])
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            {"evaluation": "balance"},
+            r"model\.ffn\.router\.evaluation: unknown name 'balance' .*valid: argmax, balanced",
+        ),
+        ({"iterations": 0}, r"model\.ffn\.router\.iterations: must be at least 1, found 0"),
+    ],
+)
+def test_mistakes_of_balancing_routers(name: str, setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_config({"ffn": {"name": "moe", "router": {"name": name, **setting}}})
