@@ -15,12 +15,14 @@ from lm.errors import UserError
 
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 `text` to a file beside `path`, then renames it to `path`. Raises ``OSError`` as the disk does."""
-    swap = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    handle, swap = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # a name of its own for every writer
     try:
-        swap.write_text(text, encoding="utf-8")
+        with os.fdopen(handle, "w", encoding="utf-8") as f:
+            f.write(text)
+        os.chmod(swap, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(swap, path)
     finally:
-        swap.unlink(missing_ok=True)
+        Path(swap).unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: object, *, indent: int = 1, ascii_only: bool = True) -> None:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lm import files
 from lm.errors import UserError
 
 CODE = 1  # raise when a change of the code changes numbers: everything measured before is then measured again
@@ -82,18 +82,9 @@ def _read(path: Path, what: dict[str, Any]) -> Point | None:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Writes a JSON file whole or not at all, also when the process dies."""
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    """`lm.files.write_json` into a folder that is made if need be. Raises `UserError` when the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as f:
-                f.write(text)
-            os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        files.write_json(path, data, ascii_only=False)
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror or e})") from None
