@@ -98,7 +98,7 @@ class Workdir:
             return
         theirs, ours = registry.read_json(file)[1], self.plan.exp.to_dict()
         if theirs != ours:
-            key, old, new = difference(theirs, ours, "config", "absent")
+            key, old, new = difference(theirs, ours, "config", _ABSENT)
             raise UserError(
                 f"--workdir: {self.path} holds another config: {key} is {_short(old)} there and {_short(new)} here; "
                 "valid: another folder"
@@ -121,6 +121,9 @@ class Workdir:
         write_json(self.path / "environment.json", dict(environment))
 
 
+_ABSENT = object()  # equal to no setting, whatever a config holds
+
+
 def _short(value: object) -> str:
-    text = repr(value)
+    text = "absent" if value is _ABSENT else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
