@@ -39,6 +39,7 @@ class Trainer:
         self.base, self.arms = base, arms
         self._data: dict[DataConfig, Data] = {}
         self._checked: set[Any] = set()
+        self._identities: dict[str, str] = {}  # of checkpoints that are frozen models
         self._last: tuple[str, Any] | None = None  # where its devices have it
         self._whole: tuple[str, Any] | None = None  # the same as this process's own
 
@@ -85,7 +86,9 @@ class Trainer:
     def _identity(self, place: Arm | str, seed: int) -> str:
         """What stands for the parameters of a frozen model."""
         if isinstance(place, str):
-            return interop.load(place, load_params=False).identity
+            if place not in self._identities:
+                self._identities[place] = interop.load(place, load_params=False).identity
+            return self._identities[place]
         if place.train is None:
             return f"{self.base.identity} {seed}" if self.base.random else self.base.identity
         return key(self.what(place, seed))
@@ -136,7 +139,7 @@ class Trainer:
                 self.base.load()
                 start = self.base.params(dataclasses.replace(arm, model=arm.trained), arm.trained, seed)
             models = self._models(arm, seed, report, tell)
-            content = reader(place).identity() if place and arm.train.surgery.adds else ""
+            content = reader(place).identity if place and arm.train.surgery.adds else str
             done = loop.run(
                 arm.trained,
                 arm.train,

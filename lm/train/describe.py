@@ -19,7 +19,7 @@ def describe(run: Run, trained: Params, base: Params, peak: str, flops_per_token
     about = {
         **run.about,
         "start_source": run.start.source,
-        "start_content": run.start.content,
+        "start_content": run.start.content(),
         "tokenizer": run.data.tokenizer.describe(),
         "peak": peak,
         "flops_per_token": flops_per_token,

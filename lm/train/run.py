@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ class Start:
     """The parameters that training starts from; the default is random ones of the run's seed.
 
     `identity` stands for `params` in what determines the run. `source` is the checkpoint they were read from (a path or
-    a name) and `content` that checkpoint's content hash: a run that saves only adapters keeps both, because whoever
-    reads the adapters needs the parameters they belong to.
+    a name) and `content` gives that checkpoint's content hash, asked for when a session writes about itself: a run that
+    saves only adapters keeps both, because whoever reads the adapters needs the parameters they belong to.
     """
 
     params: Mapping[str, object] | None = None
     identity: str = "random"
     source: str = ""
-    content: str = ""
+    content: Callable[[], str] = str
 
 
 @dataclass(frozen=True, eq=False)

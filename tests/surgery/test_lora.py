@@ -185,7 +185,7 @@ def train(folder: Path, start: Path, **change: Any) -> loop.Trained:
         chosen,
         prepare(chosen, folder.parent / "data"),
         folder,
-        start=loop.Start(found.params, found.identity, source, found.identity),
+        start=loop.Start(found.params, found.identity, source, lambda: found.identity),
         tell=lambda text: None,
     )
 
