@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_table_arrays import call, drawn
 from cases.model import BASE, TOKENS, forward, parameters
 from jax.experimental.pallas import tpu as pltpu
 from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
@@ -31,15 +32,6 @@ from lm.patterns import TABLE
 from lm.positions.rope import Rope
 
 F32, BF16 = jnp.float32, jnp.bfloat16
-
-
-@functools.cache
-def drawn(size: Size) -> Any:
-    return bench.draw(size, np.random.default_rng(0), bench.shapes(size))
-
-
-def call(size: Size, how: common.How, args: Any, **given: Any) -> Any:
-    return jax.jit(functools.partial(bench.attend, size, how=how, **given))(*args)
 
 
 def forms(*args: Any, names: tuple[str, ...] = ("reference", "xla", "interpret"), **given: Any) -> dict[str, Any]:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from block_table_arrays import call, drawn
 from kernel_checks import assert_as_good, exact, how, lowered_for_gpu, rms_ratio, without_gpu_races
-from test_block_table import call, drawn
 
 from kernels_pallas import common
 from kernels_pallas.block_table import bench, gpu, gpu_plan

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
+from lightning_arrays import arrays_of, both_ways
 
 from kernels_pallas.lightning import bench, reference, tpu
 from kernels_pallas.lightning.api import lightning
@@ -26,40 +27,14 @@ GRID = [
     (1, 5, 3, 8, 24, 128, jnp.float32),
     (2, 37, 3, 96, 64, 16, jnp.bfloat16),
 ]
-DECAY = (1.0, 0.9, 1e-3)
-
-
-def _arrays(B: int, T: int, H: int, D: int, E: int, dtype: Any, seed: int = 0) -> tuple[Any, ...]:
-    keys = jax.random.split(jax.random.key(seed), 4)
-    shapes = ((B, T, H, D), (B, T, H, D), (B, T, H, E), (B, H, D, E))
-    q, k, v, state = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
-    return q.astype(dtype), k.astype(dtype), v.astype(dtype), jnp.asarray((DECAY * H)[:H]), state
-
-
-@functools.partial(jax.jit, static_argnames=("implementation", "chunk"))
-def _all(arrays: tuple[Any, ...], implementation: str, chunk: int | None = None) -> Any:
-    """Both results, and the gradients through both of them."""
-    q, k, v, decay, state = arrays
-
-    def loss(q: Any, k: Any, v: Any, state: Any) -> Any:
-        o, last = lightning(q, k, v, decay, state, how(implementation, chunk=chunk))
-        wave = jnp.cos(jnp.arange(o.size, dtype=jnp.float32)).reshape(o.shape)
-        # Linear: the float32 truth sees the same cotangents.
-        return jnp.sum(o.astype(jnp.float32) * wave) + jnp.sum(last * jnp.sin(1 + jnp.arange(last.shape[-1]))), (
-            o,
-            last,
-        )
-
-    gradients, out = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, state)
-    return out, gradients
 
 
 @pytest.mark.parametrize("case", GRID, ids=lambda c: "-".join(str(getattr(v, "__name__", v)) for v in c))
 def test_results_and_gradients_are_those_of_the_loop(case: tuple[Any, ...]) -> None:
     *shape, chunk, dtype = case
-    arrays = _arrays(*shape, dtype)
-    truth = _all(exact(arrays), "reference")
-    found, xla = _all(arrays, "interpret", chunk), _all(arrays, "xla", chunk)
+    arrays = arrays_of(*shape, dtype)
+    truth = both_ways(exact(arrays), "reference")
+    found, xla = both_ways(arrays, "interpret", chunk), both_ways(arrays, "xla", chunk)
     assert found[0][0].dtype == dtype and found[0][1].dtype == jnp.float32
     parts = [jax.tree.leaves(tree) for tree in (found, xla, truth)]
     assert len(parts[0]) == 6
@@ -69,7 +44,7 @@ def test_results_and_gradients_are_those_of_the_loop(case: tuple[Any, ...]) -> N
 
 def test_gradient_of_the_loop_is_that_of_the_chunks_by_autodiff() -> None:
     """The truth of the gradients, found a second way: differentiating the chunked form itself."""
-    q, k, v, decay, state = _arrays(1, 20, 3, 8, 8, jnp.float32)
+    q, k, v, decay, state = arrays_of(1, 20, 3, 8, 8, jnp.float32)
 
     def loop(q: Any, k: Any, v: Any, state: Any) -> Any:
         o, last = reference.recurrent(q, k, v, decay, state)
@@ -85,7 +60,7 @@ def test_gradient_of_the_loop_is_that_of_the_chunks_by_autodiff() -> None:
 
 
 def test_without_decay_it_is_attention_without_softmax() -> None:
-    q, k, v, _, _ = _arrays(1, 12, 2, 8, 8, jnp.float32)
+    q, k, v, _, _ = arrays_of(1, 12, 2, 8, 8, jnp.float32)
     scores = jnp.einsum("bihd,bjhd->bhij", q, k) * np.tril(np.ones((12, 12)))
     o, last = jax.jit(functools.partial(lightning, how=how(chunk=8)))(q, k, v, jnp.ones(2))
     assert rms_ratio(o, jnp.einsum("bhij,bjhe->bihe", scores, v)) < 1e-5
@@ -94,7 +69,7 @@ def test_without_decay_it_is_attention_without_softmax() -> None:
 
 @pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_a_text_in_two_parts_is_the_text(implementation: str) -> None:
-    q, k, v, decay, state = _arrays(1, 21, 3, 8, 8, jnp.float32)
+    q, k, v, decay, state = arrays_of(1, 21, 3, 8, 8, jnp.float32)
     call = jax.jit(functools.partial(lightning, decay=decay, how=how(implementation, chunk=8)))
     whole, last = call(q, k, v, state=state)
     first, handed = call(q[:, :13], k[:, :13], v[:, :13], state=state)
@@ -104,7 +79,7 @@ def test_a_text_in_two_parts_is_the_text(implementation: str) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_no_race_and_nothing_uninitialised(reverse: bool, capfd: pytest.CaptureFixture[str]) -> None:
-    q, k, v, decay, state = _arrays(1, 21, 3, 16, 8, jnp.float32)
+    q, k, v, decay, state = arrays_of(1, 21, 3, 16, 8, jnp.float32)
     heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     problem = Problem(jnp.log(decay), state, reverse)
     kernel = functools.partial(tpu.chunked, *heads, problem, how(interpret=STRICT, chunk=8))
@@ -114,7 +89,7 @@ def test_no_race_and_nothing_uninitialised(reverse: bool, capfd: pytest.CaptureF
 
 
 def test_heads_over_eight_devices() -> None:
-    q, k, v, decay, state = _arrays(1, 16, 8, 8, 8, jnp.float32)
+    q, k, v, decay, state = arrays_of(1, 16, 8, 8, 8, jnp.float32)
     heads = P(None, None, "tensor")
     split = jax.shard_map(
         functools.partial(lightning, how=how("interpret", chunk=8)),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 from kernel_checks import assert_as_good, exact, how, lowered_for_gpu, rms_ratio, without_gpu_races
-from test_lightning import _all, _arrays
+from lightning_arrays import arrays_of, both_ways
 
 from kernels_pallas import common
 from kernels_pallas.lightning import bench, gpu, reference
@@ -24,8 +24,12 @@ BF16 = jnp.bfloat16
 
 def test_results_and_gradients_are_those_of_the_loop() -> None:
     """A last chunk of 36 of 64 tokens; widths that are padded, D narrower than E."""
-    arrays = _arrays(1, 100, 2, 40, 96, BF16)
-    found, xla, truth = _all(arrays, "interpret_gpu"), _all(arrays, "xla"), _all(exact(arrays), "reference")
+    arrays = arrays_of(1, 100, 2, 40, 96, BF16)
+    found, xla, truth = (
+        both_ways(arrays, "interpret_gpu"),
+        both_ways(arrays, "xla"),
+        both_ways(exact(arrays), "reference"),
+    )
     assert found[0][0].dtype == BF16 and found[0][1].dtype == jnp.float32
     parts = [jax.tree.leaves(tree) for tree in (found, xla, truth)]
     assert len(parts[0]) == 6
@@ -36,7 +40,7 @@ def test_results_and_gradients_are_those_of_the_loop() -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_no_race(reverse: bool, capfd: pytest.CaptureFixture[str]) -> None:
     """More chunks than stages, and one stage alone: a chunk is not overwritten before it is used."""
-    q, k, v, decay, state = _arrays(1, 300, 1, 64, 64, BF16)
+    q, k, v, decay, state = arrays_of(1, 300, 1, 64, 64, BF16)
     heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     truth = reference.chunked(*exact(heads), Problem(jnp.log(decay), state, reverse))
     for stages in (1, 3):
@@ -46,7 +50,7 @@ def test_no_race(reverse: bool, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_race_is_seen(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v, decay, state = _arrays(1, 64, 1, 64, 64, BF16)
+    q, k, v, decay, state = arrays_of(1, 64, 1, 64, 64, BF16)
     heads = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
     monkeypatch.setattr(gpu.plgpu, "barrier_wait", lambda barrier: None)
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match="RACE DETECTED"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from kernel_checks import STRICT, assert_as_good, exact, how, lowered_for_tpu, rms_ratio, without_races
+from tree_decode_arrays import arrays_of
 
 from kernels_pallas.tree_decode import bench, tpu
 from kernels_pallas.tree_decode.api import tree_decode
@@ -34,15 +35,6 @@ GRID = [
     (Size(64, 130, 2, 2, 1, 64, F32, packed=True), (128, 999)),  # 999: more than there are
     (Size(256, 140, 1, 2, 1, 64, BF16, packed=True), (139,)),
 ]
-
-
-def _arrays(size: Size, lengths: tuple[int, ...], seed: int = 0, rubbish: float = float("nan")) -> tuple[Any, ...]:
-    """What `bench.draw` gives, with these lengths and `rubbish` in every slot of the cache that is not valid."""
-    q, *cache, problem = bench.draw(np.random.default_rng(seed), bench.shapes(size))
-    k, v = (np.array(x) for x in cache)
-    for row, length in enumerate(lengths):
-        k[row, :, length:] = v[row, :, length:] = rubbish
-    return q, jnp.asarray(k), jnp.asarray(v), replace(problem, lengths=jnp.asarray(lengths, jnp.int32))
 
 
 def _one_by_one(arrays: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +70,7 @@ def test_ancestors_of_a_tree_and_their_bits() -> None:
 
 def test_reference_against_numpy() -> None:
     size = Size(9, 12, 2, 4, 2, 8, F32)
-    arrays = _arrays(size, (12, 0), rubbish=0.0)
+    arrays = arrays_of(size, (12, 0), rubbish=0.0)
     out, lse = _one_by_one(arrays)
     for implementation in ("reference", "xla"):
         assert rms_ratio(call(*arrays, how(implementation)), (out, lse)) < 1e-6
@@ -87,9 +79,9 @@ def test_reference_against_numpy() -> None:
 @pytest.mark.parametrize(("size", "lengths"), GRID, ids=lambda x: str(x))
 def test_kernel_is_the_reference(size: Size, lengths: tuple[int, ...]) -> None:
     """Output and log-sum-exp; NaN in every slot that is not valid reaches neither."""
-    arrays = _arrays(size, lengths)
+    arrays = arrays_of(size, lengths)
     found = call(*arrays, how("interpret", tile_s=128))
-    truth = call(*exact(_arrays(size, lengths, rubbish=0.0)), how("reference"))
+    truth = call(*exact(arrays_of(size, lengths, rubbish=0.0)), how("reference"))
     xla = call(*arrays, how("xla"))
     assert found[0].dtype == size.dtype and found[1].dtype == F32
     for part in zip(found, xla, truth, strict=True):
@@ -98,7 +90,7 @@ def test_kernel_is_the_reference(size: Size, lengths: tuple[int, ...]) -> None:
 
 def test_a_tree_for_each_row_and_nodes_that_see_nothing() -> None:
     size = Size(20, 130, 2, 2, 1, 64, F32)
-    *arrays, problem = _arrays(size, (0, 130))
+    *arrays, problem = arrays_of(size, (0, 130))
     mask = problem.ancestors
     masks = jnp.stack([mask.at[3].set(False), tree(np.random.default_rng(1), 20)])
     want_out, want = call(*arrays, replace(problem, ancestors=masks), how("reference"))
@@ -115,7 +107,7 @@ def test_a_tree_for_each_row_and_nodes_that_see_nothing() -> None:
 def test_a_chain_is_decoding_token_by_token(implementation: str) -> None:
     """A tree without branches: node i gives what plain attention gives once nodes 0 ... i are in the cache."""
     size, first = Size(6, 140, 1, 4, 2, 64, F32), 127
-    q, k, v, problem = _arrays(size, (first,), rubbish=0.0)
+    q, k, v, problem = arrays_of(size, (first,), rubbish=0.0)
     chain = ancestors_of(jnp.arange(-1, 5))
     np.testing.assert_array_equal(chain, np.tril(np.ones((6, 6), bool)))
     out, lse = call(q, k, v, replace(problem, ancestors=chain), how(implementation, tile_s=128))
@@ -134,7 +126,7 @@ def test_tile_and_scale_change_nothing_else() -> None:
     size, lengths = Size(8, 400, 2, 2, 1, 64, F32), (390, 100)
 
     def scaled(rubbish: float) -> tuple[Any, ...]:
-        *arrays, problem = _arrays(size, lengths, rubbish=rubbish)
+        *arrays, problem = arrays_of(size, lengths, rubbish=rubbish)
         return *arrays, replace(problem, scale=0.05)
 
     want = call(*scaled(0.0), how("reference"))
@@ -143,7 +135,7 @@ def test_tile_and_scale_change_nothing_else() -> None:
 
 
 def test_no_race_and_nothing_uninitialised(capfd: pytest.CaptureFixture[str]) -> None:
-    arrays = _arrays(Size(9, 200, 2, 2, 1, 16, F32), (150, 0))
+    arrays = arrays_of(Size(9, 200, 2, 2, 1, 16, F32), (150, 0))
     q, k, v, problem = arrays
     kernel = functools.partial(tpu.tree_decode, how=how(interpret=STRICT, tile_s=128))
     truth = call(*arrays, how("reference"))
@@ -153,7 +145,7 @@ def test_no_race_and_nothing_uninitialised(capfd: pytest.CaptureFixture[str]) ->
 
 def test_key_heads_over_eight_devices() -> None:
     size = Size(5, 24, 2, 16, 8, 8, F32)
-    arrays = _arrays(size, (24, 7))
+    arrays = arrays_of(size, (24, 7))
     heads, cache = P(None, None, "tensor"), P(None, "tensor")
     split = jax.shard_map(
         functools.partial(tree_decode, how=how("interpret")),
@@ -177,7 +169,7 @@ def test_lowers_for_a_tpu() -> None:
 
 
 def test_it_has_no_gradient() -> None:
-    q, *rest = _arrays(Size(3, 16, 1, 2, 1, 8, F32), (16,))
+    q, *rest = arrays_of(Size(3, 16, 1, 2, 1, 8, F32), (16,))
     for implementation in ("auto", "reference"):
         with pytest.raises(UserError, match="tree_decode: it has no gradient; valid: inference"):
             jax.grad(lambda q, i=implementation: tree_decode(q, *rest, how(i))[0].sum())(q)

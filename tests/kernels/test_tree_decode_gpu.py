@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from kernel_checks import assert_as_good, exact, how, without_races
-from test_tree_decode import _arrays
+from tree_decode_arrays import arrays_of
 
 from kernels_pallas import common
 from kernels_pallas.tree_decode import bench, gpu, reference
@@ -41,7 +41,7 @@ def test_kernel_is_the_reference(
     """Output and log-sum-exp; NaN in every slot that is not valid reaches neither; no race."""
 
     def filled(rubbish: float, like: Any) -> Any:
-        q, k, v, problem = like(_arrays(size, lengths, rubbish=rubbish))
+        q, k, v, problem = like(arrays_of(size, lengths, rubbish=rubbish))
         return q, k, v, replace(problem, scale=0.1).filled(q, k, v)
 
     given = filled(float("nan"), lambda x: x)
@@ -55,13 +55,13 @@ def test_kernel_is_the_reference(
 
 
 def test_a_tree_for_each_row_and_nodes_that_see_nothing() -> None:
-    *arrays, problem = _arrays(Size(20, 136, 2, 2, 1, 64), (0, 136))
+    *arrays, problem = arrays_of(Size(20, 136, 2, 2, 1, 64), (0, 136))
     mask = problem.ancestors
     masks = jnp.stack([mask.at[3].set(False), tree(np.random.default_rng(1), 20)])
     call = jax.jit(tree_decode, static_argnames="how")
     problem = replace(problem, ancestors=masks)
     out, lse = call(*arrays, problem, how("interpret_gpu", "h100"))
-    *clean, of_clean = exact(_arrays(Size(20, 136, 2, 2, 1, 64), (0, 136), rubbish=0.0))
+    *clean, of_clean = exact(arrays_of(Size(20, 136, 2, 2, 1, 64), (0, 136), rubbish=0.0))
     want_out, want = call(*clean, replace(of_clean, ancestors=masks), how("reference"))
     xla_out, xla = call(*arrays, problem, how("xla"))
     np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(want))
@@ -128,7 +128,7 @@ def test_it_refuses_in_one_line(size: Size, tile_s: int | None, message: str) ->
 def test_compiled_kernel_is_the_reference() -> None:
     more = [(Size(64, 4096, 2, 32, 8, 128), (4096, 1000), 0), (Size(256, 1024, 1, 8, 2, 128, packed=True), (777,), 0)]
     for size, lengths, _ in (*GRID, *more):
-        arrays, clean = (_arrays(size, lengths, rubbish=r) for r in (float("nan"), 0.0))
+        arrays, clean = (arrays_of(size, lengths, rubbish=r) for r in (float("nan"), 0.0))
         found = tree_decode(*arrays, how("gpu", "h100"))
         xla = tree_decode(*arrays, how("xla"))
         truth = tree_decode(*exact(clean), how("reference"))
