@@ -65,8 +65,3 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
     tiny_run.train(folder, texts)
     return folder
-
-
-@pytest.fixture(scope="module")
-def compiled() -> None:
-    """Nothing: programs of all tests are kept. Tests of experiments still ask for it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,26 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
     config = tmp_path / "toy.py"
     config.write_text(CONFIG)
     return Lab(tmp_path, config, tmp_path / "run", Toy.calls)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Sequence[str]], Path]:
+    """Writes an experiment's file and the texts that its word TEXTS stands for; everything it keeps is in the folder
+    of the test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lm.compat.keep_compiled", lambda folder: None)  # it would last beyond the test
+
+    def write(name: str, source: str, texts: Sequence[str]) -> Path:
+        folder = tmp_path / "texts"
+        folder.mkdir()
+        for i, text in enumerate(texts):
+            (folder / f"{i}.txt").write_text(text, encoding="utf-8")
+        path = tmp_path / f"{name}.py"
+        path.write_text(source.replace("TEXTS", str(folder)))
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -10,8 +10,6 @@ import pytest
 from experiments import run
 from experiments.spec import registry
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
 
 def test_longheads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,7 +15,6 @@ from experiments import run
 from lm import interop
 from lm.model import params as params_lib
 
-pytestmark = pytest.mark.usefixtures("compiled")
 CONFIG = '''
 """Hypothesis: none. Cost: seconds."""
 
@@ -52,17 +52,8 @@ def claims(r):
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lm.compat.keep_compiled", lambda folder: None)  # it would last beyond the test
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for name in sorted(topics)[:6]:
-        (texts / f"{name}.txt").write_text(topics[name], encoding="utf-8")
-    path = tmp_path / "stages.py"
-    path.write_text(CONFIG.replace("TEXTS", str(texts)))
-    return path
+def config(experiment: Callable[..., Path]) -> Path:
+    return experiment("stages", CONFIG, [topics[name] for name in sorted(topics)[:6]])
 
 
 def about(folder: Path) -> dict[str, object]:

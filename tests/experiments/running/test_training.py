@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +24,6 @@ from lm.plug import table
 from lm.train import loop
 from lm.train.log import read
 
-pytestmark = pytest.mark.usefixtures("compiled")
 ROOT = Path(__file__).resolve().parents[3]
 CONFIG = '''
 """Hypothesis: none. Cost: seconds."""
@@ -68,17 +68,8 @@ def claims(r):
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DECODER_LAB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lm.compat.keep_compiled", lambda folder: None)  # it would last beyond the test
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for i in range(8):
-        (texts / f"{i}.txt").write_text(f"This is text number {i}. " * (10 + i))
-    path = tmp_path / "trains.py"
-    path.write_text(CONFIG.replace("TEXTS", str(texts)))
-    return path
+def config(experiment: Callable[..., Path]) -> Path:
+    return experiment("trains", CONFIG, [f"This is text number {i}. " * (10 + i) for i in range(8)])
 
 
 def trainings(root: Path) -> list[Path]:
