@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from cases.table_model import TableLM, TableModel, V
 
 from experiments import evaluate
 from lm import interop
 from lm.config import merge, model_config
-from lm.data.tokenizers import ByteTokenizer
+from lm.data.tokenizers import ByteTokenizer, Tokenizer
 from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 
@@ -101,6 +105,48 @@ def test_it_answers_as_the_harnesss_own_model(folder: Path, tasks: Path, monkeyp
                 x, y = (x, y) if isinstance(x, tuple) else ((x, True), (y, True))
                 assert x[0] == pytest.approx(y[0], rel=1e-4, abs=1e-3) and x[1] == y[1]
     assert ours["goes_on"] == theirs["goes_on"]
+
+
+class Digits(Tokenizer):
+    """The digits 0 to 7 are their own ids; 7 ends a text."""
+
+    bos_id, eos_id, vocab_size, identity = None, 7, V, "digits"  # type: ignore[assignment]
+
+    def encode(self, text: str) -> list[int]:
+        return [int(c) for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(str(i) for i in ids)
+
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
+        raise NotImplementedError
+
+
+def test_any_language_model_answers() -> None:
+    """A table of eight tokens, which is no decoder: log-probabilities in closed form, and its greedy text."""
+    from lm_eval.api.instance import Instance
+
+    from lm.interop.harness import DecoderLM
+
+    table = TableModel.random(0, 1.2)
+    read = interop.Checkpoint(model_config(MODEL), table.params, Digits(), "table", "a table", eos_id=7)
+    model = DecoderLM(read, TableLM(), max_length=8, batch_size=2)
+
+    def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
+        return [Instance(kind, {}, a, i) for i, a in enumerate(arguments)]
+
+    def score(text: str) -> float:
+        return sum(float(np.log(table.p_VV[int(a), int(b)])) for a, b in itertools.pairwise(text))
+
+    texts = [("12", "345"), ("", "6"), ("3", str(table.likeliest(3, 1)[0]))]
+    scored = model.loglikelihood(asked("loglikelihood", *texts))
+    want = [score("2345"), score("76"), score("3" + texts[2][1])]
+    np.testing.assert_allclose([s for s, _ in scored], want, rtol=1e-5)
+    assert scored[2][1] and not scored[0][1]
+    (rolling,) = model.loglikelihood_rolling(asked("loglikelihood_rolling", ("0123456543210",)))
+    np.testing.assert_allclose(rolling, score("70123456543210"), rtol=1e-5)
+    (text,) = model.generate_until(asked("generate_until", ("1", {"until": [], "max_gen_toks": 3})))
+    assert text == "".join(map(str, table.likeliest(1, 3))).split("7")[0]
 
 
 def test_patterns_change_what_is_read(folder: Path, tasks: Path) -> None:
