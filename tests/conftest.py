@@ -19,11 +19,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest
+
+from lm.compat import QUICK_TO_COMPILE
+
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):  # read when the first array is made
+    flags = ("--xla_force_host_platform_device_count=8", *QUICK_TO_COMPILE)
+    os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
 
 pytest_plugins = ["programs"]
 pytest.register_assert_rewrite("cases")

@@ -77,7 +77,9 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("chip", common.CHIPS)
+@pytest.mark.parametrize(
+    "chip", ["v5e", *(pytest.param(c, marks=pytest.mark.nightly) for c in common.CHIPS if c != "v5e")]
+)
 def test_the_compiler_of_the_chip_takes_every_kernel(chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("libtpu", reason="the compiler for TPUs (extra 'aot') is not installed")
     for name, value in check.COMPILER_ALONE.items():

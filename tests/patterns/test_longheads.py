@@ -179,8 +179,15 @@ def test_decoding_by_the_reference_rule(include_self: bool, begin: int) -> None:
     assert all(len(chosen(t, 0, begin, True) or ()) == N - 1 for t in ends) and len(ends) > 5
 
 
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("pieces", [[T], [1] * T, [40, 1, 1, 7, 26], [1, 23, 2, 49], [4] * 18 + [3]], ids=len)
+PIECES = ([T], [1] * T, [40, 1, 1, 7, 26], [1, 23, 2, 49], [4] * 18 + [3])
+SPLITS = [
+    *((pieces, True) for pieces in PIECES),
+    (PIECES[1], False),
+    *(pytest.param(pieces, False, marks=pytest.mark.nightly) for pieces in PIECES if pieces is not PIECES[1]),
+]
+
+
+@pytest.mark.parametrize(("pieces", "include_self"), SPLITS, ids=lambda x: len(x) if isinstance(x, list) else x)
 def test_every_split_gives_the_same(pieces: list[int], include_self: bool) -> None:
     pattern = LongHeads(W, A, None, include_self)
     want, want_ids = whole(pattern, "dense")(*draw())

@@ -120,7 +120,9 @@ def damage(folder: Path) -> None:
             path.write_bytes(data)
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "metadata"])
+@pytest.mark.parametrize(
+    "how", ["flipped", *(pytest.param(how, marks=pytest.mark.nightly) for how in ("truncated", "metadata"))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, texts: Path, whole: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
