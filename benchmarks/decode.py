@@ -77,7 +77,7 @@ def materials(folder: Path, prefill: int) -> tuple[dict[str, Path], Path]:
 
     found = interop.load("smollm2-135m")
     gguf = interop.find("smollm2-135m")
-    to_huggingface.write(folder / "hf", found.config, found.params, found.tokenizer, eos_id=found.eos_id)
+    to_huggingface.write(folder / "hf", found.config, found.params, found.text)
     assert found.tokenizer is not None
     book = texts.documents("kjv:Genesis")[0].text
     ids = {

@@ -15,6 +15,7 @@ from lm.interop.writers import peft_folder, run_folder, to_huggingface
 from lm.surgery.lora import LoRA
 
 PROG = "python -m experiments.convert"
+DTYPES = ("float32", "float16", "bfloat16")
 FORMS = ("huggingface", "run", "peft")
 
 
@@ -26,33 +27,28 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     parser.add_argument("--to", required=True, type=Path, help="the folder to write; must not exist")
     parser.add_argument("--family", help=f"what to write it as (default: what fits): {', '.join(FAMILIES)}")
     parser.add_argument("--as", dest="form", default="huggingface", help="huggingface, run or peft (adapters alone)")
+    parser.add_argument("--dtype", help=f"of the weights (default: as they are stored): {', '.join(DTYPES)}")
     args, rest = parser.parse_known_args(list(argv))
     parser.refuse(rest)
     if args.form not in FORMS:
         raise unknown("--as", args.form, FORMS)
     if args.form == "run" and args.family is not None:
         raise UserError("--family: a run's folder has none; valid: with --as=huggingface")
+    if args.dtype is not None and args.dtype not in DTYPES:
+        raise unknown("--dtype", args.dtype, DTYPES)
     if args.to.exists():
         raise UserError(f"--to: {args.to} exists already; valid: a new folder")
     if args.form == "peft":
         return _adapters(args)
     if args.form == "huggingface":  # said before gigabytes are read
         to_huggingface.family_of(interop.config(args.checkpoint), args.family)
+    dtype = args.dtype or interop.reader(args.checkpoint).dtype()
     found = interop.load(args.checkpoint)
     if args.form == "run":
         run_folder.write(args.to, found)
         print(f"{args.checkpoint}: written to {args.to}, a folder for --checkpoint")
         return 0
-    kind = to_huggingface.write(
-        args.to,
-        found.config,
-        found.params,
-        found.tokenizer,
-        family=args.family,
-        eos_id=found.eos_id,
-        bos_id=found.bos_id,
-        chat_template=found.chat_template,
-    )
+    kind = to_huggingface.write(args.to, found.config, found.params, found.text, family=args.family, dtype=dtype)
     print(
         f"{args.checkpoint}: written to {args.to} as {kind}; transformers.AutoModelForCausalLM.from_pretrained loads it"
     )

@@ -10,7 +10,8 @@ import jax
 from experiments.spec.arms import RANDOM, Arm, shapes
 from lm import interop
 from lm.config import ModelConfig
-from lm.data.tokenizers import ByteTokenizer, check_vocab
+from lm.data.record import TextRecord
+from lm.data.tokenizers import ByteTokenizer, Tokenizer, check_vocab
 from lm.model import params
 
 
@@ -25,13 +26,17 @@ class Base:
         self.source = checkpoint
         self.random = checkpoint == RANDOM
         self.config: ModelConfig | None = None
-        self.tokenizer: Any = ByteTokenizer()
+        self.text = TextRecord.of(ByteTokenizer())
         self.identity = RANDOM
         self._params: Any = None
         self._drawn: dict[Any, Any] = {}
         if not self.random:
             header = interop.load(checkpoint, load_params=False)
-            self.config, self.tokenizer, self.identity = header.config, header.tokenizer, header.identity
+            self.config, self.text, self.identity = header.config, header.text, header.identity
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.text.tokenizer
 
     @property
     def place(self) -> str:

@@ -51,11 +51,12 @@ class Trainer:
             return self._data[settings]
         Placement(arm.trained, arm.train)
         if settings not in self._data:
-            own = None if self.base.random else self.base.tokenizer
+            own = None if self.base.random else self.base.text
             with processes.first():
                 self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
+        data.check(arm.trained.vocab_size)
         data.loader(arm.train, 0)
         arm.train.check(arm.trained)
         if arm.trained.positions.limit and arm.trained.positions.limit < settings.seq_len:

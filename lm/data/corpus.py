@@ -24,7 +24,8 @@ _FILES = ("tokens", "offsets", "n_bytes")
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """`tokens`: uint16 or uint32, all documents in order, each with the tokenizer's eos at its end if it has one.
+    """`tokens`: uint16 or uint32, all documents in order, each begun and ended as its
+    tokenizer does (`Tokenizer.encode_document`).
     Document i is ``tokens[offsets[i]:offsets[i + 1]]`` (int64 ``[n + 1]``), of ``n_bytes[i]`` UTF-8 bytes (int64
     ``[n]``). `identity` hashes documents, tokenizer and, of a part, how it was chosen."""
 
@@ -47,7 +48,8 @@ def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) -
 
     Raises `UserError` when the cache cannot be written.
     """
-    about = f"{_VERSION} {tokenizer.identity} {tokenizer.eos_id} {identity(documents)}"
+    around = f" {tokenizer.before} {tokenizer.after}" if tokenizer.before or tokenizer.after else ""
+    about = f"{_VERSION} {tokenizer.identity} {tokenizer.eos_id}{around} {identity(documents)}"
     mark = _hash(about)
     folder = cache / "tokens" / mark
     found = _read(folder, mark)
@@ -64,9 +66,8 @@ def _hash(text: str) -> str:
 
 
 def _write(folder: Path, mark: str, documents: Sequence[Document], tokenizer: Tokenizer) -> None:
-    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    parts = [np.array([*tokenizer.encode(d.text), *end], dtype) for d in documents]
+    parts = [np.array(tokenizer.encode_document(d.text), dtype) for d in documents]
     arrays = {
         "tokens": np.concatenate(parts) if parts else np.zeros(0, dtype),
         "offsets": _offsets([len(p) for p in parts]),

@@ -6,6 +6,7 @@ on what the one before has left. Letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -47,6 +48,9 @@ class Sampling:
                 raise UserError(f"{name}: must lie in (0, 1], found {getattr(self, name)}")
         if not 0 <= self.min_p < 1:
             raise UserError(f"min_p: must lie in [0, 1), found {self.min_p}")
+        for token, value in self.bias:
+            if not value < math.inf:
+                raise UserError(f"bias: token {token}: found {value}; valid: a number, or -inf for a token never drawn")
         if not self.repetition_penalty > 0:
             raise UserError(f"repetition_penalty: must be positive (1 = off), found {self.repetition_penalty}")
 
@@ -77,7 +81,7 @@ def shape(logits_BV: jax.Array, sampling: Sampling, in_prompt_BV: jax.Array, mad
         logits = logits - s.presence_penalty * (made_BV > 0) - s.frequency_penalty * made_BV
     if s.bias:
         ids, values = zip(*s.bias, strict=True)
-        logits = logits.at[:, jnp.array(ids)].add(jnp.array(values, jnp.float32))
+        logits = jnp.maximum(logits.at[:, jnp.array(ids)].add(jnp.array(values, jnp.float32)), NEG)
     if s.temperature == 0:
         return logits
     logits = logits / s.temperature

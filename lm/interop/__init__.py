@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.config import ModelConfig, build, merge
+from lm.data.record import TextRecord
 from lm.data.tokenizers import Tokenizer, check_vocab
 from lm.errors import UserError, nearest
 from lm.interop.readers import tensors
@@ -22,18 +23,19 @@ __all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "rea
 class Checkpoint:
     """A model read from disk.
 
-    `params` is None when they were not asked for. `identity` is a content hash of the checkpoint's files.
-    `chat_template` is Jinja source, None for a model that is not tuned to converse.
+    `params` is None when they were not asked for. `text` is what the checkpoint says about its text. `identity` is a
+    content hash of the checkpoint's files.
     """
 
     config: ModelConfig
     params: Any
-    tokenizer: Tokenizer | None
+    text: TextRecord
     identity: str
     source: str
-    eos_id: int | None = None
-    bos_id: int | None = None
-    chat_template: str | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        return self.text.tokenizer
 
 
 @dataclass(frozen=True)
@@ -118,17 +120,7 @@ def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params
     merged = merge(native, overrides, "model") if overrides else native
     if overrides and params is not None:
         tensors.check(merged, params, str(source))
-    tokenizer = checkpoint.tokenizer()
-    if tokenizer is not None:
-        check_vocab(tokenizer, merged)
-    eos_id, bos_id = checkpoint.special()
-    return Checkpoint(
-        merged,
-        params,
-        tokenizer,
-        checkpoint.identity(),
-        str(source),
-        eos_id,
-        bos_id,
-        chat_template=checkpoint.chat_template(),
-    )
+    text = checkpoint.text()
+    if text.tokenizer is not None:
+        check_vocab(text.tokenizer, merged)
+    return Checkpoint(merged, params, text, checkpoint.identity(), str(source))

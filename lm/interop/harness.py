@@ -18,8 +18,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from lm.config import ModelConfig
+from lm.data.chat import choose
+from lm.data.tokenizers import check_ids
+from lm.data.tokenizers.base import same_start
 from lm.decoding import Generator, Sampling
-from lm.decoding.chat import render
 from lm.decoding.generator import padded
 from lm.errors import UserError
 from lm.interop import Checkpoint
@@ -48,14 +50,10 @@ class DecoderLM(TemplateLM):
         max_gen_toks: int = 256,
     ) -> None:
         super().__init__()
-        if checkpoint.tokenizer is None:
-            raise UserError(f"{checkpoint.source}: has no tokenizer, which tasks of text need")
         config = checkpoint.config if config is None else config
-        self.checkpoint, self.language_model = (
-            checkpoint,
-            config if isinstance(config, LanguageModel) else DecoderModel(config),
-        )
-        self.tokenizer, self.params = checkpoint.tokenizer, checkpoint.params
+        self.language_model = config if isinstance(config, LanguageModel) else DecoderModel(config)
+        self.checkpoint, self.text, self.params = checkpoint, checkpoint.text, checkpoint.params
+        self.tokenizer = checkpoint.text.needs_tokenizer("--checkpoint")
         self.max_length = max_length or self.language_model.trained_length
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
         self._generator = Generator(self.language_model, self.params)
@@ -63,34 +61,32 @@ class DecoderLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The end of a text; for a tokenizer without one, its beginning, else id 0."""
-        ids = (self.checkpoint.eos_id, self.tokenizer.eos_id, self.checkpoint.bos_id, self.tokenizer.bos_id)
+        ids = (self.tokenizer.eos_id, self.text.eos_id, self.text.bos_id)
         return next((int(i) for i in ids if i is not None), 0)
 
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text without context: the beginning token if there is one, else the end."""
-        bos = self.checkpoint.bos_id
-        return int(bos) if bos is not None else self.eot_token_id
+        return self.eot_token_id if self.tokenizer.bos_id is None else int(self.tokenizer.bos_id)
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.checkpoint.source).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        return list(self.tokenizer.encode(string))
+        """The ids as the tokenizer's own rule begins the text, unless the text spells the beginning out already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        ids = self.tokenizer.encode_text(string) if add_special_tokens else self.tokenizer.encode(string)
+        return check_ids(self.tokenizer, ids, self.language_model.vocab_size, "--tasks")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        words = {
-            name: self.tokenizer.decode([i]) if i is not None else ""
-            for name, i in (("bos_token", self.checkpoint.bos_id), ("eos_token", self.checkpoint.eos_id))
-        }
-        template = self.checkpoint.chat_template
-        return render(
-            template, chat_history, self.checkpoint.source, add_generation_prompt=add_generation_prompt, **words
-        )
+        return self.text.render(chat_history, add_generation_prompt=add_generation_prompt).text
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        return self.checkpoint.chat_template or ""
+        if not self.text.templates:
+            return ""
+        return choose(self.text.templates, chat_template if isinstance(chat_template, str) else None, False, "--chat")
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -108,6 +104,16 @@ class DecoderLM(TemplateLM):
                 if requests[i][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], out[i])
         return out
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Both as ids. Where the continuation melts into the context's last token, the pair is cut where the text with
+        it and the text without it begin to differ, so that something is scored."""
+        head, tail = super()._encode_pair(context, continuation)
+        if tail or not continuation:
+            return head, tail
+        whole = self.tok_encode(context + continuation)
+        cut = max(min(same_start(whole, head), len(whole) - 1), 1)
+        return whole[:cut], whole[cut:]
 
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of token t + 1 given those up to t, and whether it is the first choice: ``[B, T]``."""
@@ -142,11 +148,17 @@ class DecoderLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         out = []
+        stop = sorted({self.eot_token_id, *self.text.eos_ids})
         for seed, request in enumerate(requests):
             context, given = request.args
             wanted = dict(normalize_gen_kwargs(given, self.max_gen_toks))
             until, room = [s for s in wanted.pop("until", []) if s], int(wanted.pop("max_gen_toks"))
-            prompt = self.tok_encode(context)[-max(self.max_length - room, 1) :] or [self.prefix_token_id]
+            if room >= self.max_length:
+                raise UserError(
+                    f"--tasks: {room} new tokens asked for, the model reads {self.max_length} in all; valid: a smaller "
+                    "max_gen_toks or a larger --max-length"
+                )
+            prompt = self.tok_encode(context)[-(self.max_length - room) :] or [self.prefix_token_id]
             sampling = Sampling(
                 temperature=float(wanted.get("temperature") or 0.0),
                 top_k=int(wanted.get("top_k") or 0),
@@ -155,9 +167,9 @@ class DecoderLM(TemplateLM):
             ids: list[int] = []
             text = ""
             for _, _, new, _, _ in self._generator.stream(
-                [prompt], sampling, max_new_tokens=room, stop=[self.eot_token_id], seeds=[seed]
+                [prompt], sampling, max_new_tokens=room, stop=stop, seeds=[seed]
             ):
-                ids += [t for t in new if t != self.eot_token_id]
+                ids += [t for t in new if t not in stop and not self.tokenizer.is_special(t)]
                 text = self.tokenizer.decode(ids)
                 if any(s in text for s in until):
                     break

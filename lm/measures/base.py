@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lm.config import ModelConfig
+from lm.data.tokenizers import check_ids
 from lm.errors import UserError
 from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel, LanguageModel
@@ -97,13 +98,18 @@ class _Ticker:
 _TICK = _Ticker()
 
 
-def encode(tokenizer: Any, text: str, what: str) -> list[int]:
-    """Token ids; `UserError` when the subject has no tokenizer."""
+def encode(subject: Subject, text: str, what: str, alone: bool = True) -> list[int]:
+    """The ids of a text as the checkpoint's own rule begins it; `alone` False: of a part of a text.
+
+    Raises `UserError` when the subject has no tokenizer, and for a token that the model has no row for.
+    """
+    tokenizer = subject.tokenizer
     if tokenizer is None:
         raise UserError(
             f"{what}: the checkpoint has no tokenizer; valid: a checkpoint with tokenizer.json or a GGUF file"
         )
-    return list(tokenizer.encode(text))
+    ids = tokenizer.encode_text(text) if alone else tokenizer.encode(text)
+    return check_ids(tokenizer, ids, subject.model.vocab_size, what)
 
 
 @functools.lru_cache(maxsize=8)

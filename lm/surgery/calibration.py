@@ -118,7 +118,7 @@ class CalibrationText:
             raise UserError("surgery.calibration: the checkpoint has no tokenizer; valid: one that has")
         cut: list[list[list[int]]] = []
         for document in self.documents():
-            ids = tokenizer.encode(document.text)
+            ids = tokenizer.encode_text(document.text)
             cut.append([list(ids[i : i + self.length]) for i in range(0, len(ids) - self.length + 1, self.length)])
         in_turn = [row for rows in itertools.zip_longest(*cut) for row in rows if row is not None]
         if len(in_turn) < self.rows:

@@ -7,11 +7,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.data import corpus, texts, tokenizers
+from lm.data import corpus, record, texts
 from lm.data.loader import Loader
 from lm.data.packing import Packed
+from lm.data.record import TextRecord
 from lm.data.texts import Document
-from lm.data.tokenizers import Tokenizer
+from lm.data.tokenizers import Tokenizer, check_ids
 from lm.errors import UserError
 from lm.train.config import DataConfig, TrainConfig
 
@@ -20,11 +21,21 @@ from lm.train.config import DataConfig, TrainConfig
 class Data:
     """`held_out` None: nothing is held out. `bytes_per_token` turns nats per token into bits per byte."""
 
-    tokenizer: Tokenizer
+    text: TextRecord
     train: tuple[Packed, ...]
     held_out: Packed | None
     bytes_per_token: float
     identity: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.text.needs_tokenizer("train.data.tokenizer")
+
+    def check(self, vocab_size: int) -> None:
+        """Raises `UserError` where a text has a token that a model of `vocab_size` rows has no embedding for."""
+        if self.tokenizer.vocab_size > vocab_size:
+            for part in (*self.train, *([] if self.held_out is None else [self.held_out])):
+                check_ids(self.tokenizer, part.corpus.tokens.tolist(), vocab_size, "train.data.texts")
 
     def loader(self, train: TrainConfig, seed: int, share: tuple[int, int] = (0, 1)) -> Loader:
         """The batches, or of each the part `share` = (which, of how many)."""
@@ -38,18 +49,25 @@ class Data:
         )
 
 
-def prepare(train: TrainConfig, cache: Path, tokenizer: Tokenizer | None = None) -> Data:
-    """Reads, tokenizes (both kept under `cache`), splits and packs the texts; `tokenizer` is the checkpoint's own.
+def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> Data:
+    """Reads, tokenizes (both kept under `cache`), splits and packs the texts; `text` is what the checkpoint says.
 
-    Raises `UserError` for missing or broken texts, for text that is too short, and for a tokenizer that is none.
+    Raises `UserError` for missing or broken texts, for text that is too short, for a tokenizer that is none, and for
+    one that has no end of a document.
     """
     d = train.data
     sources = [_documents(spec) for spec in d.texts]
     if not d.weights:  # then all texts are one source, so that texts of one document each can be split as well
         sources = [[doc for docs in sources for doc in docs]]
-    if d.tokenizer or tokenizer is None:
-        tokenizer = tokenizers.by_name(
+    if d.tokenizer or text is None or text.tokenizer is None:
+        text = record.by_name(
             d.tokenizer or "bytes", lambda: [x for docs in sources for x in _trained_on(docs, d)], cache
+        )
+    tokenizer = text.needs_tokenizer("train.data.tokenizer")
+    if tokenizer.eos_id is None and tokenizer.ends_documents:
+        raise UserError(
+            f"train.data.tokenizer: {d.tokenizer or text.source} names no end of a document, and documents would run "
+            "into each other; valid: a folder whose config.json or tokenizer_config.json names eos"
         )
     whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
     halves = [corpus.split(c, d.held_out, d.split_seed) for c in whole]
@@ -60,7 +78,7 @@ def prepare(train: TrainConfig, cache: Path, tokenizer: Tokenizer | None = None)
     n_tokens = sum(int(c.offsets[-1]) for c in whole)
     about = [[c.identity for c in whole], d.seq_len, d.packing, d.held_out, d.split_seed, d.weights]
     identity = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
-    return Data(tokenizer, trained, held_out, n_bytes / n_tokens, identity)
+    return Data(text, trained, held_out, n_bytes / n_tokens, identity)
 
 
 def _trained_on(documents: list[Document], d: DataConfig) -> list[Document]:

@@ -15,12 +15,12 @@ def describe(run: Run, trained: Params, base: Params, peak: str, flops_per_token
     performance of the device is known from."""
     size = n_bytes(transformation(run.cfg, run.train), trained)
     write_text(run.folder / PARAMETERS, _parameters(run, trained, base, size))
-    run.data.tokenizer.save(run.folder)
+    run.data.text.save(run.folder)
     about = {
         **run.about,
         "start_source": run.start.source,
         "start_content": run.start.content(),
-        "tokenizer": run.data.tokenizer.describe(),
+        "tokenizer": run.data.text.describe(),
         "peak": peak,
         "flops_per_token": flops_per_token,
         "optimizer_bytes": size,

@@ -13,14 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lm.config import build
-from lm.data import corpus, packing
+from lm.data import corpus, packing, record
 from lm.data.corpus import Corpus
 from lm.data.loader import Loader, held_out_batches
 from lm.data.texts.document import Document
-from lm.data.tokenizers import ByteTokenizer, bpe, by_name
+from lm.data.tokenizers import ByteTokenizer, bpe
 from lm.errors import UserError
 from lm.train.config import TrainConfig
 from lm.train.data import prepare
+
+
+def tokenizer_of(spec: str, documents: Any, cache: Path) -> Any:
+    """The tokenizer that the setting names."""
+    return record.by_name(spec, documents, cache).tokenizer
 
 
 def documents(*texts: str) -> list[Document]:
@@ -118,18 +123,18 @@ def test_whole_documents_are_held_out() -> None:
 
 def test_bpe_is_trained_once_for_the_same_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     docs = documents("the cat sat on the mat " * 30, "the dog, the log " * 20)
-    first = by_name("bpe:280", lambda: docs, tmp_path)
+    first = tokenizer_of("bpe:280", lambda: docs, tmp_path)
     assert 257 < first.vocab_size <= 280 and first.eos_id == 0 and first.bos_id is None
     text = "a cät on\tthe log\n"
     assert first.decode(first.encode(text)) == text and len(first.encode("the cat")) < 4
     monkeypatch.setattr(bpe, "_train", lambda *a: pytest.fail("trained again"))
-    assert by_name("bpe:280", lambda: docs, tmp_path).identity == first.identity
+    assert tokenizer_of("bpe:280", lambda: docs, tmp_path).identity == first.identity
     monkeypatch.undo()
-    assert by_name("bpe:280", lambda: docs[:1], tmp_path).identity != first.identity
+    assert tokenizer_of("bpe:280", lambda: docs[:1], tmp_path).identity != first.identity
     (path, *_) = (tmp_path / "tokenizers").iterdir()
     for path in (tmp_path / "tokenizers").iterdir():
         path.write_text("{")
-    assert by_name("bpe:280", lambda: docs, tmp_path).identity == first.identity
+    assert tokenizer_of("bpe:280", lambda: docs, tmp_path).identity == first.identity
 
 
 def test_a_tokenizer_does_not_see_what_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +153,7 @@ def test_tokenizers_from_files(tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
     inner.save(str(tmp_path / "tokenizer.json"))
     for spec in (tmp_path, tmp_path / "tokenizer.json"):
-        found = by_name(str(spec), list, tmp_path)
+        found = tokenizer_of(str(spec), list, tmp_path)
         assert found.eos_id == 0 and found.encode("b") == [2]
 
 
@@ -164,7 +169,7 @@ def test_tokenizers_from_files(tmp_path: Path) -> None:
 )
 def test_tokenizers_that_are_none(spec: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as e:
-        by_name(spec, lambda: documents("x"), tmp_path)
+        tokenizer_of(spec, lambda: documents("x"), tmp_path)
     assert words in str(e.value)
 
 

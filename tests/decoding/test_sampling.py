@@ -160,3 +160,42 @@ class TestPlainSampling(DrafterCase):
             return jax.lax.scan(one, jnp.full(n, last), keys)[1].T
 
         return np.asarray(run(seed)), 0.0
+
+
+RULES = (
+    {"top_k": 2},
+    {"top_p": 0.5},
+    {"min_p": 0.3},
+    {"typical_p": 0.5},
+    {"typical_p": 0.95, "top_p": 0.9, "top_k": 3},
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_forbidden_token_stays_forbidden(rule: dict[str, Any]) -> None:
+    """Under every rule of truncation the others are as if the vocabulary had no such token: many rows, also ties."""
+    rng = np.random.default_rng(5)
+    logits = np.concatenate([rng.normal(0, 3, (40, 7)), np.round(rng.normal(0, 1, (20, 7))), np.zeros((1, 7))])
+    none = (jnp.zeros((len(logits), 1), bool), jnp.zeros((len(logits), 1), jnp.int32))
+    for banned in ({0}, {6}, {1, 2, 5}, {0, 1, 2, 3, 4, 5}):
+        left = [i for i in range(7) if i not in banned]
+        bias = tuple((i, -np.inf) for i in sorted(banned))
+        got = np.asarray(shape(jnp.asarray(logits), Sampling(**rule, bias=bias), *none))
+        want = np.asarray(shape(jnp.asarray(logits[:, left]), Sampling(**rule), *none))
+        assert (got[:, sorted(banned)] <= NEG / 2).all()
+        np.testing.assert_array_equal(got[:, left] > NEG / 2, want > NEG / 2)
+        p = jax.nn.softmax(got, -1)
+        assert np.isfinite(p).all() and float(np.asarray(p)[:, sorted(banned)].max()) == 0
+
+
+def test_the_instance_that_gave_a_forbidden_token() -> None:
+    logits = jnp.array([[0.0, 1.0, 2.0, 9.0]])
+    none = (jnp.zeros((1, 1), bool), jnp.zeros((1, 1), jnp.int32))
+    got = shape(logits, Sampling(typical_p=0.5, bias=((3, -np.inf),)), *none)
+    assert np.flatnonzero(np.asarray(got[0]) > NEG / 2).tolist() == [2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bias_that_is_no_number_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match="bias: token 3: found"):
+        Sampling(bias=((3, value),))

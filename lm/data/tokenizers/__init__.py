@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lm.data.tokenizers.base import Tokenizer, check_vocab
+from lm.data.tokenizers.base import Tokenizer, check_ids, check_vocab
 from lm.data.tokenizers.bytes import ByteTokenizer
+from lm.data.tokenizers.folder import from_directory
 from lm.data.tokenizers.gguf import from_gguf
 from lm.data.tokenizers.huggingface import HFTokenizer, from_json
-from lm.data.tokenizers.named import by_name, from_description, from_directory
 from lm.data.tokenizers.sentencepiece import SentencePieceTokenizer, from_sentencepiece
 from lm.data.tokenizers.values import ValueTokenizer
 
@@ -16,9 +16,8 @@ __all__ = [
     "SentencePieceTokenizer",
     "Tokenizer",
     "ValueTokenizer",
-    "by_name",
+    "check_ids",
     "check_vocab",
-    "from_description",
     "from_directory",
     "from_gguf",
     "from_json",

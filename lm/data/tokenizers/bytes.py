@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+NAMES = {"bos": "<s>", "eos": "</s>"}
+
+
 @dataclass(frozen=True)
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0 … 255, then bos and eos, each of which may be None."""
@@ -38,9 +41,17 @@ class ByteTokenizer(Tokenizer):
     def describe(self) -> dict[str, object]:
         return {**super().describe(), "kind": "bytes"}
 
-    def save(self, folder: Path, chat_template: str | None = None) -> None:
+    def token(self, i: int) -> str:
+        if i < 256:
+            return bytes([i]).decode("latin-1")
+        return {self.bos_id: NAMES["bos"], self.eos_id: NAMES["eos"]}.get(i, f"<unused{i}>")
+
+    def find(self, token: str) -> int | None:
+        return {NAMES["bos"]: self.bos_id, NAMES["eos"]: self.eos_id}.get(token)
+
+    def save(self, folder: Path) -> dict[str, object]:
         """Bytes are saved as byte-level BPE without merges."""
-        HFTokenizer(self._as_bpe(), self.bos_id, self.eos_id).save(folder, chat_template)
+        return HFTokenizer(self._as_bpe(), self.bos_id, self.eos_id).save(folder)
 
     def _as_bpe(self) -> tokenizers.Tokenizer:
         import tokenizers
@@ -52,7 +63,7 @@ class ByteTokenizer(Tokenizer):
         inner = tokenizers.Tokenizer(models.BPE(vocab={c: b for b, c in letters.items()}, merges=[]))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         inner.decoder = decoders.ByteLevel()
-        special = {self.bos_id: "<s>", self.eos_id: "</s>"}
+        special = {self.bos_id: NAMES["bos"], self.eos_id: NAMES["eos"]}
         last = max((i for i in special if i is not None), default=255)
         # The library numbers special tokens in the order in which they are added.
         inner.add_special_tokens([special.get(i, f"<unused{i}>") for i in range(256, last + 1)])

@@ -17,6 +17,8 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # numbers of ``tokenizer.ggml.token_ty
 # ``tokenizer.ggml.pre`` -> digits of one token where text is cut by GPT-4's rule of words; None: by GPT-2's rule
 CUTS = {"default": None, "gpt-2": None, "smollm": None, "llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
 
+BEGIN = ("llama-bpe",)  # byte-level vocabularies whose texts begin with bos unless the file says otherwise
+
 
 def from_gguf(field: Field, file: str) -> Tokenizer | None:
     """The vocabulary in a GGUF file's metadata; `field(key)` gives a value or None. None when there is none.
@@ -44,7 +46,13 @@ def from_gguf(field: Field, file: str) -> Tokenizer | None:
     for number, special in ((CONTROL, True), (USER_DEFINED, False)):
         named = [t for t, c in zip(tokens, types, strict=True) if c == number]
         inner.add_tokens([AddedToken(t, special=special, normalized=False) for t in named])
-    return HFTokenizer(inner, field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id"))
+    bos, eos = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
+    begins, ends = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
+    if begins is None:  # as llama.cpp has it
+        begins = kind == "llama" or field("tokenizer.ggml.pre") in BEGIN
+    return HFTokenizer(
+        inner, bos, eos, (bos,) if begins and bos is not None else (), (eos,) if ends and eos is not None else ()
+    )
 
 
 def _byte_bpe(field: Field, file: str, tokens: list[str]) -> tokenizers.Tokenizer:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lm.data.tokenizers.base import Tokenizer, write_config
+from lm.data.tokenizers.base import Tokenizer
 from lm.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
-ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # how files name the end of a document
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")  # how files that do not say so name the end of a document
+PROBES = ("a", "0", " ", "e", "the")  # texts of at least one token, whatever the vocabulary
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,17 @@ class HFTokenizer(Tokenizer):
     inner: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_id: int | None = None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id: ids may have gaps, and it is the largest that needs a row."""
         return 1 + max(self.inner.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
+    def base_size(self) -> int:
+        return 1 + max(self.inner.get_vocab(with_added_tokens=False).values(), default=-1)
 
     @property
     def identity(self) -> str:
@@ -41,27 +47,45 @@ class HFTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=False))
 
-    def with_own_end(self) -> HFTokenizer:
-        for token in ENDS:
-            end = self.inner.token_to_id(token)
-            if end is not None:
-                return dataclasses.replace(self, eos_id=end)
-        return self
+    def token(self, i: int) -> str:
+        return str(self.inner.id_to_token(i))
 
-    def save(self, folder: Path, chat_template: str | None = None) -> None:
+    def find(self, token: str) -> int | None:
+        found = self.inner.token_to_id(token)
+        return None if found is None else int(found)
+
+    def is_special(self, i: int) -> bool:
+        added = self.inner.get_added_tokens_decoder()
+        return i in added and added[i].special
+
+    def save(self, folder: Path) -> dict[str, object]:
         self.inner.save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        special = {key: self.inner.id_to_token(i) for key, i in ids.items() if i is not None}
-        write_config(folder, settings, special, chat_template)
+        return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
 def from_json(path: Path, bos_id: int | None = None, eos_id: int | None = None) -> HFTokenizer:
-    """The tokenizer in a ``tokenizer.json``; `UserError` when the file is none."""
+    """The tokenizer in a ``tokenizer.json``; `UserError` when the file is none.
+
+    Truncation and padding that the file carries along are those of whoever saved it, and are not obeyed.
+    """
     import tokenizers
 
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises bare Exception for anything it cannot parse
         raise UserError(f"{path}: not a tokenizer ({e})") from None
-    return HFTokenizer(inner, bos_id, eos_id)
+    inner.no_truncation()
+    inner.no_padding()
+    return HFTokenizer(inner, bos_id, eos_id, *_around(inner))
+
+
+def _around(inner: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the post-processor puts before and behind a text."""
+    for probe in PROBES:
+        plain = inner.encode(probe, add_special_tokens=False).ids
+        if plain:
+            whole = inner.encode(probe, add_special_tokens=True).ids
+            for i in range(len(whole) - len(plain) + 1):
+                if whole[i : i + len(plain)] == plain:
+                    return tuple(whole[:i]), tuple(whole[i + len(plain) :])
+    return (), ()

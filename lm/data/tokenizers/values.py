@@ -60,8 +60,13 @@ class ValueTokenizer(Tokenizer):
         """The scaled values: the scale itself is not among the ids."""
         return "".join(f"{v:.6g}\n" for v in self.centres(list(ids)))
 
-    def save(self, folder: Path, chat_template: str | None = None) -> None:
+    @property
+    def ends_documents(self) -> bool:
+        return False
+
+    def save(self, folder: Path) -> dict[str, object]:
         """Writes nothing: no file format knows this tokenizer, and `describe` says all of it."""
+        return {}
 
     def describe(self) -> dict[str, object]:
         return {"kind": "values", "bins": self.bins, "context": self.context, "low": self.low, "high": self.high}

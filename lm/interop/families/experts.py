@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ModelConfig
-from lm.errors import UserError
 from lm.ffn.moe.plug import MoE
 from lm.ffn.moe.routers import TopK
 from lm.interop.families.common import Family, Hf, attention_of, need, sliding_window, window_of, without
@@ -46,9 +45,7 @@ def _experts_of(cfg: ModelConfig) -> tuple[MoE, TopK]:
 
 def _read_mixtral(hf: Hf) -> dict[str, Any]:
     hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, **hf}
-    if not hf.get("rope_parameters"):
-        hf = {"rope_theta": 1e6, **hf}
-    out = read_like(hf)
+    out = read_like(hf, theta=1e6)
     router = {"k": hf.get("num_experts_per_tok", 2), "jitter": float(hf.get("router_jitter_noise") or 0.0)}
     moe = {
         "name": "moe",
@@ -117,8 +114,9 @@ def _write_qwen_experts(cfg: ModelConfig, out: Hf) -> dict[str, Any]:
 
 def _read_qwen2_moe(hf: Hf) -> dict[str, Any]:
     hf = {**DEFAULTS, "num_key_value_heads": 16, **hf}
-    if hf.get("use_sliding_window") and not hf.get("layer_types"):
-        raise UserError("config.json layer_types: missing; a qwen2_moe with use_sliding_window needs it")
+    if hf.get("use_sliding_window") and not hf.get("layer_types"):  # every other one of the first layers
+        slides = [i % 2 == 0 and i < need(hf, "max_window_layers") for i in range(need(hf, "num_hidden_layers"))]
+        hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
     out = read_layer_types(hf, read_like(hf, qkv_bias=bool(hf.get("qkv_bias", True))))
     return _read_qwen_experts(hf, out, 4, hf.get("shared_expert_intermediate_size", 5632))
 

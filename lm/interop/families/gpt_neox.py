@@ -46,7 +46,8 @@ TABLE: Table = {
 
 def _read(hf: Hf) -> dict[str, Any]:
     bias = bool(hf.get("attention_bias", True))
-    positions = rotary.read({**hf, "rotary_pct": hf.get("rotary_pct", 0.25)})
+    own = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
+    positions = rotary.read({**hf, **own})  # this family reads no other names
     out = read_like({**hf, "hidden_act": "silu"}, qkv_bias=bias, out_bias=bias)
     return {
         **out,
@@ -62,6 +63,7 @@ def _read(hf: Hf) -> dict[str, Any]:
 def _write(cfg: ModelConfig) -> dict[str, Any]:
     rope = rotary.write(cfg)
     fraction = rope.get("partial_rotary_factor", 1.0)
+    theta = rope["rope_parameters"].get("rope_theta", 10000.0)
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -77,7 +79,9 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         "use_parallel_residual": cfg.parallel_residual,
         "tie_word_embeddings": ties(cfg),
         "rotary_pct": fraction,
-        "rope_parameters": {**rope, "partial_rotary_factor": fraction},
+        "rotary_emb_base": theta,
+        **rope,
+        "rope_parameters": {**rope["rope_parameters"], "partial_rotary_factor": fraction},
     }
 
 

@@ -35,8 +35,8 @@ TABLE: Table = {
 }
 
 
-def read_like(hf: Hf, **attention: bool) -> dict[str, Any]:
-    """The fields of a Llama-like model; `attention`: fields of its mixer."""
+def read_like(hf: Hf, theta: float = 10000.0, **attention: bool) -> dict[str, Any]:
+    """The fields of a Llama-like model; `theta`: the family's default; `attention`: fields of its mixer."""
     return {
         "vocab_size": need(hf, "vocab_size"),
         "d_model": need(hf, "hidden_size"),
@@ -47,7 +47,7 @@ def read_like(hf: Hf, **attention: bool) -> dict[str, Any]:
         "d_ff": need(hf, "intermediate_size"),
         "max_positions": hf.get("max_position_embeddings", 2048),
         "norm": {"name": "rmsnorm", "eps": hf.get("rms_norm_eps", 1e-6)},
-        "positions": rotary.read(hf),
+        "positions": rotary.read(hf, theta),
         "ffn": {"name": pick(GATED, hf.get("hidden_act", "silu"), "hidden_act"), "bias": bool(hf.get("mlp_bias"))},
         "head": {"name": "linear", "tie": bool(hf.get("tie_word_embeddings", False))},
         "mixer": {"name": "softmax", **attention},
@@ -71,7 +71,7 @@ def write_like(cfg: ModelConfig, model_type: str, architecture: str) -> dict[str
         "mlp_bias": ffn_bias(cfg),
         "attention_bias": attention_of(cfg).out_bias,
         "tie_word_embeddings": ties(cfg),
-        "rope_parameters": rotary.write(cfg),
+        **rotary.write(cfg),
     }
 
 

@@ -28,13 +28,14 @@ NEEDED = {
 }
 
 
-def read(hf: Hf) -> dict[str, Any]:
-    """The rotary plug of a config.json. Raises `UserError` for a scaling that is unknown or lacks a key."""
-    rp = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+def read(hf: Hf, theta: float = 10000.0) -> dict[str, Any]:
+    """The rotary plug of a config.json, `theta` being the family's default; what stands in ``rope_scaling`` replaces
+    ``rope_parameters``, as in transformers 5. Raises `UserError` for a scaling that is unknown or lacks a key."""
+    rp = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     if rp and all(isinstance(v, Mapping) for v in rp.values()):
         raise UserError("config.json rope_parameters: one set per layer type is not supported; valid: one set")
-    theta = _first(rp.get("rope_theta"), hf.get("rope_theta"), hf.get("rotary_emb_base"), 10000.0)
-    fraction = _first(rp.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), hf.get("rotary_pct"), 1.0)
+    theta = _first(rp.get("rope_theta"), hf.get("rope_theta"), theta)
+    fraction = _first(rp.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1.0)
     kind = _first(rp.get("rope_type"), rp.get("type"), "default")
     if "mrope_section" in rp or kind not in KEYS:
         raise unknown("config.json rope_type", "mrope" if "mrope_section" in rp else kind, KEYS)
@@ -56,17 +57,21 @@ def _first(*values: Any) -> Any:
 
 
 def write(cfg: ModelConfig) -> dict[str, Any]:
-    """The ``rope_parameters`` of a model; those of plain rotation where they have no place for its positions."""
+    """The rotary keys of a model: ``rope_parameters``, and beside it what transformers 4 and other readers look for.
+    Those of plain rotation where they have no place for its positions."""
     positions = cfg.positions
     if not isinstance(positions, Rope):
-        return {"rope_type": "default", "rope_theta": 10000.0}
+        return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     fields = to_dict(positions.scaling, table("lm.positions.scaling"))
     kind, original = fields.pop("name"), fields.pop("original", None)
     if kind not in KEYS:
-        return {"rope_type": "default"}
+        return {"rope_parameters": {"rope_type": "default"}}
     out = {"rope_type": kind, "rope_theta": positions.theta, **{k: v for k, v in fields.items() if v is not None}}
+    older: dict[str, Any] = {"rope_theta": positions.theta}
     if positions.fraction != 1.0:
-        out["partial_rotary_factor"] = positions.fraction
+        out["partial_rotary_factor"] = older["partial_rotary_factor"] = positions.fraction
     if original is not None:
         out["original_max_position_embeddings"] = original
-    return out
+    if kind != "default":
+        older["rope_scaling"] = {**out, "type": kind}
+    return {"rope_parameters": out, **older}

@@ -6,7 +6,7 @@ import abc
 from typing import Any
 
 from lm.config import ModelConfig
-from lm.data.tokenizers import Tokenizer
+from lm.data.record import TextRecord
 
 
 class Reader(abc.ABC):
@@ -23,16 +23,13 @@ class Reader(abc.ABC):
     def params(self, cfg: ModelConfig) -> dict[str, Any]:
         """The parameter tree of `cfg`, as arrays of ``cfg.param_dtype``."""
 
-    @abc.abstractmethod
-    def tokenizer(self) -> Tokenizer | None: ...
+    def dtype(self) -> str:
+        """What most of its weights are stored as: ``float32``, ``float16`` or ``bfloat16``."""
+        return "float32"
 
     @abc.abstractmethod
-    def special(self) -> tuple[int | None, int | None]:
-        """(eos, bos) ids."""
-
-    @abc.abstractmethod
-    def chat_template(self) -> str | None:
-        """Jinja source; None for a model that is not tuned to converse."""
+    def text(self) -> TextRecord:
+        """What it says about its text: tokenizer, special tokens, templates, how answers are drawn."""
 
     @abc.abstractmethod
     def identity(self) -> str:

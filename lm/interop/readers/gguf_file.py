@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from gguf.quants import dequantize
 
 import lm.interop.readers.tensors as tensors
 from lm.config import ModelConfig
-from lm.data.tokenizers import Tokenizer, from_gguf
+from lm.data.record import TextRecord, from_gguf
 from lm.errors import UserError, unknown
 from lm.interop.families.table import Table, flip, same
 from lm.interop.readers.base import Reader
@@ -57,12 +58,13 @@ class File(Reader):
     """One GGUF file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.files = path, [path]
         try:
             self.reader = GGUFReader(str(path))
-            self.tensors = {t.name: t for t in self.reader.tensors}
         except Exception as e:  # the library raises whatever its parsing runs into
             raise UserError(f"{path}: not a complete GGUF file ({type(e).__name__}: {e})") from None
+        self.parts = self._parts()
+        self.tensors = {t.name: t for part in self.parts for t in part.tensors}
         self.arch = self._field("general.architecture")
         if self.arch not in ARCHITECTURES:
             raise unknown(f"{path} general.architecture", self.arch, ARCHITECTURES)
@@ -70,6 +72,34 @@ class File(Reader):
     def _field(self, key: str, default: float | str | None = None) -> Any:
         field = self.reader.fields.get(key)
         return default if field is None else field.contents()
+
+    def _parts(self) -> list[Any]:
+        """The readers of all parts of a file that was split, this one the first of them."""
+        count = int(self._field("split.count", 0) or 0)
+        if count < 2:
+            return [self.reader]
+        if int(self._field("split.no", 0) or 0) != 0:
+            raise UserError(f"{self.path}: part {self._field('split.no') + 1} of {count}; valid: the first part")
+        found = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", self.path.name)
+        if found is None:
+            raise UserError(
+                f"{self.path}: the first of {count} parts; valid: a name that ends in -00001-of-{count:05}.gguf"
+            )
+        readers = [self.reader]
+        self.files += [self.path.with_name(f"{found[1]}-{i:05}-of-{found[2]}.gguf") for i in range(2, count + 1)]
+        for path in self.files[1:]:
+            if not path.is_file():
+                raise UserError(f"{path}: no such file, though {self.path.name} is the first of {count} parts")
+            try:
+                readers.append(GGUFReader(str(path)))
+            except Exception as e:
+                raise UserError(f"{path}: not a complete GGUF file ({type(e).__name__}: {e})") from None
+        return readers
+
+    def dtype(self) -> str:
+        kinds = [t.tensor_type.name for t in self.tensors.values()]
+        common = max(set(kinds), key=kinds.count, default="F32")
+        return {"F16": "float16", "BF16": "bfloat16"}.get(common, "float32")
 
     def _need(self, key: str) -> Any:
         value = self._field(f"{self.arch}.{key}")
@@ -141,15 +171,8 @@ class File(Reader):
         names = [n for n in self.tensors if n != "rope_freqs.weight"]
         return tensors.fill(cfg, ARCHITECTURES[self.arch], self._read, names, self.path)
 
-    def tokenizer(self) -> Tokenizer | None:
+    def text(self) -> TextRecord:
         return from_gguf(self._field, str(self.path))
 
-    def special(self) -> tuple[int | None, int | None]:
-        return self._field("tokenizer.ggml.eos_token_id"), self._field("tokenizer.ggml.bos_token_id")
-
-    def chat_template(self) -> str | None:
-        template: str | None = self._field("tokenizer.chat_template")
-        return template
-
     def identity(self) -> str:
-        return tensors.content_hash([self.path])
+        return tensors.content_hash(self.files)

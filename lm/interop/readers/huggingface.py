@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import safetensors
 import lm.interop.readers.schema as schema
 import lm.interop.readers.tensors as tensors
 from lm.config import ModelConfig
-from lm.data.tokenizers import Tokenizer, from_directory
+from lm.data.record import TextRecord, from_folder
 from lm.errors import UserError, unknown
 from lm.interop.families import FAMILIES
 from lm.interop.readers.base import Reader
@@ -37,6 +38,13 @@ class Directory(Reader):
         if not isinstance(self.hf, dict):
             raise UserError(f"{path / 'config.json'}: expected an object, found {type(self.hf).__name__}")
         schema.check(self.hf, path / "config.json")
+        quantised = self.hf.get("quantization_config")
+        if quantised:
+            how = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise UserError(
+                f"{path / 'config.json'} quantization_config: weights quantised by {how or 'an unnamed method'!r} are "
+                "not read; valid: the checkpoint as floating point numbers, or a GGUF file of it"
+            )
         kind = self.hf.get("model_type")
         if kind not in FAMILIES:
             raise unknown(f"{path / 'config.json'} model_type", kind, FAMILIES)
@@ -46,15 +54,20 @@ class Directory(Reader):
         return self.family.read(self.hf)
 
     def _files(self) -> list[Path]:
+        """The files of the weights: one whole, else the shards of an index, else all there are."""
         index = self.path / "model.safetensors.index.json"
-        if index.is_file():
+        if (self.path / "model.safetensors").is_file():  # others beside it are adapters or another layout
+            files = [self.path / "model.safetensors"]
+        elif index.is_file():
             listed = read_json(index)
             shards = listed.get("weight_map") if isinstance(listed, dict) else None
             if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
                 raise UserError(f"{index}: 'weight_map' is missing, empty, or maps to something not a file name")
-            files = [self.path / name for name in sorted(set(shards.values()))]
-        elif (self.path / "model.safetensors").is_file():  # others beside it are adapters or another layout
-            files = [self.path / "model.safetensors"]
+            names = sorted(set(shards.values()))
+            for name in names:
+                if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                    raise UserError(f"{index}: names {name!r}, which is outside of the folder; valid: files in it")
+            files = [self.path / name for name in names]
         else:
             files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -68,52 +81,82 @@ class Directory(Reader):
                 raise UserError(f"{file}: no such file, though the index of {self.path} names it")
         return files
 
-    def params(self, cfg: ModelConfig) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, _Stored]:
+        """Every tensor by its full name, opened and not yet read."""
         head, prefix = self.family.head, self.family.prefix
-        where: dict[str, tuple[Path, str]] = {}  # full name -> file, and the name there
-        handles = {file: _open(file) for file in self._files()}
-        for file, handle in handles.items():
+        out: dict[str, _Stored] = {}
+        for file in self._files():
+            handle = _open(file)
             for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                if name != head:
-                    where[name if name.startswith(prefix) else prefix + name] = (file, name)
-                elif not cfg.head.reads_embedding:
-                    where[name] = (file, name)
+                full = name if name == head or name.startswith(prefix) else prefix + name
+                out[full] = _Stored(file, handle, name)
+        return out
 
-        def get(name: str) -> np.ndarray:
-            file, stored = where[name]
-            try:
-                return np.asarray(handles[file].get_tensor(stored)).astype(cfg.param_dtype)
-            except (safetensors.SafetensorError, ValueError, TypeError) as e:
-                raise UserError(f"{file}: tensor {stored!r} cannot be read ({e})") from None
+    def params(self, cfg: ModelConfig) -> dict[str, Any]:
+        found = self._tensors()
+        for stored in found.values():
+            stored.check()
+        if cfg.head.reads_embedding:
+            self._tied(found)
+        return tensors.fill(cfg, self.family.table, lambda n: found[n].read(cfg.param_dtype), found, self.path)
 
-        return tensors.fill(cfg, self.family.table, get, where, self.path)
+    def _tied(self, found: dict[str, _Stored]) -> None:
+        """Of a model whose head is its embedding table, `found` keeps the table. Raises `UserError` for a head that
+        is another matrix."""
+        embed, head = self.family.table["embed"][0], found.pop(self.family.head, None)
+        if head is None:
+            return
+        if embed not in found:  # saved under the other of its two names
+            found[embed] = head
+        elif not np.array_equal(found[embed].array(), head.array()):
+            raise UserError(
+                f"{self.path / 'config.json'} tie_word_embeddings: true, but the file has a tensor "
+                f"{self.family.head!r} that differs from the embedding table; valid: false, to read with that head"
+            )
 
-    def tokenizer(self) -> Tokenizer | None:
-        return from_directory(self.path, *reversed(self.special()))
+    def dtype(self) -> str:
+        kinds = [stored.kind() for stored in self._tensors().values()]
+        common = max(set(kinds), key=kinds.count, default="F32")
+        return FLOATS.get(common, "float32")
 
-    def special(self) -> tuple[int | None, int | None]:
-        eos = self.hf.get("eos_token_id")
-        return (eos[0] if isinstance(eos, list) and eos else eos), self.hf.get("bos_token_id")
-
-    def chat_template(self) -> str | None:
-        return chat_template(self.path)
+    def text(self) -> TextRecord:
+        return from_folder(self.path, self.hf)
 
     def identity(self) -> str:
         return tensors.content_hash([self.path / "config.json", *self._files()])
 
 
-def chat_template(folder: Path) -> str | None:
-    """Jinja source of ``chat_template.jinja`` or in ``tokenizer_config.json``; of several, the one named default."""
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    about = read_json(folder / "tokenizer_config.json")
-    template = about.get("chat_template") if isinstance(about, dict) else None
-    if isinstance(template, list):
-        default = (t for t in template if isinstance(t, dict) and t.get("name") == "default")
-        template = next(default, {}).get("template")
-    return template if isinstance(template, str) else None
+# How safetensors names what a weight may be stored as.
+FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor in a file."""
+
+    file: Path
+    handle: Any
+    name: str
+
+    def kind(self) -> str:
+        return str(self.handle.get_slice(self.name).get_dtype())
+
+    def check(self) -> None:
+        """Raises `UserError` for a tensor that is not stored as floating point numbers, constants aside."""
+        if self.kind() not in FLOATS and not tensors.BUFFERS.search(self.name):
+            raise UserError(
+                f"{self.file}: tensor {self.name!r} is stored as {self.kind()}, a quantised form that needs scales; "
+                f"valid: {', '.join(FLOATS)}"
+            )
+
+    def array(self) -> np.ndarray:
+        try:
+            return np.asarray(self.handle.get_tensor(self.name))
+        except (safetensors.SafetensorError, ValueError, TypeError) as e:
+            raise UserError(f"{self.file}: tensor {self.name!r} cannot be read ({e})") from None
+
+    def read(self, dtype: Any) -> np.ndarray:
+        return self.array().astype(dtype)
 
 
 def _open(file: Path) -> Any:

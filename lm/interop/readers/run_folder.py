@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,9 @@ import jax
 import lm.interop.readers.tensors as tensors
 import lm.model.params as params_lib
 from lm.config import ModelConfig, plug
-from lm.data.tokenizers import Tokenizer, from_description
+from lm.data.record import TextRecord, from_description
 from lm.errors import UserError
 from lm.interop.readers.base import Reader
-from lm.interop.readers.huggingface import chat_template
 from lm.train import folder
 from lm.train.checkpoint import read_part
 
@@ -94,23 +94,16 @@ class Run(Reader):
             tensors.check(cfg, trained, str(self.path))
         return dict(jax.tree.map(jax.numpy.asarray, trained))
 
-    def tokenizer(self) -> Tokenizer | None:
-        return from_description(self.path, self.about.get("tokenizer") or {})
-
-    def special(self) -> tuple[int | None, int | None]:
-        about = self.about.get("tokenizer") or {}
-        return about.get("eos_id"), about.get("bos_id")
-
-    def chat_template(self) -> str | None:
-        """The run's own, else that of the checkpoint that training started from."""
-        own = chat_template(self.path)
-        if own is not None or not self.about.get("start_source"):
+    def text(self) -> TextRecord:
+        """The run's own; the templates are those of the checkpoint that training started from where it has none."""
+        own = from_description(self.path, self.about.get("tokenizer") or {})
+        if own.templates or not self.about.get("start_source"):
             return own
         try:
             start = self.start()
         except UserError:  # the start is gone: the weights do not need it, unless they are adapters
-            return None
-        return None if start is None else start.chat_template()
+            return own
+        return own if start is None else dataclasses.replace(own, templates=start.text().templates)
 
     def identity(self) -> str:
         saved = self.path / folder.CHECKPOINTS / str(self.step())

@@ -16,6 +16,8 @@ from lm.surgery.lora import LoRA
 
 FUSED = ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel")  # what some families keep in one tensor
 
+NO_LINEAR = ("ffn/router/", "ffn/experts/")  # what transformers 5 keeps as plain arrays, without a linear layer
+
 
 def tensors(trained: Mapping[str, object], family: str) -> tuple[dict[str, np.ndarray], list[str]]:
     """PEFT's tensors by name, and the modules they adapt. Raises `UserError` for adapters that PEFT keeps otherwise."""
@@ -25,17 +27,22 @@ def tensors(trained: Mapping[str, object], family: str) -> tuple[dict[str, np.nd
     for ours, leaf in params_lib.names(trained).items():
         weight, _, part = ours.rpartition("/")
         short = weight.removeprefix("blocks/")
-        if part not in ("lora_a", "lora_b") or not weight.endswith("/kernel") or short not in kind.table:
+        layer = kind.table[short][0] if short in kind.table else ""
+        if (
+            part not in ("lora_a", "lora_b")
+            or not weight.endswith("/kernel")
+            or not layer
+            or short.startswith(NO_LINEAR)
+        ):
             raise UserError(
                 f"--as=peft: {ours} has no place in a PEFT adapter of linear layers; valid: --as=huggingface, which "
                 "merges"
             )
         if kind.fuse is not None and short in FUSED:
             raise UserError(f"--as=peft: {family} fuses {weight} with others; valid: --as=huggingface, which merges")
-        name, _ = kind.table[short]
         letter = "A" if part == "lora_a" else "B"
         for i, value in enumerate(np.asarray(leaf)) if weight.startswith("blocks/") else [(None, np.asarray(leaf))]:
-            module = name.format(i=i).removesuffix(".weight")
+            module = layer.format(i=i).removesuffix(".weight")
             # PEFT keeps both factors as linear layers do, outputs first, also where the layer itself does not.
             out[f"base_model.model.{module}.lora_{letter}.weight"] = np.ascontiguousarray(value.T)
             modules[module] = None

@@ -16,13 +16,8 @@ def write(folder: Path, checkpoint: Checkpoint) -> None:
     """Writes `checkpoint`, weights and tokenizer; the folder appears whole or not at all, and must not exist."""
     with new_folder(folder) as swap:
         about: dict[str, Any] = {"model": to_dict(checkpoint.config), "start": checkpoint.identity}
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save(swap, checkpoint.chat_template)
-            about["tokenizer"] = {
-                **checkpoint.tokenizer.describe(),
-                "eos_id": checkpoint.eos_id,
-                "bos_id": checkpoint.bos_id,
-            }
+        checkpoint.text.save(swap)
+        about["tokenizer"] = checkpoint.text.describe()
         checkpoints = Checkpoints(swap / CHECKPOINTS)
         checkpoints.save(0, {"params": checkpoint.params}, about)
         checkpoints.wait()

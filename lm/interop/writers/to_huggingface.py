@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 import lm.model.params as params_lib
 from lm.config import ModelConfig, build, saved_names, to_dict
-from lm.data.tokenizers import Tokenizer
+from lm.data.record import TextRecord
 from lm.errors import UserError, unknown
 from lm.files import new_folder, write_json
 from lm.interop.families import FAMILIES
@@ -137,31 +138,29 @@ def write(
     folder: Path,
     cfg: ModelConfig,
     params: Mapping[str, object],
-    tokenizer: Tokenizer | None = None,
+    text: TextRecord | None = None,
     *,
     family: str | None = None,
-    eos_id: int | None = None,
-    bos_id: int | None = None,
-    chat_template: str | None = None,
+    dtype: str | None = None,
 ) -> str:
-    """Writes config.json, model.safetensors, generation_config.json and the tokenizer; gives the family's name.
+    """Writes config.json, model.safetensors and all that `text` says; gives the family's name.
 
-    The folder appears whole or not at all, and must not exist. Raises `UserError` for a model that the family cannot
-    express, and for a place that cannot be written.
+    `dtype`: ``float32``, ``float16`` or ``bfloat16``; None = that of `params`. The folder appears whole or not at all,
+    and must not exist. Raises `UserError` for a model that the family cannot express, and for a place that cannot be
+    written.
     """
     from safetensors.numpy import save_file
 
     kind, hf = family_of(cfg, family)
-    tokenizer_ids = (None, None) if tokenizer is None else (tokenizer.eos_id, tokenizer.bos_id)
-    end = eos_id if eos_id is not None else tokenizer_ids[0]
-    begin = bos_id if bos_id is not None else tokenizer_ids[1]
-    ids = {k: v for k, v in (("bos_token_id", begin), ("eos_token_id", end)) if v is not None}
-    dtypes = {str(leaf.dtype) for leaf in params_lib.names(params).values()}
-    hf |= {"dtype": dtypes.pop() if len(dtypes) == 1 else "float32", "bos_token_id": begin, "eos_token_id": end}
+    text = TextRecord() if text is None else text
+    arrays = tensors(cfg, params, kind)
+    if dtype is None:
+        dtypes = {str(array.dtype) for array in arrays.values()}
+        dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    hf |= {"dtype": dtype, "torch_dtype": dtype, **text.config}
     with new_folder(folder) as swap:
         write_json(swap / "config.json", hf, indent=2, ascii_only=False)
-        write_json(swap / "generation_config.json", ids, indent=2, ascii_only=False)
-        save_file(tensors(cfg, params, kind), str(swap / "model.safetensors"), {"format": "pt"})
-        if tokenizer is not None:
-            tokenizer.save(swap, chat_template)
+        arrays = {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
+        save_file(arrays, str(swap / "model.safetensors"), {"format": "pt"})
+        text.save(swap)
     return kind

@@ -72,7 +72,7 @@ class NllByPosition(Measure):
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         trained = self.trained or subject.model.trained_length
-        docs = [(d, encode(subject.tokenizer, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
+        docs = [(d, encode(subject, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
         for doc, ids in docs:
             if len(ids) < self.tokens:
                 raise UserError(
@@ -97,7 +97,8 @@ class NllByPosition(Measure):
     def _summary(self, subject: Subject, docs: list[Any], nll_DT: np.ndarray, trained: int) -> Measured:
         position = np.arange(1, self.tokens)  # nll[i] belongs to token i + 1
         inside, beyond = position < trained, position >= self.margin * trained
-        n_bytes = [len(subject.tokenizer.decode(ids).encode()) for _, ids in docs]
+        own = len(subject.tokenizer.before)  # no text
+        n_bytes = [len(subject.tokenizer.decode(ids[own:]).encode()) for _, ids in docs]
         samples = {
             "bits_per_byte": [float(row.sum() / math.log(2) / size) for row, size in zip(nll_DT, n_bytes, strict=True)],
             "nll_inside": [float(row[inside].mean()) for row in nll_DT],

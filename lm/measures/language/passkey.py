@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -59,12 +58,13 @@ class Passkey(Measure):
         return sum(n * (1.0 + n / 8192) for n in kept) * len(self.depths) * self.trials
 
     def prompt(
-        self, tokenizer: Any, filler: list[int], length: int, depth: float, rng: random.Random
+        self, subject: Subject, filler: list[int], length: int, depth: float, rng: random.Random
     ) -> tuple[list[int], list[int], range]:
         """Token ids of prompt and answer, and where in the prompt the key is told; it is exactly `length` tokens."""
         key = str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))
         task, needle, question, answer = (
-            encode(tokenizer, t, "measures.passkey") for t in (TASK, NEEDLE.format(key=key), QUESTION, f" {key}")
+            encode(subject, t, "measures.passkey", alone=t is TASK)
+            for t in (TASK, NEEDLE.format(key=key), QUESTION, f" {key}")
         )
         room = length - len(task) - len(needle) - len(question)
         if room < 0 or room > len(filler):
@@ -82,12 +82,12 @@ class Passkey(Measure):
         """(number of the length, number of the depth, prompt, answer, needle). A prompt depends on seed, length, depth
         and trial alone: every arm reads the same ones."""
         text = "\n\n".join(d.text for d in texts.documents(self.filler))
-        filler = encode(subject.tokenizer, text, "measures.passkey")
+        filler = encode(subject, text, "measures.passkey", alone=False)
         for j, length in enumerate(self.lengths):
             for i, depth in enumerate(self.depths):
                 for trial in range(self.trials):
                     rng = random.Random(f"{subject.seed}/{length}/{depth}/{trial}")
-                    yield j, i, *self.prompt(subject.tokenizer, filler, length, depth, rng)
+                    yield j, i, *self.prompt(subject, filler, length, depth, rng)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         trained = subject.model.trained_length

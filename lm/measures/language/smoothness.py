@@ -94,7 +94,7 @@ class Smoothness(Measure):
     def run(self, subject: Subject, progress: Progress) -> Measured:
         docs, rows = self._documents(), []
         for i, doc in enumerate(docs):
-            ids = encode(subject.tokenizer, doc.text, "measures.smoothness")[: self.tokens]
+            ids = encode(subject, doc.text, "measures.smoothness")[: self.tokens]
             if len(ids) < self.tokens:
                 raise UserError(
                     f"measures.smoothness.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "

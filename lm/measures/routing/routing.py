@@ -25,7 +25,7 @@ def _rows(subject: Subject, specs: tuple[str, ...], length: int, rows: int, key:
     """Token ids ``[texts, rows, length]``, from the start of each text."""
     out = []
     for spec in specs:
-        ids = encode(subject.tokenizer, "\n\n".join(d.text for d in texts.documents(spec)), key)
+        ids = encode(subject, "\n\n".join(d.text for d in texts.documents(spec)), key)
         if len(ids) < rows * length:
             raise UserError(
                 f"{key}.rows: {rows} rows of {length} tokens asked for, {spec!r} has {len(ids)} tokens; valid: fewer"

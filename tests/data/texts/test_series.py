@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from lm.data import texts
+from lm.data import record, texts
 from lm.data.texts import series
 from lm.data.texts.document import Document
-from lm.data.tokenizers import by_name
 from lm.data.tokenizers.values import ValueTokenizer, from_description, numbers
 from lm.errors import UserError
+
+
+def tokenizer_of(spec: str, documents: Any, cache: Path) -> Any:
+    """The tokenizer that the setting names."""
+    return record.by_name(spec, documents, cache).tokenizer
 
 
 @pytest.fixture
@@ -92,7 +97,7 @@ def test_values_round_trip() -> None:
 
 def test_range_is_that_of_the_texts(tmp_path: Path) -> None:
     docs = [Document("a", "1 1 3", "", ""), Document("b", "10 10 5", "", "")]
-    tokenizer = by_name("values:8:2", lambda: docs, tmp_path)
+    tokenizer = tokenizer_of("values:8:2", lambda: docs, tmp_path)
     assert isinstance(tokenizer, ValueTokenizer)
     np.testing.assert_allclose([tokenizer.low, tokenizer.high], [0.5 - 0.125, 3.0 + 0.125])
     assert from_description(tokenizer.describe()) == tokenizer
@@ -101,11 +106,11 @@ def test_range_is_that_of_the_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", ["values:8", "values:a:b", "values:1:4", "values:8:0", "values:8:4:2"])
 def test_misspelt_tokenizers(spec: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.data\.tokenizer: 'values:"):
-        by_name(spec, lambda: [Document("a", "1 2", "", "")], tmp_path)
+        tokenizer_of(spec, lambda: [Document("a", "1 2", "", "")], tmp_path)
 
 
 def test_words_are_no_values(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"could not convert.*numbers alone"):
-        by_name("values:8:2", lambda: [Document("a", "1 two", "", "")], tmp_path)
+        tokenizer_of("values:8:2", lambda: [Document("a", "1 two", "", "")], tmp_path)
     with pytest.raises(UserError, match="not finite"):
         numbers("1 inf", "a")

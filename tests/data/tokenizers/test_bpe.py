@@ -8,23 +8,31 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lm.data import record
 from lm.data.texts.document import Document
-from lm.data.tokenizers import HFTokenizer, bpe, by_name
+from lm.data.tokenizers import HFTokenizer, bpe
 from lm.errors import UserError
 
 PROGRAM = """
 import sys
 from pathlib import Path
 from lm.data import texts
-from lm.data.tokenizers import HFTokenizer, bpe, by_name
+from lm.data import record
+from lm.data.tokenizers import HFTokenizer, bpe
 print(bpe.trained(texts.documents("kjv:Jude,kjv:Ruth"), 400, Path(sys.argv[1])).identity)
 """
+
+
+def tokenizer_of(spec: str, documents: Any, cache: Path) -> Any:
+    """The tokenizer that the setting names."""
+    return record.by_name(spec, documents, cache).tokenizer
 
 
 def documents(*texts: str) -> list[Document]:
@@ -57,7 +65,7 @@ def test_any_text_comes_back(text: str) -> None:
 def test_text_that_spells_the_end_is_no_end(tmp_path: Path) -> None:
     docs = documents("to end a text write <|endoftext|> at its end " * 20)
     for _ in range(2):  # trained, then read
-        tokenizer = by_name("bpe:300", lambda: docs, tmp_path)
+        tokenizer = tokenizer_of("bpe:300", lambda: docs, tmp_path)
         ids = tokenizer.encode("so <|endoftext|> it is")
         assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "so <|endoftext|> it is"
 
@@ -71,7 +79,7 @@ def test_size_is_the_size_asked_for(tmp_path: Path) -> None:
 def test_paths(tmp_path: Path) -> None:
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     inner.save(str(tmp_path / "mine.json"))
-    found = by_name(str(tmp_path / "mine.json"), list, tmp_path)
+    found = tokenizer_of(str(tmp_path / "mine.json"), list, tmp_path)
     assert found.encode("b") == [1] and found.eos_id is None  # it names none
 
 
@@ -85,13 +93,13 @@ def test_sentencepiece_models_by_path(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     for spec in (folder, folder / "tokenizer.model"):
-        pieces = by_name(str(spec), list, tmp_path)
+        pieces = tokenizer_of(str(spec), list, tmp_path)
         assert pieces.vocab_size == 15 and pieces.eos_id == 2
     (tmp_path / "text.model").write_text("no model")
     with pytest.raises(UserError, match=r"text\.model: not a SentencePiece model"):
-        by_name(str(tmp_path / "text.model"), list, tmp_path)
+        tokenizer_of(str(tmp_path / "text.model"), list, tmp_path)
     with pytest.raises(UserError, match=r"no tokenizer '.*tokenizer\.json' \(did you mean 'tokenizer\.model'\?\)"):
-        by_name(str(folder / "tokenizer.json"), list, tmp_path)
+        tokenizer_of(str(folder / "tokenizer.json"), list, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -111,11 +119,11 @@ def test_sentencepiece_models_by_path(tmp_path: Path) -> None:
 def test_names_of_no_tokenizer(spec: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("no tokenizer")
     with pytest.raises(UserError) as e:
-        by_name(spec.format(here=tmp_path), lambda: documents("x"), tmp_path)
+        tokenizer_of(spec.format(here=tmp_path), lambda: documents("x"), tmp_path)
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizers").write_text("a file where the folder should be")
     with pytest.raises(UserError, match=r"tokenizers.*cannot be written"):
-        by_name("bpe:260", lambda: documents("abab"), tmp_path)
+        tokenizer_of("bpe:260", lambda: documents("abab"), tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lm.data.record import TextRecord, from_description, from_folder
 from lm.data.texts import Document
 from lm.data.tokenizers import (
     ByteTokenizer,
@@ -15,7 +16,6 @@ from lm.data.tokenizers import (
     Tokenizer,
     ValueTokenizer,
     bpe,
-    from_description,
     from_directory,
 )
 
@@ -47,22 +47,24 @@ def test_it_comes_back(kind: str, tmp_path: Path) -> None:
     }[kind]()
     folder = tmp_path / "saved"
     folder.mkdir()
-    made.save(folder, "{{ messages }}")
+    record = TextRecord.of(made, "{{ messages }}")
+    record.save(folder)
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["chat_template"] == "{{ messages }}" and ("eos_token" in about) == (made.eos_id is not None)
-    described = json.loads(json.dumps(made.describe()))
-    for back in (from_description(folder, described), from_directory(folder, made.bos_id, made.eos_id)):
+    described = json.loads(json.dumps(record.describe()))
+    for back in (from_description(folder, described).tokenizer, from_folder(folder, record.config).tokenizer):
         assert back is not None and (back.bos_id, back.eos_id) == (made.bos_id, made.eos_id)
         assert back.encode(TEXT) == made.encode(TEXT) and back.decode(back.encode(TEXT)) == TEXT
-    assert from_description(folder, described).identity == made.identity  # type: ignore[union-attr]
+    back = from_description(folder, described).tokenizer
+    assert back is not None and back.identity == made.identity
 
 
 def test_bins_need_no_file(tmp_path: Path) -> None:
     made = ValueTokenizer(bins=8, context=2, low=-1.5, high=3.0)
     made.save(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert from_description(tmp_path, json.loads(json.dumps(made.describe()))) == made
+    assert from_description(tmp_path, json.loads(json.dumps(made.describe()))).tokenizer == made
 
 
 def test_without_a_file_there_is_none(tmp_path: Path) -> None:
-    assert from_directory(tmp_path) is None and from_description(tmp_path, {}) is None
+    assert from_directory(tmp_path) is None and from_description(tmp_path, {}).tokenizer is None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import jax
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from experiments import generate
 from experiments.commands.generate import Stop
 from lm.config import model_config
+from lm.data.record import TextRecord
 from lm.data.tokenizers import ByteTokenizer
 from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
@@ -26,12 +29,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = model_config(MODEL)
     weights = jax.tree.map(lambda x: 8 * x if x.ndim > 1 else x, params_lib.init(cfg, jax.random.key(3)))
     path = tmp_path_factory.mktemp("model") / "hf"
-    to_huggingface.write(path, cfg, weights, ByteTokenizer(), chat_template=CHAT)
+    to_huggingface.write(path, cfg, weights, TextRecord.of(ByteTokenizer(), CHAT))
     return path
 
 
 def answers(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
 def call(folder: Path, *args: str) -> int:
@@ -143,6 +146,87 @@ def test_mistakes(folder: Path, args: tuple[str, ...], words: str, capsys: pytes
 
 def test_a_model_without_a_template_cannot_chat(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = model_config(MODEL)
-    to_huggingface.write(tmp_path / "hf", cfg, params_lib.init(cfg, jax.random.key(0)), ByteTokenizer())
+    to_huggingface.write(tmp_path / "hf", cfg, params_lib.init(cfg, jax.random.key(0)), TextRecord.of(ByteTokenizer()))
     assert generate.main([f"--checkpoint={tmp_path}/hf", "--prompt=a", "--chat"]) == 2
     assert "has no chat template" in capsys.readouterr().err
+
+
+def edited(folder: Path, to: Path, **files: dict[str, Any]) -> Path:
+    """A copy of the checkpoint with changed keys in the JSON files that `files` name."""
+    shutil.copytree(folder, to)
+    for name, change in files.items():
+        path = to / f"{name}.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**old, **change}))
+    return to
+
+
+def test_every_stop_token_ends_an_answer(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An end that only the list of config.json, or generation_config.json, names."""
+    for i, change in enumerate(
+        ({"config": {"eos_token_id": [257, 65]}}, {"generation_config": {"eos_token_id": [65]}})
+    ):
+        other = edited(folder, tmp_path / str(i), **change)
+        assert call(other, "--prompt=ab", "--bias=65:1000", "--json") == 0
+        assert answers(capsys) == [{"prompt": "ab", "sample": 0, "text": "", "finish": "stop", "logprob": ANY}]
+        assert call(other, "--prompt=ab", "--bias=65:1000", "--json", "--ignore-eos") == 0
+        assert answers(capsys)[0]["text"] == "AAAAAA"
+
+
+def test_the_score_of_an_answer_ends_where_the_answer_ends(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was read ahead of a stop string counts for nothing."""
+    assert call(folder, "--prompt=ab", "--json", "--max-new-tokens=24") == 0
+    (whole,) = answers(capsys)
+    for n in (1, 3, 7):
+        word = whole["text"][n - 1]
+        first = whole["text"].index(word) + 1
+        assert call(folder, "--prompt=ab", "--json", "--max-new-tokens=24", f"--stop={word}") == 0
+        (cut,) = answers(capsys)
+        assert call(folder, "--prompt=ab", "--json", f"--max-new-tokens={first}") == 0
+        (short,) = answers(capsys)
+        assert cut["logprob"] == pytest.approx(short["logprob"], abs=1e-5) and cut["text"] == short["text"][:-1]
+
+
+def test_answers_are_drawn_as_the_checkpoint_says(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    warm = {"do_sample": True, "temperature": 1.7, "top_k": 50}
+    drawn = edited(folder, tmp_path / "drawn", generation_config=warm)
+    assert call(drawn, "--prompt=ab", "--json") == 0
+    out, err = capsys.readouterr()
+    assert "generation settings say: temperature 1.7, top_k 50" in err
+    assert call(folder, "--prompt=ab", "--json", "--temperature=1.7", "--top-k=50") == 0
+    assert json.loads(out) == answers(capsys)[0]
+    assert call(drawn, "--prompt=ab", "--json", "--temperature=0") == 0
+    greedy = answers(capsys)
+    assert call(folder, "--prompt=ab", "--json") == 0
+    assert answers(capsys) == greedy and greedy[0] != json.loads(out)
+    still = edited(folder, tmp_path / "still", generation_config={"do_sample": False, "temperature": 1.7})
+    assert call(still, "--prompt=ab", "--json") == 0
+    assert answers(capsys) == greedy
+
+
+def test_lines_of_a_file_end_at_newlines_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a\u2028b\x0cc\r\nd\n".encode())
+    assert call(folder, f"--file={tmp_path}/prompts.txt", "--json", "--max-new-tokens=1") == 0
+    assert [m["prompt"] for m in answers(capsys)] == ["a\u2028b\x0cc", "d"]
+
+
+def test_a_conversation_with_tools(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template = "{{ tools | tojson }}{{ documents | length }}{{ messages[-1].content }}"
+    other = edited(folder, tmp_path / "tools", tokenizer_config={"chat_template": template})
+    (tmp_path / "tools.json").write_text('[{"name": "f"}]')
+    (tmp_path / "bad.json").write_text("{}")
+    tools, documents = f"--tools={tmp_path}/tools.json", f"--documents={tmp_path}/tools.json"
+    assert call(other, "--prompt=hi", "--chat", tools, documents, "--json") == 0
+    (chat,) = answers(capsys)
+    assert call(other, '--prompt=[{"name": "f"}]1hi', "--json") == 0
+    assert answers(capsys)[0]["logprob"] == chat["logprob"]
+    assert call(other, "--prompt=hi", "--chat", f"--tools={tmp_path}/bad.json") == 2
+    assert "expected a list of objects, found dict" in capsys.readouterr().err
+    assert call(other, "--prompt=hi", "--chat", "--template=rag") == 2
+    assert "--template" in capsys.readouterr().err
+    assert call(other, "--prompt=hi", tools) == 2
+    assert "--tools: needs --chat" in capsys.readouterr().err

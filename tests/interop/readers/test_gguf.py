@@ -57,8 +57,9 @@ def _write(
     tensors: dict[str, np.ndarray],
     quantised: bool = False,
     more: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
+    in_a_part: int = 0,
 ) -> None:
-    w = gguf.GGUFWriter(str(path), "llama")
+    w = gguf.GGUFWriter(str(path), "llama", split_max_tensors=in_a_part)
     w.add_context_length(cfg.max_positions)
     w.add_embedding_length(cfg.d_model)
     w.add_block_count(cfg.n_layers)
@@ -108,6 +109,24 @@ def test_quantised_file_is_what_the_library_dequantises(model: Any, tmp_path: Pa
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
     error = np.abs(np.asarray(a["embed"]) - np.asarray(params["embed"])).max()
     assert 0 < error < 1e-3
+
+
+def test_a_file_in_parts(model: Any, tmp_path: Path) -> None:
+    cfg, params = model
+    _write(tmp_path / "m.gguf", cfg, _tensors(cfg, params), in_a_part=7)
+    parts = sorted(p.name for p in tmp_path.iterdir())
+    assert len(parts) == 3 and parts[0] == "m-00001-of-00003.gguf"
+    got = interop.load(str(tmp_path / parts[0]))
+    for name, want in params_lib.names(params).items():
+        np.testing.assert_array_equal(params_lib.names(got.params)[name], want, err_msg=name)
+    with pytest.raises(UserError, match=r"part 2 of 3; valid: the first part"):
+        interop.load(str(tmp_path / parts[1]))
+    (tmp_path / parts[2]).unlink()
+    with pytest.raises(UserError, match=r"m-00003-of-00003\.gguf: no such file, though"):
+        interop.load(str(tmp_path / parts[0]))
+    (tmp_path / parts[0]).rename(tmp_path / "first.gguf")
+    with pytest.raises(UserError, match=r"the first of 3 parts; valid: a name that ends in -00001-of-00003\.gguf"):
+        interop.load(str(tmp_path / "first.gguf"))
 
 
 def test_window_and_divisors_of_the_metadata(model: Any, tmp_path: Path) -> None:
@@ -236,7 +255,7 @@ def test_pretrained_tokenizer_round_trips() -> None:
     assert tokenizer.decode(ids) == text
     assert len(tokenizer.encode("12345")) == 5, "digits are tokens of their own"
     assert len(tokenizer.encode("<|im_start|>user")) == 2
-    assert (tokenizer.vocab_size, checkpoint.eos_id) == (49152, 2)
+    assert (tokenizer.vocab_size, checkpoint.text.eos_id) == (49152, 2)
 
 
 def test_absent_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,10 +73,44 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {**GQA, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
         48,
     ),
+    "qwen2-window-of-no-layer": (
+        "Qwen2",
+        {**GQA, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+        48,
+    ),
+    "qwen2-window-null": ("Qwen2", {**GQA, "use_sliding_window": True, "sliding_window": None}, 48),
+    "qwen2-layer-types": (
+        "Qwen2",
+        {
+            **GQA,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        48,
+    ),
     "qwen3": ("Qwen3", {**GQA, "head_dim": 16}, 48),
+    "qwen3-window": (
+        "Qwen3",
+        {**GQA, "head_dim": 16, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+        48,
+    ),
     "mixtral": ("Mixtral", {**GQA, "num_local_experts": 4, "num_experts_per_tok": 2}, 48),
     "mixtral-window": ("Mixtral", {**GQA, "num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 12}, 48),
     "qwen2-moe": ("Qwen2Moe", {**GQA, **EXPERTS, "shared_expert_intermediate_size": 40}, 48),
+    "qwen2-moe-window": (
+        "Qwen2Moe",
+        {
+            **GQA,
+            **EXPERTS,
+            "num_hidden_layers": 4,
+            "shared_expert_intermediate_size": 40,
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "max_window_layers": 3,
+        },
+        48,
+    ),
     "qwen2-moe-sparse": (
         "Qwen2Moe",
         {
@@ -205,6 +239,56 @@ def test_old_style_rope_scaling_reads_the_same(tmp_path: Path) -> None:
     config["rope_scaling"] = {"type": rope["rope_type"], "factor": rope["factor"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert interop.load(str(tmp_path), load_params=False).config == new
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "scaling beside parameters": (
+        "llama",
+        {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "the older name of the type": ("llama", {"rope_scaling": {**YARN, "type": "yarn"}, "rope_theta": 500.0}),
+    "a factor without a type": ("llama", {"rope_scaling": {"factor": 4.0}}),
+    "an empty scaling": ("llama", {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+    "theta in both": ("qwen2", {"rope_theta": 700.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "theta beside scaling": ("qwen3", {"rope_theta": 700.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "a part of each head": ("llama", {"partial_rotary_factor": 0.5}),
+    "a part inside": ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "length outside": ("llama", {"original_max_position_embeddings": 16, "rope_scaling": YARN}),
+    "mixtral's own theta": ("mixtral", {}),
+    "mixtral's theta beside scaling": ("mixtral", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "mixtral's theta inside": ("mixtral", {"rope_parameters": {"rope_type": "default"}}),
+    "neox, the newer name of the part": ("gpt_neox", {"partial_rotary_factor": 0.5}),
+    "neox, its own names": ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500}),
+    "neox, the newer name of theta": ("gpt_neox", {"rope_theta": 500.0}),
+    "neox, inside": ("gpt_neox", {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 1.0}}),
+    "neox, scaling": ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}, "rotary_emb_base": 500}),
+}
+
+
+@pytest.mark.parametrize("case", ROTARY)
+def test_rotary_settings_wherever_they_stand(case: str) -> None:
+    """Inverse frequencies and attention factor as transformers 5 computes them from the same config.json."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    family, given = ROTARY[case]
+    # Heads of 64, so that a part of a head is another width.
+    sizes = {**GQA, "hidden_size": 256, "head_dim": 64, "model_type": family, **given}
+    theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(sizes)))
+    settings = dict(theirs.rope_parameters)
+    if settings["rope_type"] == "default":
+        width = int(64 * settings.get("partial_rotary_factor", 1.0))
+        want, m = settings["rope_theta"] ** (-np.arange(0, width, 2) / width), 1.0
+    else:
+        want, m = ROPE_INIT_FUNCTIONS[settings["rope_type"]](theirs, "cpu")
+    cfg = model_config(families.FAMILIES[family].read(sizes))
+    rope = cfg.positions
+    width = int(64 * rope.fraction)
+    got, ours = rope.bind(cfg).scaling.frequencies(rope.theta, width, jnp.ones(()), cfg.max_positions)
+    np.testing.assert_allclose(got, np.asarray(want), rtol=2e-6)
+    assert ours == pytest.approx(m, abs=1e-6)
+    if case == "scaling beside parameters":
+        assert rope.scaling.factor == 4.0 and ours == pytest.approx(1.138629, abs=1e-6)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from lm import interop
 from lm.errors import UserError
@@ -117,13 +119,95 @@ def test_only_a_pickle(tmp_path: Path) -> None:
 
 def test_index_names_a_shard_that_is_not_there(tmp_path: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00002.safetensors"}}
-    (_make(tmp_path) / "model.safetensors.index.json").write_text(json.dumps(index))
+    _sharded(tmp_path, json.dumps(index))
     assert "model-00002.safetensors" in _refused(tmp_path)
+
+
+def _sharded(folder: Path, index: str) -> None:
+    """The weights in a shard, and an index."""
+    (_make(folder) / "model.safetensors").rename(folder / "model-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(index)
+
+
+@pytest.mark.parametrize("name", ["../model-00001.safetensors", "a/../../m.safetensors", "/etc/m.safetensors"])
+def test_an_index_stays_in_its_folder(tmp_path: Path, name: str) -> None:
+    _sharded(tmp_path, json.dumps({"weight_map": {"model.norm.weight": name}}))
+    assert f"names {name!r}, which is outside of the folder" in _refused(tmp_path)
+
+
+def test_shards_may_lie_in_a_subfolder(tmp_path: Path) -> None:
+    want = interop.load(str(_make(tmp_path))).params
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "model.safetensors").rename(tmp_path / "weights" / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(SHAPES, "weights/a.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    jax.tree.map(np.testing.assert_array_equal, interop.load(str(tmp_path)).params, want)
+
+
+def test_an_index_beside_the_whole_file_is_left_over(tmp_path: Path) -> None:
+    """As in transformers, which looks for the whole file first."""
+    (_make(tmp_path) / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    interop.load(str(tmp_path))
+
+
+HEAD = {"lm_head.weight": (16, 8)}
+
+
+def test_a_tied_head_that_differs_is_not_dropped(tmp_path: Path) -> None:
+    message = _refused(_make(tmp_path, **HEAD))
+    assert "tie_word_embeddings: true" in message and "'lm_head.weight' that differs" in message
+    kept = interop.load(str(_make(tmp_path, {"tie_word_embeddings": False}, **HEAD)))
+    assert kept.params["head"]["kernel"].shape == (8, 16)
+
+
+def test_a_tied_table_under_either_name(tmp_path: Path) -> None:
+    want = interop.load(str(_make(tmp_path))).params["embed"]
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, str(file))
+    np.testing.assert_array_equal(interop.load(str(tmp_path)).params["embed"], want)
+    del tensors["model.embed_tokens.weight"]
+    save_file(tensors, str(file))
+    np.testing.assert_array_equal(interop.load(str(tmp_path)).params["embed"], want)
+
+
+def test_untied_without_a_head(tmp_path: Path) -> None:
+    assert "'lm_head.weight' is missing" in _refused(_make(tmp_path, {"tie_word_embeddings": False}))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, np.int8, np.uint8, np.int32, bool])
+def test_weights_in_a_quantised_form(tmp_path: Path, dtype: Any) -> None:
+    file = _make(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(dtype)
+    save_file(tensors, str(file))
+    message = _refused(tmp_path)
+    assert f"tensor {name!r} is stored as" in message and "F32" in message
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_weights_in_other_floating_point_types(tmp_path: Path, dtype: Any) -> None:
+    file = _make(tmp_path) / "model.safetensors"
+    tensors = {k: v.astype(dtype) for k, v in load_file(file).items()}
+    save_file(tensors, str(file))
+    got = interop.load(str(tmp_path)).params
+    assert got["embed"].dtype == np.float32
+    np.testing.assert_array_equal(got["embed"], tensors["model.embed_tokens.weight"].astype(np.float32))
+    assert interop.reader(str(tmp_path)).dtype() == {8: "float32"}.get(np.dtype(dtype).itemsize, np.dtype(dtype).name)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", None])
+def test_a_quantised_checkpoint_is_named(tmp_path: Path, method: str | None) -> None:
+    about = {"quant_method": method} if method else {"bits": 4}
+    message = _refused(_make(tmp_path, {"quantization_config": about}))
+    assert "quantization_config" in message and (method or "unnamed") in message
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 3, "b": null}}'])
 def test_broken_index(tmp_path: Path, text: str) -> None:
-    (_make(tmp_path) / "model.safetensors.index.json").write_text(text)
+    _sharded(tmp_path, text)
     assert "index.json" in _refused(tmp_path)
 
 

@@ -14,6 +14,7 @@ import pytest
 from experiments import convert
 from lm import interop
 from lm.config import ModelConfig, merge, model_config
+from lm.data.record import TextRecord
 from lm.data.tokenizers import ByteTokenizer
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
@@ -122,12 +123,12 @@ def made(name: str) -> tuple[ModelConfig, Any]:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_written_reads_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     cfg, weights = made(name)
-    assert to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer()) == MODELS[name][0]
+    assert to_huggingface.write(tmp_path / "out", cfg, weights, TextRecord.of(ByteTokenizer())) == MODELS[name][0]
     back = interop.load(str(tmp_path / "out"))
     assert jax.tree.structure(back.params) == jax.tree.structure(weights)
     jax.tree.map(np.testing.assert_array_equal, back.params, weights)
     assert [layer.pattern for layer in back.config.layers()] == [layer.pattern for layer in cfg.layers()]
-    assert back.tokenizer is not None and (back.eos_id, back.bos_id) == (257, 256)
+    assert back.tokenizer is not None and (back.text.eos_id, back.text.bos_id) == (257, 256)
     text = "naïve café\n\t日本 \x00!"
     assert (
         list(back.tokenizer.encode(text)) == list(text.encode()) and back.tokenizer.decode(list(text.encode())) == text
@@ -139,7 +140,7 @@ def test_transformers_loads_it_to_the_same_logits_and_text(name: str, tmp_path: 
     torch = pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
     transformers = pytest.importorskip("transformers")
     cfg, weights = made(name)
-    to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer())
+    to_huggingface.write(tmp_path / "out", cfg, weights, TextRecord.of(ByteTokenizer()))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
@@ -181,17 +182,18 @@ def test_an_export_that_dies_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(ByteTokenizer, "save", die)
     with pytest.raises(KeyboardInterrupt):
-        to_huggingface.write(tmp_path / "out", cfg, weights, ByteTokenizer())
+        to_huggingface.write(tmp_path / "out", cfg, weights, TextRecord.of(ByteTokenizer()))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_goes_both_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg, weights = made("qwen3")
-    to_huggingface.write(tmp_path / "hf", cfg, weights, ByteTokenizer(), chat_template="{{ messages[0].content }}")
+    to_huggingface.write(tmp_path / "hf", cfg, weights, TextRecord.of(ByteTokenizer(), "{{ messages[0].content }}"))
     assert convert.main([f"--checkpoint={tmp_path}/hf", f"--to={tmp_path}/run", "--as=run"]) == 0
     loaded = interop.load(str(tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, loaded.params, weights)
-    assert (loaded.eos_id, loaded.bos_id, loaded.chat_template) == (257, 256, "{{ messages[0].content }}")
+    assert (loaded.text.eos_id, loaded.text.bos_id) == (257, 256)
+    assert loaded.text.templates == {"default": "{{ messages[0].content }}"}
     assert convert.main([f"--checkpoint={tmp_path}/run", f"--to={tmp_path}/again"]) == 0
     for file in (
         "config.json",
