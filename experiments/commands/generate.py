@@ -19,6 +19,7 @@ from lm.config import ModelConfig, build, merge, overlay, to_dict
 from lm.data.tokenizers import Tokenizer
 from lm.data.tokenizers.base import TORN
 from lm.decoding import Generator, Sampling
+from lm.decoding.generator import SEEDS
 from lm.errors import UserError, unknown
 from lm.interop.readers.tensors import check
 from lm.model.language_model import DecoderModel
@@ -146,6 +147,8 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     for name in ("system", "template", "tools", "documents"):
         if getattr(args, name) is not None and not args.chat:
             raise UserError(f"--{name}: needs --chat")
+    if not 0 <= args.seed < SEEDS:
+        raise UserError(f"--seed: found {args.seed}; valid: 0 to {SEEDS - 1}")
     surgery = surgery_of(args.surgery)
     texts = prompts(args)
     header = interop.load(args.checkpoint, load_params=False)
@@ -184,7 +187,7 @@ def _answers(
         cut, logprobs, end = Stop(tokenizer, args.stop, prompt), [], "length"
         if show and args.samples > 1:
             print(f"--- sample {s}", flush=True)
-        seed = args.seed * 1_000_003 + s
+        seed = (args.seed * 1_000_003 + s) % SEEDS  # an odd factor: other seeds, other keys
         for _, _, new, scores, done in generator.stream(
             [prompt], sampling, max_new_tokens=args.max_new_tokens, stop=stop, seeds=[seed]
         ):

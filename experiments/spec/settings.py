@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.config import Dotted, ModelConfig, build, coerce, is_mapping, merge, overlay, overlay_plug, plug, to_dict
+from lm.decoding.generator import SEEDS
 from lm.errors import UserError, nearest, unknown
 from lm.measures import Measure
 from lm.plug import table
@@ -132,8 +133,8 @@ def experiment(settings: object) -> Experiment:
     # ConfigDict sorts its keys; tables and plots start with what everything is compared to.
     first = {exp.baseline: exp.arms[exp.baseline]}
     exp = dataclasses.replace(exp, arms={**first, **exp.arms})
-    if not exp.seeds or len(set(exp.seeds)) < len(exp.seeds) or min(exp.seeds) < 0:
-        raise UserError(f"config.seeds: found {exp.seeds}; valid: one or more different numbers from 0 on")
+    if not exp.seeds or len(set(exp.seeds)) < len(exp.seeds) or not 0 <= min(exp.seeds) <= max(exp.seeds) < SEEDS:
+        raise UserError(f"config.seeds: found {exp.seeds}; valid: one or more different numbers from 0 to {SEEDS - 1}")
     for arm, changes in exp.arms.items():
         if not is_mapping(changes):
             raise UserError(f"arms.{arm}: expected a mapping from dotted keys to values, found {changes!r}")

@@ -21,6 +21,7 @@ from lm.watch import Watch
 FIRST = 4096  # most tokens of the first piece of a prompt: nothing is cached yet, so tiles of attention can be skipped
 PIECE = 256  # tokens of every further piece
 STRIDE = 16  # tokens between looks of the host (stop strings, streaming)
+SEEDS = 2**32  # how many there are: a key of more bits would be cut
 HIDDEN = Watch(logits=False)
 
 
@@ -123,8 +124,8 @@ class Generator:
 
         The caller may stop reading at any time, for instance when a stop string has appeared.
         """
-        self._check(prompts, sampling, max_new_tokens, stop, samples)
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
+        self._check(prompts, sampling, max_new_tokens, stop, samples, seeds)
         settings = Settings(self.model, sampling, tuple(sorted(set(stop))))
         rows = [list(p) for p in prompts for _ in range(samples)]
         each = jax.vmap(jax.random.fold_in, (None, 0))
@@ -156,6 +157,7 @@ class Generator:
         max_new_tokens: int,
         stop: Sequence[int],
         samples: int,
+        seeds: Sequence[int],
     ) -> None:
         V = self.model.vocab_size
         if not prompts:
@@ -173,6 +175,9 @@ class Generator:
         for t in stop:
             if not 0 <= t < V:
                 raise UserError(f"stop: unknown token id {t}; valid: 0 to {V - 1}")
+        for seed in seeds:
+            if not 0 <= seed < SEEDS:
+                raise UserError(f"seed: found {seed}; valid: 0 to {SEEDS - 1}")
         sampling.check(V)
         room = self.model.room
         need = padded(max(len(p) for p in prompts)) + max_new_tokens

@@ -126,8 +126,12 @@ def autocorrelation(re: jax.Array, im: jax.Array) -> jax.Array:
 def roughness(re: jax.Array, im: jax.Array, normalized: bool = False) -> jax.Array:
     """``2 sum_k 2 pi^2 k^2 |c_k|^2`` ``[...]``, the integral over [-1, 1] of the squared derivative of ``|A(x)|^2``;
     with `normalized` of ``p(x) = |A(x)|^2 / (2 c_0)``."""
+    if normalized:  # the same at every scale; computed at the scale of one
+        size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(re).max(-1), jnp.abs(im).max(-1)))[..., None]
+        size = jnp.where(size > 0, size, 1.0)
+        re, im = re / size, im / size
     c = autocorrelation(re, im)
     k = np.arange(re.shape[-1], dtype=np.float64)
     weights = jnp.asarray(4.0 * np.pi**2 * k**2, re.dtype)
     total = (weights * (c.real**2 + c.imag**2)).sum(-1)
-    return total / (4.0 * c[..., 0].real ** 2 + 1e-30) if normalized else total
+    return total / jnp.maximum(4.0 * c[..., 0].real ** 2, 1e-30) if normalized else total

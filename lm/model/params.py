@@ -17,6 +17,8 @@ from lm.model.inputs import Inputs
 
 STACKING = ("layers", "experts")  # axes that number tensors rather than belong to one
 
+HEADS = ("heads", "kv_heads")  # followed by the channels of a head
+
 Path = Sequence[Any]  # of a leaf in a tree
 
 
@@ -94,6 +96,20 @@ class Axes(Mapping[str, tuple[str, ...]]):
         """How many leading axes of each leaf stack tensors (layers, experts) rather than belong to one; 0 for foreign
         names, so that any tree is accepted."""
         return jax.tree_util.tree_map_with_path(lambda path, _: sum(a in STACKING for a in self.at(path)), params)
+
+    def sides(self, name: str) -> int:
+        """2 for a matrix, 1 for a vector, 0 for a foreign name. Axes that stack tensors count for nothing, heads and
+        the channels of a head for one side: a bias ``[heads, head_dim]`` is a vector."""
+        own = [axis for axis in self[name] if axis not in STACKING]
+        return sum(not (axis == "head_dim" and before in HEADS) for before, axis in zip(["", *own], own, strict=False))
+
+    def matrices(self, params: Any) -> Any:
+        """Whether each leaf is a matrix (or has more sides yet); one with a foreign name by its number of axes."""
+
+        def one(path: Path, leaf: Any) -> bool:
+            return (self.sides("/".join(_parts(path))) or leaf.ndim) >= 2
+
+        return jax.tree_util.tree_map_with_path(one, params)
 
     def used(self) -> list[str]:
         """Every logical axis that a parameter has, sorted."""

@@ -16,7 +16,7 @@ from lm.plug import Plug
 @dataclass(frozen=True)
 class Optimizer(Plug):
     """A direction for every parameter: a frozen dataclass of settings. `decay`: which parameters decay, ``matrices``
-    (everything with two or more axes beside stacking) or ``all``."""
+    (what `lm.model.params.Axes` calls so) or ``all``."""
 
     KEY: ClassVar[str] = "train.optimizer"
 
@@ -61,4 +61,4 @@ def n_bytes(tx: optax.GradientTransformation, params: Any) -> int:
 def _mask(decay: str, axes: Axes) -> Any:
     if decay == "all":
         return None
-    return lambda tree: jax.tree.map(lambda p, n: p.ndim - n >= 2, tree, axes.stacks(tree))
+    return axes.matrices

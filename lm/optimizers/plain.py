@@ -124,9 +124,10 @@ def _matrices(axes: Axes, tree: Any) -> Any:
     def one(path: Any, leaf: Any) -> Any:
         found = () if masked(leaf) else axes.at(path)
         own = [i for i, a in enumerate(found) if a not in ("layers", "experts")]
-        if len(own) < 2 or not str(path[0].key).startswith("blocks"):
+        name = "/".join(str(k.key) for k in path)
+        if masked(leaf) or axes.sides(name) < 2 or not name.startswith("blocks"):
             return None
-        inputs = own[:-1] if found[-1] == "embed" else [i for i in own if found[i] == "embed"]
+        inputs = own[:-1] if found[-1] == "embed" else [i for i in own if found[i] == "embed"] or own[:1]
         outputs = [i for i in own if i not in inputs]
         return contrib.MuonDimensionNumbers(reduction_axis=tuple(inputs), output_axis=tuple(outputs))
 

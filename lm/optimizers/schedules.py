@@ -79,6 +79,11 @@ class WSD(Schedule):
 
     def factor(self, total: int) -> optax.Schedule:
         warm, down = _steps(self.warmup, total), max(_steps(self.decay, total), 1)
+        if warm + down > max(total, 1):
+            raise UserError(
+                f"train.schedule: {warm} steps of warmup and {down} of decay overlap in a run of {total}; valid: "
+                "shorter ones, or more train.steps"
+            )
         power = 1.0 if self.shape == "linear" else 0.5
 
         def fall(step: jax.Array) -> jax.Array:

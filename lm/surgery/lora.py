@@ -73,11 +73,11 @@ class LoRA(Surgery):
         """Trained parameter -> its number of input axes behind stacking ones; None = trained whole."""
         tree = params_lib.abstract(cfg)
         shapes, stacked = params_lib.names(tree), params_lib.names(params_lib.axes(cfg).stacks(tree))
-        inputs = params_lib.inputs(cfg)
+        inputs, axes = params_lib.inputs(cfg), params_lib.axes(cfg)
         out: dict[str, int | None] = {}
         for name in _matching(self.targets, shapes, "targets"):
             shape = shapes[name].shape[stacked[name] :]
-            if len(shape) < 2:
+            if axes.sides(name) < 2:
                 raise UserError(
                     f"train.surgery.targets: {name} is a vector, which has no low-rank term; valid: matrices, and "
                     "vectors in train.surgery.whole"

@@ -128,6 +128,7 @@ class TrainConfig:
     def check(self, cfg: ModelConfig) -> None:
         """Raises `UserError` for a model that cannot be trained so."""
         self.surgery.check(cfg)
+        self.schedule.factor(self.steps)
         self.augmentation.check(cfg, self.data.seq_len)
         self.mesh.check_rules(params.axes(cfg).used())
 

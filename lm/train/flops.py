@@ -39,10 +39,10 @@ def weights(cfg: ModelConfig) -> tuple[float, float]:
     """Weights of matrices that a token passes: in the layers, and in the head."""
     tree = params.abstract(cfg)
     axes, layers = params.axes(cfg), cfg.layers()
-    stacked, tables = params.names(axes.stacks(tree)), params.tables(cfg)
+    matrices, tables = params.names(axes.matrices(tree)), params.tables(cfg)
     found = {"blocks": 0.0, "head": cfg.vocab_size * cfg.d_model if cfg.head.reads_embedding else 0.0}
     for name, leaf in params.names(tree).items():
-        if leaf.ndim - stacked[name] >= 2 and name not in tables:
+        if matrices[name] and name not in tables:
             first = name.split("/")[0]
             place = first.removeprefix("blocks_")
             ffn = layers[int(place) if place.isdigit() else 0].ffn

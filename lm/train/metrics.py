@@ -37,6 +37,7 @@ class Meter:
         seconds, self.clock = now - self.clock, now
         weight = max(m["weight"], 1.0)
         nll, speed = m["nll"] / weight, weight / seconds
+        moved = i - int(m["skipped"]) + (0 if m["ok"] else 1)  # steps before this one that changed parameters
         line = {
             "loss": m["loss"],
             "nll": nll,
@@ -44,7 +45,7 @@ class Meter:
             "accuracy": m["correct"] / weight if "correct" in m else None,
             **{k: v / weight for k, v in m.items() if k.startswith("aux_")},
             "grad_norm": m["grad_norm"],
-            "learning_rate": self.run.train.optimizer.learning_rate * float(self.schedule(i)),
+            "learning_rate": self.run.train.optimizer.learning_rate * float(self.schedule(moved)),
             "tokens": weight,
             "seconds": round(seconds, 5),
             "tokens_per_second": round(speed, 1),

@@ -192,7 +192,8 @@ def on_mesh(cfg: ModelConfig, params: Params, tokens_BT: np.ndarray) -> tuple[np
     """Logits of rows cut over ``data 4 x tensor 2``, and on how many devices they came out."""
     mesh = compat.auto_mesh((4, 2), ("data", "tensor"))
     spec = jax.sharding.PartitionSpec
-    axes = params_lib.axes(cfg).tree(params)
+    with uncovered():  # a trace, which begins with a key
+        axes = params_lib.axes(cfg).tree(params)
 
     def place(leaf: Any, names: tuple[str | None, ...]) -> Any:
         rules = (None if n is None else RULES.get(n) for n in names)

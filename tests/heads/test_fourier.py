@@ -344,3 +344,18 @@ def test_mistakes_are_named(fields: dict[str, Any], message: str) -> None:
 def test_one_bin_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.vocab_size: 1 bins make no distribution"):
         model_config({"vocab_size": 1, "head": "fourier"})
+
+
+def test_the_normalized_regulariser_is_the_same_at_every_scale() -> None:
+    """Value, and the gradient over the scale, also where squares of squares leave float32."""
+    rng = np.random.default_rng(3)
+    re, im = (jnp.asarray(rng.normal(size=6), jnp.float32) for _ in range(2))
+    fn = jax.value_and_grad(lambda re, im: roughness(re, im, normalized=True), argnums=(0, 1))
+    want, grads = fn(re, im)
+    assert float(want) > 1
+    for scale in (1e-18, 1e-9, 1e9, 1e18):
+        got, scaled = fn(re * scale, im * scale)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+        for a, b in zip(scaled, grads, strict=True):
+            np.testing.assert_allclose(np.asarray(a, np.float64) * scale, b, rtol=1e-3, atol=1e-3 * float(want))
+    assert float(fn(0 * re, 0 * im)[0]) == 0

@@ -240,3 +240,54 @@ def test_mistakes_name_the_key(change: dict[str, Any], words: str) -> None:
 def test_decay_has_two_values() -> None:
     with pytest.raises(UserError, match=r"train\.optimizer\.decay: unknown name 'some'; valid: all, matrices"):
         plug("lm.optimizers", {"name": "adamw", "decay": "some"}, "train.optimizer")
+
+
+BIASED = model_config(
+    {
+        **{"vocab_size": 24, "d_model": 16, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 24},
+        "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True, "qk_norm": True},
+        "positions": {"name": "learned", "size": 8},
+        "ffn": {"name": "swiglu", "bias": True},
+    }
+)
+
+
+def test_a_bias_of_several_heads_is_a_vector() -> None:
+    """``[heads, head_dim]`` does not decay, takes Adam inside Muon, and has no low-rank term."""
+    axes, tree = params.axes(BIASED), params.init(BIASED, jax.random.key(1))
+    tree = jax.tree.map(lambda x: x + 1.0, tree)
+    matrices = params.names(axes.matrices(tree))
+    vectors = {name for name, is_matrix in matrices.items() if not is_matrix}
+    assert vectors == {name for name in matrices if name.rpartition("/")[2] in ("bias", "scale")}
+    assert {f"blocks/attn/{n}/bias" for n in "qkvo"} < vectors and matrices["pos_embed"] and matrices["embed"]
+    out = params.names(walk(make(AdamW(0.1, 0.5), ALWAYS, axes), tree, [jax.tree.map(jnp.zeros_like, tree)]))
+    for name, before in params.names(tree).items():
+        np.testing.assert_allclose(out[name], (0.95 if matrices[name] else 1.0) * before, rtol=1e-6, err_msg=name)
+    tx = TABLE["muon"](nesterov=False).direction(axes)
+    direction = params.names(tx.update(gradients(tree, 3), tx.init(tree), tree)[0])
+    for name in vectors:
+        np.testing.assert_allclose(np.abs(direction[name]), 0.15, atol=1e-3, err_msg=name)  # Adam's signs
+    for name in ("*/attn/q/bias", "blocks/attn/v/bias"):
+        lora = plug("lm.surgery", {"name": "lora", "rank": 1, "targets": (name,)}, "train.surgery")
+        with pytest.raises(UserError, match="is a vector, which has no low-rank term"):
+            lora.check(BIASED)
+
+
+def test_the_factors_of_an_adapter_are_matrices_to_muon() -> None:
+    lora = plug("lm.surgery", {"name": "lora", "rank": 2, "targets": ("*/attn/*/kernel",)}, "train.surgery")
+    axes = params.axes(BIASED)
+    tree = lora.init(BIASED, params.init(BIASED, jax.random.key(1)), jax.random.key(2))
+    tx = TABLE["muon"](nesterov=False).direction(axes)
+    direction = params.names(tx.update(gradients(tree, 3), tx.init(tree), tree)[0])
+    assert {name.rpartition("/")[2] for name in direction} == {"lora_a", "lora_b"}
+    for name, both in direction.items():
+        for one in np.asarray(both):
+            singular = np.linalg.svd(one, compute_uv=False)
+            assert singular.max() < 2.5 * singular.min(), name
+
+
+@pytest.mark.parametrize(("warmup", "decay", "total"), [(6.0, 5.0, 10), (0.6, 0.5, 100), (0.0, 11.0, 10)])
+def test_warmup_and_decay_that_overlap_are_refused(warmup: float, decay: float, total: int) -> None:
+    with pytest.raises(UserError, match=r"train\.schedule: \d+ steps of warmup and \d+ of decay overlap in a run of"):
+        schedules.WSD(warmup=warmup, decay=decay).factor(total)
+    schedules.WSD(warmup=warmup / 2, decay=decay / 2).factor(2 * total)

@@ -203,7 +203,15 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_told(
     done = tiny_run.train(tmp_path / "run", texts, told, steps=12, max_skipped=4)
     assert done.skipped == 3 and len(told) == 3
     assert told[0].startswith("step 6: loss nan, gradient norm") and told[2].endswith("not finite, skipped (3 so far)")
-    assert [x["skipped"] for x in read(tmp_path / "run" / "metrics.jsonl") if "skipped" in x][-1] == 3
+    lines = [x for x in read(tmp_path / "run" / "metrics.jsonl") if "skipped" in x]
+    assert lines[-1]["skipped"] == 3
+    # The rate of a line is the one that its step was taken with: a skipped step does not move the schedule on.
+    train = tiny_run.settings(texts, steps=12, max_skipped=4)
+    factor, moved = train.schedule.factor(12), 0
+    for before, line in zip([{"skipped": 0}, *lines], lines, strict=False):
+        assert line["learning_rate"] == pytest.approx(train.optimizer.learning_rate * float(factor(moved)), rel=1e-6)
+        moved += line["skipped"] == before["skipped"]
+    assert moved == 9
 
 
 def test_a_run_of_them_stops_with_the_last_good_state(

@@ -127,7 +127,7 @@ class MoELayer(nn.Module):
         if isinstance(decision, Slots):
             y, stats = _soft(experts, flat, decision)
         elif isinstance(decision, ExpertChoice):
-            y, stats = _by_expert(experts, flat, decision)
+            y, stats = _by_expert(experts, flat, decision, mask.reshape(B * T))
         else:
             places = moe.places(B * T // G, layer.key is not None)
             y, stats = _by_token(experts, x_BTD, decision, mask.reshape(G, -1), places, moe)
@@ -187,8 +187,10 @@ def _counts(experts: jax.Array, live: jax.Array, E: int) -> jax.Array:
     return (live.reshape(-1, 1) & (experts.reshape(-1, 1) == jnp.arange(E))).sum(0)
 
 
-def _by_expert(experts: Any, x_ND: jax.Array, choice: ExpertChoice) -> tuple[jax.Array, dict[str, Any]]:
-    """Experts choose: buffers are full by construction."""
+def _by_expert(
+    experts: Any, x_ND: jax.Array, choice: ExpertChoice, mask_N: jax.Array
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Experts choose: buffers are full by construction. Padding is no token that could be dropped."""
     G, E, n = choice.tokens_En.shape
     N, D = x_ND.shape
     tokens = choice.tokens_En + (jnp.arange(G) * (N // G))[:, None, None]
@@ -199,8 +201,8 @@ def _by_expert(experts: Any, x_ND: jax.Array, choice: ExpertChoice) -> tuple[jax
     taken = jnp.zeros((N, E), jnp.int32).at[tokens, jnp.arange(E)[:, None]].add((gates != 0).astype(jnp.int32))
     return y, {
         "counts_E": (gates != 0).sum(1),
-        "kept": (taken.sum(1) > 0).sum(),
-        "chosen": jnp.asarray(N),
+        "kept": ((taken.sum(1) > 0) & mask_N).sum(),
+        "chosen": mask_N.sum(),
         "taps": {"taken": taken},
     }
 

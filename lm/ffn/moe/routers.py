@@ -26,6 +26,7 @@ from lm.ffn.moe.routing import (
     balanced_assignment,
     gather,
     sinkhorn,
+    with_nan,
 )
 from lm.plug import Model, Table
 
@@ -50,7 +51,7 @@ class TopK(Router):
         probs = jax.nn.softmax(s.logits_TE)
         gates, experts = jax.lax.top_k(probs, self.k)
         if self.softmax == "after":
-            gates = jax.nn.softmax(gather(s.logits_TE, experts))
+            gates = with_nan(jax.nn.softmax(gather(s.logits_TE, experts)), s.logits_TE)
         return TokenChoice(experts, gates, probs, self.k)
 
 
@@ -243,7 +244,7 @@ class Base(Balanced):
             experts = balanced_assignment(plan, s.mask_T)[:, None]
         else:
             experts = jnp.argmax(z, axis=1).astype(jnp.int32)[:, None]
-        gates = jax.nn.sigmoid(gather(s.logits_TE, experts))
+        gates = with_nan(jax.nn.sigmoid(gather(s.logits_TE, experts)), s.logits_TE)
         return TokenChoice(experts, gates, jax.nn.softmax(s.logits_TE), 1)
 
 
@@ -261,7 +262,7 @@ class Sinkhorn(Balanced):
         by = sinkhorn(z, s.mask_T, self.iterations) if self.acausal(s.training) else z
         experts = jax.lax.top_k(by, self.k)[1]
         probs = jax.nn.softmax(s.logits_TE)
-        gates = gather(jax.nn.sigmoid(s.logits_TE) if self.k == 1 else probs, experts)
+        gates = with_nan(gather(jax.nn.sigmoid(s.logits_TE) if self.k == 1 else probs, experts), s.logits_TE)
         return TokenChoice(experts, gates, probs, self.k)
 
 

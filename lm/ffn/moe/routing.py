@@ -119,6 +119,11 @@ def gather(values_TE: jax.Array, at_Tk: jax.Array) -> jax.Array:
     return jnp.take_along_axis(values_TE, at_Tk, axis=-1)
 
 
+def with_nan(gates_Tk: jax.Array, logits_TE: jax.Array) -> jax.Array:
+    """The gates; NaN for a token that has a NaN among its logits, chosen or not: a broken router is never hidden."""
+    return jnp.where(jnp.isnan(logits_TE).any(-1, keepdims=True), jnp.nan, gates_Tk)
+
+
 def ranks(experts_P: jax.Array, live_P: jax.Array, E: int) -> tuple[jax.Array, jax.Array]:
     """How many live entries before each one name the same expert, int32 ``[P]``, and the totals ``[E]``."""
     hit_PE = (experts_P[:, None] == jnp.arange(E)) & live_P[:, None]

@@ -37,6 +37,10 @@ QWEN_TABLE: Table = {
 }
 
 
+# The library's balance loss sums over the k choices of a token, ours is their mean: its coefficient is k times as much
+# here. It pools the tokens of all layers before it multiplies shares and probabilities, ours is a mean over layers.
+
+
 def _experts_of(cfg: ModelConfig) -> tuple[MoE, TopK]:
     """The model's mixture and its router; one expert, and its only choice, where it has others or none."""
     moe = cfg.ffn if isinstance(cfg.ffn, MoE) else MoE(experts=1, router=TopK(k=1), load_balance_loss=0.0)
@@ -51,7 +55,7 @@ def _read_mixtral(hf: Hf) -> dict[str, Any]:
         "name": "moe",
         "experts": hf.get("num_local_experts", 8),
         "expert": out["ffn"]["name"],
-        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001) * router["k"],
         "router": {"name": "topk", "softmax": "after", **router},
     }
     out |= {"pattern": sliding_window(hf["sliding_window"])} if hf.get("sliding_window") else {}
@@ -65,13 +69,14 @@ def _write_mixtral(cfg: ModelConfig) -> dict[str, Any]:
         "sliding_window": window_of(cfg),
         "num_local_experts": moe.experts,
         "num_experts_per_tok": router.k,
-        "router_aux_loss_coef": moe.load_balance_loss,
+        "router_aux_loss_coef": moe.load_balance_loss / router.k,
         "intermediate_size": moe.d_expert or cfg.d_ff,
     }
 
 
 def _read_qwen_experts(hf: Hf, out: dict[str, Any], k: int, shared: int) -> dict[str, Any]:
     """`out` with experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
+    chosen = hf.get("num_experts_per_tok", k)
     moe = {
         "name": "moe",
         "experts": hf.get("num_experts") or hf.get("num_local_experts") or need(hf, "num_experts"),
@@ -81,10 +86,10 @@ def _read_qwen_experts(hf: Hf, out: dict[str, Any], k: int, shared: int) -> dict
         "dense": out["ffn"],
         "shared": shared,
         "shared_gate": shared > 0,
-        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001),
+        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001) * chosen,
         "router": {
             "name": "topk",
-            "k": hf.get("num_experts_per_tok", k),
+            "k": chosen,
             "softmax": "after" if hf.get("norm_topk_prob") else "before",
         },
     }
@@ -108,7 +113,7 @@ def _write_qwen_experts(cfg: ModelConfig, out: Hf) -> dict[str, Any]:
         "shared_expert_intermediate_size": moe.shared,
         "decoder_sparse_step": moe.every,
         "mlp_only_layers": plain,
-        "router_aux_loss_coef": moe.load_balance_loss,
+        "router_aux_loss_coef": moe.load_balance_loss / router.k,
     }
 
 

@@ -130,6 +130,9 @@ def test_another_pattern_reads_the_same_weights(folder: Path, capsys: pytest.Cap
         (("--prompt=a", "--model.n_layers=3"), "overrides that leave the parameters as they are"),
         (("--prompt=a", "--temperature=-1"), "temperature: must be 0 (greedy) or more"),
         (("--prompt=a", "--temperature=warm"), "--temperature"),
+        (("--prompt=a", f"--seed={2**32}"), "--seed: found 4294967296; valid: 0 to 4294967295"),
+        (("--prompt=a", "--seed=20260921143000"), "--seed: found 20260921143000; valid: 0 to"),
+        (("--prompt=a", "--bias=13:nan"), "bias: token 13: found nan"),
         (("--prompt=a", "--bias=x:1"), "--bias: found 'x:1'; valid: ID:VALUE"),
         (("--prompt=a", "--bias=999:1"), "bias: unknown token id 999"),
         (("--prompt=a", "--cache=int4"), "--cache: unknown name 'int4' (did you mean 'int8'?)"),
@@ -230,3 +233,11 @@ def test_a_conversation_with_tools(folder: Path, tmp_path: Path, capsys: pytest.
     assert "--template" in capsys.readouterr().err
     assert call(other, "--prompt=hi", tools) == 2
     assert "--tools: needs --chat" in capsys.readouterr().err
+
+
+def test_large_seeds_are_seeds_of_their_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = set()
+    for seed in (0, 4295, 2**31, 2**32 - 1):
+        assert call(folder, "--prompt=ab", "--temperature=1.5", "--json", f"--seed={seed}", "--max-new-tokens=24") == 0
+        texts.add(answers(capsys)[0]["text"])
+    assert len(texts) == 4

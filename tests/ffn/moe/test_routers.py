@@ -412,3 +412,27 @@ def test_balance_by_sequence_is_the_mean_of_rows() -> None:
 def test_mistakes_of_balancing_routers(name: str, setting: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_config({"ffn": {"name": "moe", "router": {"name": name, **setting}}})
+
+
+LEARNED = [name for name, (router, *_) in DROPLESS.items() if router["name"] not in ("hash", "random")]
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_nan_in_a_router_is_never_hidden(name: str) -> None:
+    """One column of the matrix is NaN: so is every output, whichever experts were chosen."""
+    cfg = model(router=DROPLESS[name][0])
+    p, _ = weights(cfg)
+    p["router"]["kernel"][:, 2] = np.nan
+    for key in (None, KEY):
+        y, _ = run(cfg, p, key=key)
+        dropped = (y == 0).all(-1) if name == "expert_choice" else np.zeros(T, bool)  # tokens that no expert chose
+        assert np.isnan(y[~dropped]).all() and not dropped.all()
+
+
+def test_padding_is_not_dropped_by_experts_that_choose() -> None:
+    """Three of fourteen places are padding, and every token has a place: nothing is dropped."""
+    cfg = model(router={"name": "expert_choice", "factor": float(E)})
+    p, _ = weights(cfg)
+    index = np.array([*range(11), -1, -1, -1])
+    _, report = run(cfg, p, X[:14], ids=IDS[:14], index=index)
+    assert float(report["sums"]["chosen"]) == float(report["sums"]["kept"]) == 11

@@ -339,3 +339,20 @@ def test_deepseek_v3_routing_block_equals_transformers(groups: int) -> None:
     out = cfg.ffn.module(cfg).apply({"params": params}, jnp.asarray(x), layer)
     assert want.std() > 0.1 and float(out.report["sums"]["counts_E"].sum()) == 2 * 40 * k
     assert np.abs(np.asarray(out.x) - want).max() <= 2e-4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_the_balance_loss_weighs_what_it_weighs_there(family: str) -> None:
+    """The library's loss of one layer, times its coefficient, is ours: three choices of six experts."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    sizes = {**GQA, "model_type": family, "router_aux_loss_coef": 0.02, "num_experts_per_tok": 3}
+    sizes |= {"num_experts": 6, "num_local_experts": 6, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    cfg = model_config(families.FAMILIES[family].read(sizes))
+    logits = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    theirs = 0.02 * float(load_balancing_loss_func((torch.tensor(logits),), 6, 3))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    chosen = (np.argsort(-p, axis=-1)[:, :3, None] == np.arange(6)).sum(1)
+    ours = cfg.ffn.load_balance_loss * 6 / 3 * float((chosen.mean(0) * p.mean(0)).sum())
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert families.FAMILIES[family].write(cfg)["router_aux_loss_coef"] == pytest.approx(0.02)
