@@ -25,11 +25,12 @@ import pytest
 
 from lm.compat import QUICK_TO_COMPILE
 
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    known = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    os.environ["XLA_FLAGS"] = " ".join((known, *QUICK_TO_COMPILE))
-    jax.devices()  # reads them, once
-    os.environ["XLA_FLAGS"] = known  # the compiler for TPUs ends the process over a flag that it does not know
+known = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in known:
+    known += " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join((known, *QUICK_TO_COMPILE))
+jax.devices()  # reads them, once
+os.environ["XLA_FLAGS"] = known  # the compiler for TPUs ends the process over a flag that it does not know
 
 pytest_plugins = ["programs"]
 pytest.register_assert_rewrite("cases")

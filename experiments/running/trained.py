@@ -19,7 +19,9 @@ from lm.config import to_dict
 from lm.data.tokenizers import check_vocab
 from lm.errors import UserError
 from lm.interop import reader
+from lm.interop.readers.tensors import check
 from lm.model.language_model import DecoderModel
+from lm.model.params import abstract
 from lm.sharding import processes
 from lm.train import loop
 from lm.train.config import DataConfig
@@ -50,6 +52,8 @@ class Trainer:
         if (arm.train, arm.trained) in self._checked:
             return self._data[settings]
         Placement(arm.trained, arm.train)
+        if self.base.config is not None and arm.start is None:
+            check(arm.trained, abstract(self.base.config), self.base.source)
         if settings not in self._data:
             own = None if self.base.random else self.base.text
             with processes.first():

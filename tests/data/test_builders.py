@@ -58,7 +58,7 @@ def test_every_builder_states_its_terms(folder: Path) -> None:
     for name, info in infos.items():
         assert info.redistribution_info.license == SOURCES[name].licence
         assert info.citation.startswith("@") and info.description.startswith(SOURCES[name].description)
-        assert info.homepage.startswith("https://") and set(info.features) == {"name", "text"}
+        assert info.homepage.startswith(("https://", "package ")) and set(info.features) == {"name", "text"}
         assert str(info.version) == ABOUT[name].version
 
 

@@ -4,7 +4,8 @@ A spec is one of the following, or several separated by commas (a comma inside a
 
 * a named source: ``kjv``, ``wikipedia``, ``python-source``, ``python-docs``, or one member of it: ``kjv:Genesis``;
 * a file of UTF-8 text, a folder (its text files, recursively), a glob;
-* JSON lines: ``path.jsonl`` (field ``text``) or ``path.jsonl#meta.body``; one document a line;
+* JSON lines: ``path.jsonl`` (field ``text``) or ``path.jsonl#meta.body``; one document a line; likewise ``.json`` (a
+  list of objects) and ``.parquet``; any file may be ``.gz`` or ``.zst``;
 * ``tfds:name[/config][:version][:split][#field]``: a prepared array_record dataset; one document an example;
 * ``hf:[owner/]name[:split][#field]``, ``hf:owner/name/config…`` or ``hf:./folder…``: a Hugging Face dataset, likewise;
 * ``series:PACKAGE/TABLE#COLUMN?…``: a time series as numbers in text (`lm.data.texts.series`).

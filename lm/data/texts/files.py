@@ -1,9 +1,17 @@
-"""Documents from the user's own files: one text file, a directory, a glob, or a field of JSON lines."""
+"""Documents from the user's own files: one text file, a directory, a glob, or a field of JSON lines, JSON or Parquet.
+
+Files may be compressed (``.gz``, ``.zst``). Lines of JSON end at newlines alone, as JSON lines do.
+"""
 
 from __future__ import annotations
 
 import glob
+import gzip
+import importlib.util
+import io
 import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from lm.data.texts.document import Document
@@ -14,6 +22,9 @@ SUFFIXES = (
     ".txt .text .md .markdown .rst .adoc .org .tex .py .pyi .c .h .cc .cpp .hpp .rs .go .java .js .ts .sh".split()
 )
 JSON_LINES = (".jsonl", ".ndjson")
+JSON, PARQUET = ".json", ".parquet"
+COMPRESSED = (".gz", ".zst")
+FIELDS = (*JSON_LINES, JSON, PARQUET)  # what has fields
 LICENCE = "the user's own file; not known"
 
 
@@ -31,11 +42,42 @@ def decode(data: bytes, where: str) -> str:
         ) from None
 
 
-def _read(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
+    """The contents of a file, decompressed."""
     try:
-        return decode(path.read_bytes(), str(path))
+        data = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); valid: a readable file of UTF-8 text") from None
+    try:
+        if path.suffix.lower() == ".gz":
+            return gzip.decompress(data)
+        if path.suffix.lower() == ".zst":
+            return _from_zstd(data, path)
+    except (OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be decompressed ({e}); valid: a complete {path.suffix} file") from None
+    return data
+
+
+def _from_zstd(data: bytes, path: Path) -> bytes:
+    if importlib.util.find_spec("zstandard") is None:
+        raise UserError(f"{path}: reading it needs the library zstandard; get it with: pip install zstandard")
+    import zstandard
+
+    try:
+        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as reader:
+            return bytes(reader.read())
+    except zstandard.ZstdError as e:
+        raise OSError(str(e)) from None
+
+
+def _suffix(path: Path) -> str:
+    """What is in a file, whether compressed or not."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def _read(path: Path) -> str:
+    return decode(_bytes(path), str(path))
 
 
 def field_of(record: object, field: str, where: str) -> str:
@@ -53,12 +95,19 @@ def field_of(record: object, field: str, where: str) -> str:
         return decode(value, f"{where}: field {field!r}")
     if not isinstance(value, str):
         raise UserError(f"{where}: field {field!r}: found {type(value).__name__}; valid: a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{where}: field {field!r}: character {e.start} is half of a surrogate pair (U+{ord(value[e.start]):04X}); "
+            "valid: Unicode text"
+        ) from None
     return value
 
 
-def _json_lines(path: Path, name: str, field: str) -> list[Document]:
-    out = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+def _json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """(line, object) of every line that is not blank."""
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
@@ -70,18 +119,62 @@ def _json_lines(path: Path, name: str, field: str) -> list[Document]:
             ) from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: found {type(record).__name__}; valid: one JSON object a line")
-        text = field_of(record, field, where)
-        if text:
-            out.append(Document(f"{name}:{number}", text, str(path), LICENCE))
-    return out
+        yield number, record
+
+
+def _json(text: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """(number, object) of a list of objects, of one object, or of lines of objects, which some such files hold."""
+    try:
+        whole = json.loads(text)
+    except json.JSONDecodeError:
+        yield from _json_lines(text, path)
+        return
+    for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path} entry {number}: found {type(record).__name__}; valid: a list of objects")
+        yield number, record
+
+
+def _parquet(path: Path, field: str) -> Iterator[tuple[int, dict[str, object]]]:
+    """(row, its fields), of the column that `field` begins with."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"{path}: reading it needs the library pyarrow; get it with: pip install 'decoder-lab[data]'")
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(io.BytesIO(_bytes(path)))
+        names = file.schema_arrow.names
+        column = field if field in names else field.partition(".")[0]
+        if column not in names:
+            raise UserError(
+                f"{path}: field {field!r} is missing{nearest(column, names)}; fields present: {', '.join(names[:12])}"
+            )
+        rows = (row for batch in file.iter_batches(columns=[column]) for row in batch.to_pylist())
+        yield from enumerate(rows, 1)
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{path}: not a Parquet file ({str(e).splitlines()[0]})") from None
+
+
+def _rows(path: Path, name: str, field: str) -> list[Document]:
+    """A document for every object of a file that has a text in `field`."""
+    kind = _suffix(path)
+    if kind == PARQUET:
+        found, unit = _parquet(path, field), "row"
+    elif kind == JSON:
+        found, unit = _json(_read(path), path), "entry"
+    else:
+        found, unit = _json_lines(_read(path), path), "line"
+    texts = ((number, field_of(record, field, f"{path} {unit} {number}")) for number, record in found)
+    return [Document(f"{name}:{number}", text, str(path), LICENCE) for number, text in texts if text]
 
 
 def _file(path: Path, name: str, field: str | None) -> list[Document]:
     """The documents of one file; an empty list when it is empty."""
-    if path.suffix.lower() in JSON_LINES:
-        return _json_lines(path, name, field or "text")
+    if _suffix(path) in FIELDS:
+        return _rows(path, name, field or "text")
     if field is not None:
-        raise UserError(f"{path}: '#{field}' names a field, which only {' and '.join(JSON_LINES)} files have")
+        raise UserError(f"{path}: '#{field}' names a field, which only {', '.join(FIELDS)} files have")
     text = _read(path)
     return [Document(name, text, str(path), LICENCE)] if text else []
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lm.data.tokenizers.base import Tokenizer
+from lm.data.tokenizers.cuts import CUTS, DIGIT, GPT2, Cut
 from lm.data.tokenizers.huggingface import HFTokenizer
 from lm.errors import UserError, unknown
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
 
 Field = Callable[[str], Any]  # a metadata key's value, None where the file has none
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # numbers of ``tokenizer.ggml.token_type``
-# ``tokenizer.ggml.pre`` -> digits of one token where text is cut by GPT-4's rule of words; None: by GPT-2's rule
-CUTS = {"default": None, "gpt-2": None, "smollm": None, "llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}
-
-BEGIN = ("llama-bpe",)  # byte-level vocabularies whose texts begin with bos unless the file says otherwise
 
 
 def from_gguf(field: Field, file: str) -> Tokenizer | None:
@@ -49,7 +46,7 @@ def from_gguf(field: Field, file: str) -> Tokenizer | None:
     bos, eos = field("tokenizer.ggml.bos_token_id"), field("tokenizer.ggml.eos_token_id")
     begins, ends = field("tokenizer.ggml.add_bos_token"), field("tokenizer.ggml.add_eos_token")
     if begins is None:  # as llama.cpp has it
-        begins = kind == "llama" or field("tokenizer.ggml.pre") in BEGIN
+        begins = kind == "llama" or _cut(field, file).begins
     return HFTokenizer(
         inner, bos, eos, (bos,) if begins and bos is not None else (), (eos,) if ends and eos is not None else ()
     )
@@ -60,26 +57,30 @@ def _byte_bpe(field: Field, file: str, tokens: list[str]) -> tokenizers.Tokenize
     from tokenizers import Tokenizer as Inner
     from tokenizers import pre_tokenizers as cut
 
+    rule = _cut(field, file)
+    merges = [tuple(m.split(" ", 1)) for m in field("tokenizer.ggml.merges") or ()]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    inner = Inner(models.BPE(vocab=vocab, merges=merges, ignore_merges=rule.whole))
+    # The library has a step for two of the rules; with them a tokenizer's identity is what it has been.
+    gpt2 = rule.rules[-1] == GPT2 and set(rule.rules) <= {DIGIT, GPT2}
+    plain = rule.rules[:-1] if gpt2 else rule.rules
+    steps: list[Any] = [
+        cut.Digits(individual_digits=True) if gpt2 else cut.Split(Regex(pattern), behavior="isolated")
+        for pattern in plain
+    ]
+    inner.pre_tokenizer = cut.Sequence([*steps, cut.ByteLevel(add_prefix_space=False, use_regex=gpt2)])
+    inner.decoder = decoders.ByteLevel()
+    if rule.composed:
+        inner.normalizer = normalizers.NFC()
+    return inner
+
+
+def _cut(field: Field, file: str) -> Cut:
+    """How the file's texts are cut into words; a file that does not say it is read as llama.cpp reads it."""
     pre = field("tokenizer.ggml.pre") or "default"
     if pre not in CUTS:
         raise unknown(f"{file} tokenizer.ggml.pre", pre, CUTS)
-    merges = [tuple(m.split(" ", 1)) for m in field("tokenizer.ggml.merges") or ()]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    # Llama 3 takes a word that is a token whole, even where no sequence of merges leads to it.
-    inner = Inner(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    digits = CUTS[pre]
-    steps: list[Any] = [cut.Digits(individual_digits=True)] if pre == "smollm" else []
-    if digits:
-        contractions, words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?\p{L}+"
-        others, spaces = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-        rule = Regex("|".join((contractions, words, digits, others, spaces)))
-        steps.append(cut.Split(rule, behavior="isolated"))
-    steps.append(cut.ByteLevel(add_prefix_space=False, use_regex=not digits))
-    inner.pre_tokenizer = cut.Sequence(steps)
-    inner.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
-        inner.normalizer = normalizers.NFC()
-    return inner
+    return CUTS[pre]
 
 
 def _sentencepiece_bpe(field: Field, file: str, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:

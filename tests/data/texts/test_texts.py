@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import subprocess
@@ -257,3 +258,59 @@ def test_every_source_states_its_licence_and_how_to_get_it() -> None:
         assert source.name == name and source.licence and source.how_to_get and source.description
         assert source.members.startswith(f"{name}:")
     json.dumps({n: s.licence for n, s in texts.SOURCES.items()})
+
+
+LINES = b'\xef\xbb\xbf{"text": "a\xe2\x80\xa8b"}\r\n{"text": "c\\u000cd"}\r\n'
+
+
+def test_rows_of_every_form_are_the_same_texts(tmp_path: Path) -> None:
+    """JSON lines with a byte order mark and carriage returns, a list, an object, gzip, Parquet."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"text": "a\u2028b"}, {"text": "c\fd"}]
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    (tmp_path / "c.json").write_bytes(LINES)
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "e.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    parquet.write_table(pyarrow.Table.from_pylist([{**r, "n": 1} for r in rows]), tmp_path / "f.parquet")
+    for path in sorted(tmp_path.iterdir()):
+        found = texts.documents(str(path))
+        assert [d.text for d in found] == ["a\u2028b", "c\fd"], path.name
+        assert [d.name for d in found] == [f"{path.name}:1", f"{path.name}:2"]
+    (tmp_path / "one.json").write_text('{"meta": {"body": "deep"}}')
+    assert [d.text for d in texts.documents(f"{tmp_path}/one.json#meta.body")] == ["deep"]
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress("whole\u2028text\n".encode()))
+    assert [d.text for d in texts.documents(f"{tmp_path}/book.txt.gz")] == ["whole\u2028text\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "ok"}\n{"text": "x\\ud800y"}\n',
+            ("a.jsonl line 2", "half of a surrogate pair (U+D800)"),
+        ),
+        ("a.json", b'[{"text": "x"}, 3]', ("a.json entry 2: found int",)),
+        ("a.json", b'{"text": "x"}\n{"te', ("a.json line 2: malformed JSON",)),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], ("a.jsonl.gz: cannot be decompressed", "a complete .gz file")),
+        ("a.txt.gz", b"no gzip", ("a.txt.gz: cannot be decompressed",)),
+        ("a.txt.zst", b"no zstd", ("a.txt.zst:",)),
+        ("a.parquet", b"no parquet", ("a.parquet: not a Parquet file",)),
+    ],
+)
+def test_rows_that_cannot_be_read(name: str, data: bytes, words: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    refused(str(tmp_path / name), *words)
+
+
+def test_a_column_that_is_not_there(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist([{"body": "x"}]), tmp_path / "a.parquet")
+    refused(f"{tmp_path}/a.parquet", "'text' is missing", "fields present: body")
+    refused(f"{tmp_path}/a.parquet#bdoy", "did you mean 'body'")
+    assert [d.text for d in texts.documents(f"{tmp_path}/a.parquet#body")] == ["x"]

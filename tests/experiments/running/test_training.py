@@ -145,6 +145,18 @@ def test_training_goes_on_from_a_pretrained_checkpoint(config: Path, checkpoint:
     np.testing.assert_allclose(state["params"]["embed"], pretrained["embed"], atol=1e-5)
 
 
+def test_a_checkpoint_of_another_model_is_refused_before_any_training(
+    config: Path, checkpoint: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A config that describes a model of its own, and a checkpoint of other shapes: one line on what differs."""
+    source = f"--config.checkpoint={checkpoint()}"
+    for file in (config, ROOT / "configs" / "pretrain.py"):
+        assert run.main([f"--config={file}:smoke", "--workdir=run", source]) == 2
+        err = capsys.readouterr().err
+        assert "the model would have" in err and "the checkpoint's is" in err and err.count("\n") == 1
+    assert not Path("run").exists()
+
+
 LINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "unknown key": (("--config.train.step=3",), ("train.step: unknown key", "'steps'")),
     "key without a value": (("--config.train=3",), ("config.train: name the key",)),
