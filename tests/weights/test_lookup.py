@@ -47,7 +47,8 @@ def test_same_rows_and_same_gradient(name: str, piece: int, monkeypatch: pytest.
 
     placed = [jax.device_put(x, w) for x, w in zip((rows, ids, weights), where, strict=True)]
     with using(layout, mesh):
-        done = jax.jit(both, out_shardings=(where[2], where[0])).lower(*placed).compile()
+        lowered = jax.jit(both, out_shardings=(where[2], where[0])).lower(*placed)
+        done = lowered.compile()
     found, gradient = done(*placed)
     np.testing.assert_array_equal(found, rows[ids])
     np.testing.assert_allclose(gradient, jnp.zeros((V, D)).at[ids].add(weights), rtol=0, atol=1e-5)
@@ -55,7 +56,7 @@ def test_same_rows_and_same_gradient(name: str, piece: int, monkeypatch: pytest.
     vocab = V // mesh.shape["tensor"]
     whole = re.findall(rf"f32\[{vocab},{D}\]", done.as_text())
     assert not whole, name
-    assert ("while(" in done.as_text()) == (piece == 20)
+    assert ("stablehlo.while" in lowered.as_text()) == (piece == 20)  # a compiler may make loops of its own
 
 
 def test_pieces_divide_what_a_device_has_of_a_row() -> None:
