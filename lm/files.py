@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lm.errors import UserError
 
@@ -28,6 +29,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: object, *, indent: int = 1, ascii_only: bool = True) -> None:
     """`data` as JSON with a newline at its end, as `write_text` writes it."""
     write_text(path, json.dumps(data, indent=indent, ensure_ascii=ascii_only) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file. Raises `UserError` naming one that does not parse, `FileNotFoundError` for none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
 
 
 @contextlib.contextmanager

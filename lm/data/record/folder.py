@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from lm.data.record.record import TextRecord
 from lm.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, from_directory
 from lm.errors import UserError
+from lm.files import read_json
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -66,10 +66,7 @@ def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
+    found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path}: expected an object, found {type(found).__name__}")
     return found

@@ -21,8 +21,8 @@ KEY = "train.data.tokenizer"
 
 
 def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path) -> TextRecord:
-    """The record of the tokenizer that the setting ``train.data.tokenizer`` names. Raises `UserError` for what is none
-    of these, and for a file that does not say how a document ends:
+    """The record of the tokenizer that the setting ``train.data.tokenizer`` names; without an end of a document where
+    its files name none. Raises `UserError` for what is none of these:
 
     * ``bytes``;
     * ``bpe:SIZE``, trained on ``documents()`` and kept under `cache`;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,13 +71,6 @@ class TextRecord:
         _, found, behind = made.rpartition(MARK)
         ids = self.tokenizer.encode(behind.lstrip()) if found and behind.strip() else []
         return ids[0] if ids and self.tokenizer.is_special(ids[0]) else None
-
-    def with_end(self) -> TextRecord:
-        """The same whose tokenizer ends documents as the checkpoint does."""
-        if self.tokenizer is None or self.tokenizer.eos_id == self.eos_id:
-            return self
-        assert dataclasses.is_dataclass(self.tokenizer)
-        return dataclasses.replace(self, tokenizer=dataclasses.replace(self.tokenizer, eos_id=self.eos_id))
 
     def needs_tokenizer(self, key: str) -> Tokenizer:
         """The tokenizer; `UserError` naming `key` where there is none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,6 +11,7 @@ import safetensors
 
 import lm.interop.readers.schema as schema
 import lm.interop.readers.tensors as tensors
+from lm import files
 from lm.config import ModelConfig
 from lm.data.record import TextRecord, from_folder
 from lm.errors import UserError, unknown
@@ -22,11 +22,9 @@ from lm.interop.readers.base import Reader
 def read_json(path: Path) -> Any:
     """The contents of a JSON file; `UserError` when it is not there or does not parse."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a Hugging Face directory needs config.json") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
 
 
 class Directory(Reader):
