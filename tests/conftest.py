@@ -45,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
         shutil.rmtree(OWN, ignore_errors=True)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are not a test's name: compressed ones hold the hour, and two workers must collect the same names."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def few_programs() -> Iterator[None]:
     """Compiled programs are forgotten between files once there are many."""
