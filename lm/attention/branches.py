@@ -33,6 +33,8 @@ class Tokens:
     `contiguous`: index is 0, 1, … along every row, so tiles may be skipped by absolute index. `leading`: an index
     i < leading, where present, sits in slot i (cache slots of the first tokens). `ancestors_BTT`: bool, of new tokens
     that are no text but a tree: whether token s is on the way from the root to token t, t itself included.
+    `lengths_BT`: float32, the positions in use in each token's own text, where rotations depend on it, else None.
+    `ends_B`: int32, how many tokens each row's text will have, where these are a piece of it that may not be the last.
     """
 
     index_BT: jax.Array
@@ -41,6 +43,8 @@ class Tokens:
     contiguous: bool = field(default=False, metadata={"static": True})
     leading: int = field(default=0, metadata={"static": True})
     ancestors_BTT: jax.Array | None = None
+    lengths_BT: jax.Array | None = None
+    ends_B: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +68,15 @@ class Branch:
     """Keys a query may see under `mask`, and the positions both sides take for it.
 
     `q_positions` / `k_positions`: None = the tokens' own, a number = that constant, or float32 ``[B, T]`` /
-    ``[B, S]``. `rows`: only the last so many queries take part. `gather_BHTn`: instead of all keys, the listed key
-    slots per head and query (-1 = none); T is `rows` when that is set. `source`: which of the context's sources.
+    ``[B, S]``. `rows`: only the last so many queries take part, or int32 ``[B, r]``, the slots of those that do (-1 =
+    none). `gather_BHTn`: instead of all keys, the listed key slots per head and query (-1 = none); T is the number of
+    `rows` where they are set, and slots of queries go with it alone. `source`: which of the context's sources.
     """
 
     mask: Mask
     q_positions: Where = None
     k_positions: Where = None
-    rows: int | None = None
+    rows: int | jax.Array | None = None
     gather_BHTn: jax.Array | None = None
     source: int = 0
 
@@ -138,21 +143,41 @@ class Context:
         at = branch.source if isinstance(branch, Branch) else 0
         return self if at == 0 else dataclasses.replace(self, sources=(self.sources[at],))
 
-    def queries_at(self, where: Where, rows: int | None = None) -> tuple[jax.Array, jax.Array]:
-        """The last `rows` queries rotated to `where` ``[B, rows, H, d]``, and those positions ``[B, rows]``."""
-        first = 0 if rows is None else max(self.q_BTHd.shape[1] - rows, 0)
-        at = place(where, self.queries.positions_BT)[:, first:]
-        return self.positions.rotate(self.q_BTHd[:, first:], at[:, :, None], self.length), at
+    def length_of(self, tokens: Tokens) -> jax.Array:
+        """Positions in use, as `Positions.rotate` wants them for vectors of `tokens`: a scalar, ``[B, T, 1]``, or
+        ``[B, 1, 1]`` for tokens from a cache, where a row is one text."""
+        if tokens.lengths_BT is not None:
+            return tokens.lengths_BT[:, :, None]
+        of_queries = self.queries.lengths_BT
+        return self.length if of_queries is None else of_queries[:, :1, None]
+
+    def queries_at(self, where: Where, rows: int | jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """The queries of `rows` (`Branch.rows`) rotated to `where` ``[B, rows, H, d]``, and those positions ``[B,
+        rows]``."""
+        at, length = place(where, self.queries.positions_BT), self.length_of(self.queries)
+        q, at = chosen(self.q_BTHd, rows), chosen(at, rows)
+        return self.positions.rotate(q, at[:, :, None], chosen(length, rows) if length.ndim else length), at
 
     def keys_at(self, where: Where, first: int | None = None) -> tuple[jax.Array, jax.Array]:
         """The `first` keys (None = all) rotated to `where` ``[B, S, K, d]``, and those positions ``[B, S]``."""
         own, k = self.keys.positions_BT[:, :first], self.k_BSKd[:, :first]
         at = place(where[:, :first] if isinstance(where, jax.Array) else where, own)
+        length = self.length_of(self.keys)
+        length = length[:, :first] if length.ndim else length
         if not self.rotated:
-            return self.positions.rotate(k, at[:, :, None], self.length), at
+            return self.positions.rotate(k, at[:, :, None], length), at
         if where is not None:
-            k = self.positions.move(k, own[:, :, None], at[:, :, None], self.length)
+            k = self.positions.move(k, own[:, :, None], at[:, :, None], length)
         return k, at
+
+
+def chosen(x_BTx: jax.Array, rows: int | jax.Array | None) -> jax.Array:
+    """The entries ``[B, r, …]`` of the queries that `rows` means (`Branch.rows`); slot -1 gives slot 0."""
+    if rows is None:
+        return x_BTx
+    if isinstance(rows, int):
+        return x_BTx[:, max(x_BTx.shape[1] - rows, 0) :]
+    return jax.vmap(lambda x, at: x[at])(x_BTx, jnp.maximum(rows, 0))
 
 
 def place(where: Where, own: jax.Array) -> jax.Array:

@@ -202,12 +202,12 @@ class Generator:
         for i, row in enumerate(rows):  # padded on the right: a row's tokens fill its cache from the first slot on
             tokens[i, : len(row)] = row
             index[i, : len(row)] = np.arange(len(row))
-        model = self.model
+        model, lengths = self.model, jnp.array([len(r) for r in rows], jnp.int32)
         cache, hidden, at = model.cache(len(rows), width + room), None, 0
         while at < width:
             n = min(FIRST if at == 0 else PIECE, width - at)
             piece = slice(at, at + n)
-            hidden, cache = prefill(model, self.params, tokens[:, piece], index[:, piece], cache, hidden)
+            hidden, cache = prefill(model, self.params, tokens[:, piece], index[:, piece], cache, hidden, lengths)
             at += n
         assert hidden is not None
         state = initial_state(settings, hidden, model.seal(cache), keys, room)
@@ -215,7 +215,6 @@ class Generator:
         if settings.sampling.penalises:
             for i, row in enumerate(rows):
                 in_prompt[i, row] = True
-        lengths = jnp.array([len(r) for r in rows], jnp.int32)
         return dataclasses.replace(state, index_B=lengths, in_prompt_BV=jnp.asarray(in_prompt))
 
 
@@ -251,10 +250,12 @@ def prefill(
     index_BT: jax.Array,
     cache: Any,
     hidden_BD: jax.Array | None = None,
+    length_B: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Reads one piece of the prompts: hidden states ``[B, D]`` of every row's last token so far, and the cache.
-    `hidden_BD`: those of the pieces before, for rows that have ended; None at the first piece."""
-    out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), cache, HIDDEN)
+    `hidden_BD`: those of the pieces before, for rows that have ended; None at the first piece. `length_B`: int32, of
+    the whole prompts; None where one piece is all."""
+    out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT, length_B=length_B), cache, HIDDEN)
     live_BT = index_BT >= 0
     last_B = jnp.maximum(live_BT.sum(1) - 1, 0)
     new_BD = jax.vmap(lambda row, at: row[at])(out.hidden_BTD, last_B)

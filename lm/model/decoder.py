@@ -51,7 +51,7 @@ class Decoder(nn.Module):
         inputs.check(cache is not None, commit)
         cfg = self.cfg
         x, table = embed(self, cfg, inputs)
-        tokens = inputs.tokens(x.shape[:2])
+        tokens = inputs.tokens(x.shape[:2], cfg.positions)
         length = jnp.max(jnp.where(tokens.index_BT >= 0, tokens.positions_BT, 0.0)) + 1.0
         x = shard_stream(cfg.positions.absolute(self, cfg, x, tokens.positions_BT))
         layer = LayerInputs(tokens, length, inputs.tokens_BT, inputs.key, watch, commit)

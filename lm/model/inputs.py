@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.attention.branches import Tokens
+from lm.positions.base import Positions
 
 
 @jax.tree_util.register_dataclass
@@ -17,7 +18,8 @@ class Inputs:
 
     `index_BT` int32 counts tokens within their document (default 0, 1, …; negative = padding); `positions_BT` float32
     are the rotary positions (default: the index); `segments_BT` int32 keeps packed documents apart. `key` is given in
-    training: layers that are random, or follow another rule there, go by it. `ancestors_BTT`: the tokens are a tree
+    training: layers that are random, or follow another rule there, go by it. `length_B` int32, with a cache: how many
+    tokens the whole text of every row has, of which these may be an early piece. `ancestors_BTT`: the tokens are a tree
     (`lm.attention.branches.Tokens`), not a text; they are read behind a cache, without ``commit``.
     """
 
@@ -27,6 +29,7 @@ class Inputs:
     positions_BT: jax.Array | None = None
     segments_BT: jax.Array | None = None
     key: jax.Array | None = None
+    length_B: jax.Array | None = None
     ancestors_BTT: jax.Array | None = None
 
     def check(self, cached: bool, commit: bool) -> None:
@@ -35,13 +38,15 @@ class Inputs:
             raise ValueError("give either tokens_BT or embeddings_BTD")
         if cached and (self.index_BT is None or self.segments_BT is not None):
             raise ValueError("with a cache, index_BT is needed and segments_BT is not supported")
+        if self.length_B is not None and not cached:
+            raise ValueError("length_B: without a cache the tokens are the whole text")
         if self.ancestors_BTT is not None and (commit or not cached):
             raise ValueError("ancestors_BTT: a tree is read behind a cache, with commit=False")
         if not commit and not cached:
             raise ValueError("commit=False: there is no cache that could keep the tokens")
 
-    def tokens(self, shape: tuple[int, ...]) -> Tokens:
-        """The tokens as attention takes them; `shape` is (rows, tokens)."""
+    def tokens(self, shape: tuple[int, ...], encoding: Positions) -> Tokens:
+        """The tokens as attention takes them; `shape` is (rows, tokens), `encoding` the model's of positions."""
         index, segments = self.index_BT, self.segments_BT
         contiguous = index is None and segments is None
         if index is None:
@@ -50,4 +55,13 @@ class Inputs:
                 new = jnp.concatenate([jnp.ones_like(segments[:, :1]), jnp.diff(segments)], 1) != 0
                 index = index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
         positions = index.astype(jnp.float32) if self.positions_BT is None else self.positions_BT.astype(jnp.float32)
-        return Tokens(index, positions, segments, contiguous, ancestors_BTT=self.ancestors_BTT)
+        lengths = encoding.lengths(index, positions, segments, self.length_B)
+        return Tokens(
+            index,
+            positions,
+            segments,
+            contiguous,
+            ancestors_BTT=self.ancestors_BTT,
+            lengths_BT=lengths,
+            ends_B=self.length_B,
+        )

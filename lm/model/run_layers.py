@@ -118,7 +118,7 @@ def _declare(scope: nn.Module, width: int, layers: Sequence[ModelConfig]) -> tup
     plugs run on them, while a lifted scan would run one layer's plugs for all.
     """
     inputs = Inputs(tokens_BT=jnp.zeros((1, 1), jnp.int32))
-    tokens = inputs.tokens((1, 1))
+    tokens = inputs.tokens((1, 1), layers[0].positions)
     x, layer = jnp.zeros((1, 1, width), layers[0].dtype), LayerInputs(tokens, jnp.ones(()), tokens.index_BT)
 
     def init(cfg: ModelConfig, rng: jax.Array) -> Params:

@@ -10,7 +10,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 
-from lm.attention.branches import NEG, Branch, Context
+from lm.attention.branches import NEG, Branch, Context, chosen
 from lm.attention.masks import Causal, Mask, Sinks, Window
 from lm.errors import UserError
 from lm.patterns.base import Pattern
@@ -26,7 +26,7 @@ class LMInfinite(Pattern):
     None means no ceiling; the paper's value is the window itself, so a far sink sits at distance L (one more than was
     seen in training; the authors keep it). With `top_k > 0`, layers from `top_k_from_layer` (0-based) on also attend
     to the k best middle tokens per head, scored and used as if at distance `top_k_distance` (None = window // 2), for
-    the last `top_k_queries` queries (1 = the reference code; None = every query, as the paper's text says).
+    the last `top_k_queries` queries of a text (1 = the reference code; None = every query, as the paper says).
     """
 
     window: int | None = bounded(4096, at_least=1)
@@ -84,13 +84,14 @@ class LMInfinite(Pattern):
         """The k best keys ``sinks <= j <= t - window`` per query head, in the same logits they will be used with."""
         assert self.window is not None
         distance = self.top_k_distance if self.top_k_distance is not None else self.window // 2
-        T = ctx.q_BTHd.shape[1]
-        rows = T if self.top_k_queries is None else min(self.top_k_queries, T)
+        rows = self._rows(ctx)
         middle = Causal() & ~Window(self.window) & ~Sinks(self.sinks)
-        qi, ki = ctx.queries.index_BT[:, T - rows :, None], ctx.keys.index_BT[:, None, :]
+        qi, ki = chosen(ctx.queries.index_BT, rows)[:, :, None], ctx.keys.index_BT[:, None, :]
         seen = middle(qi, ki) & (ki >= 0) & (qi >= 0)
         if ctx.queries.segments_BT is not None and ctx.keys.segments_BT is not None:
-            seen &= ctx.queries.segments_BT[:, T - rows :, None] == ctx.keys.segments_BT[:, None, :]
+            seen &= chosen(ctx.queries.segments_BT, rows)[:, :, None] == ctx.keys.segments_BT[:, None, :]
+        if isinstance(rows, jax.Array):
+            seen &= rows[:, :, None] >= 0
         enough = seen.sum(-1, keepdims=True) >= self.top_k  # the middle must hold at least k keys
         s = jnp.where((seen & enough)[:, None], self._scores(ctx, rows, float(distance)), NEG)
         k = min(self.top_k, s.shape[-1])
@@ -98,10 +99,29 @@ class LMInfinite(Pattern):
         ids = jnp.where(best > NEG / 2, ids, -1)
         return Branch(middle, q_positions=float(distance), k_positions=0.0, rows=rows, gather_BHTn=ids)
 
-    def _scores(self, ctx: Context, rows: int, distance: float) -> jax.Array:
+    def _rows(self, ctx: Context) -> int | jax.Array:
+        """Which queries look for far tokens (`Branch.rows`): the last of each text, wherever a row has them. Of a tree
+        every node does, because it would be the last one if it were accepted."""
+        T, wanted, queries = ctx.q_BTHd.shape[1], self.top_k_queries, ctx.queries
+        if wanted is None or queries.ancestors_BTT is not None:
+            return T
+        if queries.contiguous:
+            return min(wanted, T)
+        index, slots = queries.index_BT, jnp.arange(T, dtype=jnp.int32)
+        if queries.segments_BT is not None:  # as many texts as there are segments, anywhere
+            own = queries.segments_BT[:, :, None] == queries.segments_BT[:, None, :]
+            last_BT = jnp.where(own, index[:, None, :], -1).max(-1)
+            return jnp.where((index >= 0) & (index > last_BT - wanted), slots, -1)
+        ends_B = index.max(1) + 1 if queries.ends_B is None else queries.ends_B
+        at = index.argmax(1).astype(jnp.int32)[:, None] - slots[: min(wanted, T)]
+        there = chosen(index, at)
+        return jnp.where((at >= 0) & (there >= 0) & (there >= ends_B[:, None] - wanted), at, -1)
+
+    def _scores(self, ctx: Context, rows: int | jax.Array, distance: float) -> jax.Array:
         """float32 ``[B, H, rows, S]``. A constant distance adds the same bias to all keys, so biases drop out."""
         B, _, H, d = ctx.q_BTHd.shape
         K = ctx.k_BSKd.shape[2]
         (q, _), (k, _) = ctx.queries_at(distance, rows), ctx.keys_at(0.0)
-        s = jnp.einsum("btkgd,bskd->bkgts", q.reshape(B, rows, K, H // K, d), k, preferred_element_type=jnp.float32)
-        return s.reshape(B, H, rows, -1)
+        q = q.reshape(B, -1, K, H // K, d)
+        s = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+        return s.reshape(B, H, q.shape[1], -1)

@@ -15,7 +15,7 @@ class Positions(Plug):
     """How a token's position enters the model. Without overrides: not at all.
 
     Positions are float32, real-valued, in tokens; `length` is the traced number of positions in use (the largest
-    position + 1), which scalings that depend on it need.
+    position + 1), which scalings that depend on it need: a scalar, or one that broadcasts against the positions.
     """
 
     KEY: ClassVar[str] = "model.positions"
@@ -50,6 +50,16 @@ class Positions(Plug):
     def absolute(self, scope: nn.Module, cfg: Model, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The embeddings with what the encoding adds to them; parameters are declared on `scope`."""
         return x_BTD
+
+    def lengths(
+        self,
+        index_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        length_B: jax.Array | None,
+    ) -> jax.Array | None:
+        """Positions in use in each token's own text, float32 ``[B, T]``; None where no rotation depends on them."""
+        return None
 
     @property
     def limit(self) -> int:

@@ -61,13 +61,33 @@ class Rope(Positions):
     def bind(self, cfg: Model) -> Self:
         return self if self.trained is not None else dataclasses.replace(self, trained=cfg.max_positions)
 
+    def lengths(
+        self,
+        index_BT: jax.Array,
+        positions_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        length_B: jax.Array | None,
+    ) -> jax.Array | None:
+        """A text is a row, or a segment of a packed row. `length_B`: of rows of which only a piece is given."""
+        if not self.length_dependent:
+            return None
+        end_BT = jnp.where(index_BT >= 0, positions_BT, 0.0) + 1.0
+        if length_B is not None:
+            return jnp.broadcast_to(length_B.astype(jnp.float32)[:, None], end_BT.shape)
+        if segments_BT is None:
+            return jnp.broadcast_to(end_BT.max(1, keepdims=True), end_BT.shape)
+        new_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+        number_BT = jnp.cumsum(new_BT, axis=1)
+        T = end_BT.shape[1]
+        return jax.vmap(lambda end, at: jax.ops.segment_max(end, at, T)[at])(end_BT, number_BT)
+
     def frequencies(self, head_dim: int, length: jax.Array | float) -> jax.Array:
         """Radians per position of every rotated pair, ``[width / 2]``."""
         return jnp.asarray(self.scaling.frequencies(self.theta, self.width(head_dim), length, self.trained or 2048)[0])
 
     def angles(self, positions: jax.Array, width: int, length: jax.Array | float) -> tuple[jax.Array, jax.Array]:
         """``cos, sin`` of shape ``positions.shape + (width // 2,)``, both multiplied by the attention factor."""
-        freqs, m = self.scaling.frequencies(self.theta, width, length, self.trained or 2048)
+        freqs, m = self._frequencies(width, length)
         angles = jnp.asarray(positions, jnp.float32)[..., None] * freqs
         return _kept(jnp.cos(angles) * m), _kept(jnp.sin(angles) * m)
 
@@ -78,9 +98,14 @@ class Rope(Positions):
     def move(self, x: jax.Array, at: jax.Array, to: jax.Array, length: jax.Array | float) -> jax.Array:
         """Rotations compose: keys cached at their own positions turn by the difference (without the factor again)."""
         width = self.width(x.shape[-1])
-        freqs, _ = self.scaling.frequencies(self.theta, width, length, self.trained or 2048)
+        freqs, _ = self._frequencies(width, length)
         angles = (jnp.asarray(to, jnp.float32)[..., None] * freqs) - (jnp.asarray(at, jnp.float32)[..., None] * freqs)
         return self._turn(x, jnp.cos(angles), jnp.sin(angles))
+
+    def _frequencies(self, width: int, length: jax.Array | float) -> tuple[jax.Array, float]:
+        """``[width / 2]``, or with another shape of `length` ``length.shape + (width / 2,)``."""
+        length = length[..., None] if isinstance(length, jax.Array) and length.ndim else length
+        return self.scaling.frequencies(self.theta, width, length, self.trained or 2048)
 
     def _turn(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
         width = self.width(x.shape[-1])

@@ -68,7 +68,7 @@ class Calibration:
     def layers(self, cfg: ModelConfig, params: Params) -> Iterator[LayerView]:
         """The layers in order, each with the inputs that the changed layers before it give."""
         inputs = Inputs(self.tokens_BT)
-        tree, tokens = unstack(params), inputs.tokens(self.tokens_BT.shape)
+        tree, tokens = unstack(params), inputs.tokens(self.tokens_BT.shape, cfg.positions)
         x_BTD = _embedded(cfg, tree, self.tokens_BT)
         layer = LayerInputs(tokens, jnp.max(tokens.positions_BT) + 1.0, self.tokens_BT)
         for i, own in enumerate(cfg.layers()):
@@ -89,7 +89,9 @@ class _Start(nn.Module):
     @nn.compact
     def __call__(self, inputs: Inputs) -> jax.Array:
         x_BTD, _ = embed(self, self.cfg, inputs)
-        return self.cfg.positions.absolute(self, self.cfg, x_BTD, inputs.tokens(x_BTD.shape[:2]).positions_BT)
+        return self.cfg.positions.absolute(
+            self, self.cfg, x_BTD, inputs.tokens(x_BTD.shape[:2], self.cfg.positions).positions_BT
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from cases.table_model import TableLM, TableModel, V
 
 from experiments import evaluate
@@ -24,7 +26,7 @@ from lm.model import params as params_lib
 
 lm_eval = pytest.importorskip("lm_eval", reason="the lm-evaluation-harness is not installed")
 MODEL = {
-    "vocab_size": 258,
+    "vocab_size": 260,
     "d_model": 32,
     "n_layers": 2,
     "n_heads": 4,
@@ -91,13 +93,39 @@ def answers(model: Any, tasks: Path, names: tuple[str, ...] = TASKS) -> dict[str
     return {task: [s["resps"] for s in samples] for task, samples in made["samples"].items()}
 
 
-def test_it_answers_as_the_harnesss_own_model(folder: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+BEGINS = {  # the post-processor's template, and what tokenizer_config.json says beside it
+    "neither": (None, {}),
+    "a beginning": ("<s> $A", {"bos_token": "<s>", "eos_token": "</s>"}),
+    "a beginning and an end": ("<s> $A </s>", {"bos_token": "<s>", "eos_token": "</s>"}),
+    "a beginning that is only named": (None, {"bos_token": "<s>", "eos_token": "</s>"}),
+    "an end that is only named": ("<s> $A", {"eos_token": "</s>"}),
+}
+
+
+@pytest.mark.parametrize("name", BEGINS)
+def test_it_answers_as_the_harnesss_own_model(
+    name: str, folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the tokenizer puts around a text: continuations, whole texts in several windows, and greedy answers."""
     pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     from lm_eval.models.huggingface import HFLM
 
     from lm.interop.harness import DecoderLM
 
+    single, named = BEGINS[name]
+    folder = Path(shutil.copytree(folder, tmp_path / "hf"))
+    if single or named:
+        inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        inner.add_special_tokens(["<s>", "</s>"])
+        if single:
+            around = tokenizers.processors.TemplateProcessing(
+                single=single, special_tokens=[("<s>", inner.token_to_id("<s>")), ("</s>", inner.token_to_id("</s>"))]
+            )
+            inner.post_processor = around
+        inner.save(str(folder / "tokenizer.json"))
+        about = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+        (folder / "tokenizer_config.json").write_text(json.dumps(about))
     theirs = answers(HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=4), tasks)
     ours = answers(DecoderLM(interop.load(str(folder)), batch_size=4), tasks)
     for task in ("next_word", "whole_text"):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.attention.backends.dense import gathered
+from lm.attention.backends.dense import gathered, spread
 from lm.attention.backends.listed import by_block
 from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, merge
 from lm.attention.masks import Mask
@@ -61,9 +61,9 @@ def attend(
             out, lse = _softmax_of(s, v)
         else:
             out, lse = _branch(ctx.of(branch), branch, softcap, block_q, block_k)
-        rest = T - out.shape[2]
-        outs.append(jnp.pad(out, ((0, 0), (0, 0), (rest, 0), (0, 0))))
-        lses.append(jnp.pad(lse, ((0, 0), (0, 0), (rest, 0)), constant_values=NEG))
+        rows = None if isinstance(branch, BlockBranch) else branch.rows
+        outs.append(spread(out, rows, T))
+        lses.append(spread(lse, rows, T, NEG))
     out, lse = merge(outs, lses)
     return out.swapaxes(1, 2), lse.swapaxes(1, 2)
 
@@ -83,7 +83,7 @@ def _branch(
     """One branch: output ``[B, H, rows, d]`` and log-sum-exp ``[B, H, rows]``."""
     B, T, H, d = ctx.q_BTHd.shape
     S, K = ctx.k_BSKd.shape[1:3]
-    rows = min(branch.rows or T, T)
+    rows = min(branch.rows, T) if isinstance(branch.rows, int) else T
     aligned = T == S and not ctx.apart
     contiguous = ctx.queries.contiguous and ctx.keys.contiguous and aligned
     grid = Grid(rows, S, min(block_q, rows), min(block_k, S), T - rows, contiguous, aligned)

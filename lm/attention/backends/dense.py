@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lm.attention.backends.listed import direct
-from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context
+from lm.attention.branches import NEG, AnyBranch, BlockBranch, Branch, Context, chosen
 
 
 def reach(branch: Branch, ctx: Context) -> int:
@@ -25,7 +25,7 @@ def visible(branch: Branch, ctx: Context, n_keys: int | None = None) -> jax.Arra
         seen &= q.segments_BT[:, :, None] == k.segments_BT[:, None, :n_keys]
     if q.ancestors_BTT is not None and ctx.sources[0].new:
         seen &= _on_the_way(q.ancestors_BTT, ctx.k_BSKd.shape[1])[..., :n_keys]
-    if branch.rows is not None:
+    if isinstance(branch.rows, int):
         seen &= (jnp.arange(qi.shape[1]) >= qi.shape[1] - branch.rows)[None, :, None]
     return seen
 
@@ -54,10 +54,11 @@ def gathered(branch: Branch, ctx: Context, softcap: float | None) -> tuple[jax.A
     assert branch.gather_BHTn is not None
     ids = branch.gather_BHTn
     B, H, T, n = ids.shape
+    which = T if branch.rows is None else branch.rows
     K = ctx.k_BSKd.shape[2]
     slot = jnp.maximum(ids, 0)
     rows, kv = jnp.arange(B)[:, None, None, None], (jnp.arange(H) // (H // K))[None, :, None, None]
-    (q, own_q), (k, own_k) = ctx.queries_at(branch.q_positions, T), ctx.keys_at(branch.k_positions)
+    (q, own_q), (k, own_k) = ctx.queries_at(branch.q_positions, which), ctx.keys_at(branch.k_positions)
     k, v, own_k = k[rows, slot, kv], ctx.v_BSKd[rows, slot, kv], own_k[rows, slot]
     s = jnp.einsum("bthd,bhtnd->bhtn", q, k, preferred_element_type=jnp.float32) * ctx.scale
     bias = ctx.positions.bias(own_q[:, None, :, None], own_k, H)
@@ -65,8 +66,18 @@ def gathered(branch: Branch, ctx: Context, softcap: float | None) -> tuple[jax.A
         s = s + jnp.moveaxis(jnp.diagonal(bias[..., 0, :], axis1=1, axis2=3), -1, 1)
     s = s if softcap is None else softcap * jnp.tanh(s / softcap)
     k_index = ctx.keys.index_BT[rows, slot]
-    seen = (ids >= 0) & branch.mask(ctx.queries.index_BT[:, None, -T:, None], k_index)
+    seen = (ids >= 0) & branch.mask(chosen(ctx.queries.index_BT, which)[:, None, :, None], k_index)
     return jnp.where(seen, s, NEG), v
+
+
+def spread(x_BHrx: jax.Array, rows: int | jax.Array | None, T: int, fill: float = 0) -> jax.Array:
+    """``[B, H, T, …]``: what was computed for the queries of `rows` (`Branch.rows`) in their places, else `fill`."""
+    if not isinstance(rows, jax.Array):
+        widths = [(0, 0), (0, 0), (T - x_BHrx.shape[2], 0)] + [(0, 0)] * (x_BHrx.ndim - 3)
+        return jnp.pad(x_BHrx, widths, constant_values=fill)
+    at = jnp.where(rows < 0, T, rows)
+    empty = jnp.full((*x_BHrx.shape[1:2], T, *x_BHrx.shape[3:]), fill, x_BHrx.dtype)
+    return jax.vmap(lambda x, at: empty.at[:, at].set(x, mode="drop"))(x_BHrx, at)
 
 
 def attend(ctx: Context, branches: tuple[AnyBranch, ...], softcap: float | None) -> tuple[jax.Array, jax.Array]:
@@ -96,9 +107,7 @@ def attend(ctx: Context, branches: tuple[AnyBranch, ...], softcap: float | None)
             shared = part if n == S else shared.at[..., :n].set(part)
         else:
             s, v = gathered(branch, ctx, softcap)
-            rest = T - s.shape[2]
-            s = jnp.pad(s, ((0, 0), (0, 0), (rest, 0), (0, 0)), constant_values=NEG)
-            v = jnp.pad(v, ((0, 0), (0, 0), (rest, 0), (0, 0), (0, 0)))
+            s, v = spread(s, branch.rows, T, NEG), spread(v, branch.rows, T)
             extra.append((s.reshape(B, K, H // K, T, -1), v.reshape(B, K, H // K, T, -1, d)))
     s = jnp.concatenate([shared] + [e[0] for e in (*extra, *others)], axis=-1)
     top = jax.lax.stop_gradient(s.max(-1, keepdims=True))

@@ -86,7 +86,7 @@ def attend(
 def _part(ctx: Context, branch: Branch) -> Part:
     """A branch as the kernel takes it: queries and keys turned to its positions, its tiles listed."""
     T, S = ctx.q_BTHd.shape[1], ctx.k_BSKd.shape[1]
-    rows = min(branch.rows or T, T)
+    rows = min(branch.rows, T) if isinstance(branch.rows, int) else T
     (q, qp), (k, kp) = ctx.queries_at(branch.q_positions, rows), ctx.keys_at(branch.k_positions)
     queries, keys = ctx.queries, ctx.keys
     aligned = T == S and not ctx.apart

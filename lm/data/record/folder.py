@@ -9,6 +9,7 @@ from typing import Any
 
 from lm.data.record.record import TextRecord
 from lm.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, from_directory
+from lm.data.tokenizers.sentencepiece import FLAGS
 from lm.errors import UserError
 from lm.files import read_json
 
@@ -112,7 +113,9 @@ def _with_added(
     if isinstance(tokenizer, SentencePieceTokenizer):
         named = {t: tokenizer.find(t) for t in said.values() if t is not None}
         spelled = added | {t: i for t, i in named.items() if i is not None}
-        return dataclasses.replace(tokenizer, added={**tokenizer.added, **spelled})
+        flagged = {str(one.get("content")): one for one in listed.values() if isinstance(one, dict)}
+        kept = {t: tuple(f for f in FLAGS if one.get(f)) for t, one in flagged.items()}
+        return dataclasses.replace(tokenizer, added={**tokenizer.added, **spelled}, flags=kept)
     if isinstance(tokenizer, HFTokenizer):
         from tokenizers import AddedToken
 
@@ -124,11 +127,19 @@ def _with_added(
 
 
 def _rule(tokenizer: SentencePieceTokenizer, settings: Mapping[str, Any]) -> SentencePieceTokenizer:
-    """A SentencePiece file has no post-processor: ``add_bos_token`` and ``add_eos_token`` decide."""
-    begins, ends = settings.get("add_bos_token", True), settings.get("add_eos_token", False)
+    """A SentencePiece file has no post-processor: ``add_bos_token`` and ``add_eos_token`` of ``tokenizer_config.json``
+    decide, and ``legacy`` how a text goes on behind a special token. An absent key means no, as in `transformers` 5.
+    A bare file is read as Llama was trained: its beginning token first, and the library's own rule."""
+    begins, ends = settings.get("add_bos_token", not settings), settings.get("add_eos_token", False)
     before = (tokenizer.bos_id,) if begins and tokenizer.bos_id is not None else ()
     after = (tokenizer.eos_id,) if ends and tokenizer.eos_id is not None else ()
-    return dataclasses.replace(tokenizer, before=before, after=after)
+    return dataclasses.replace(
+        tokenizer,
+        before=before,
+        after=after,
+        legacy=bool(settings.get("legacy", not settings)),
+        spaced=settings.get("add_prefix_space") is not False,
+    )
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

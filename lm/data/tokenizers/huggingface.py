@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,8 +56,11 @@ class HFTokenizer(Tokenizer):
         return None if found is None else int(found)
 
     def is_special(self, i: int) -> bool:
-        added = self.inner.get_added_tokens_decoder()
-        return i in added and added[i].special
+        return i in self._specials
+
+    @functools.cached_property
+    def _specials(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
 
     def save(self, folder: Path) -> dict[str, object]:
         self.inner.save(str(folder / "tokenizer.json"))

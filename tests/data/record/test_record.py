@@ -150,7 +150,8 @@ def test_added_tokens_of_a_sentencepiece_folder(tmp_path: Path) -> None:
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     decoder = {"9": {"content": "<|im_end|>", "special": True}}
-    write(tmp_path, tokenizer_config={"added_tokens_decoder": decoder, "bos_token": "<s>", "eos_token": "<|im_end|>"})
+    about = {"added_tokens_decoder": decoder, "bos_token": "<s>", "eos_token": "<|im_end|>", "add_bos_token": True}
+    write(tmp_path, tokenizer_config=about)
     made = from_folder(tmp_path, {}).tokenizer
     assert made is not None and made.eos_id == 9 and made.vocab_size == 10 and made.base_size == 9
     assert made.encode_text("a<|im_end|>") == [1, *made.encode("a"), 9] and made.encode("<s>") == [1]
