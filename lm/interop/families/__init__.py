@@ -11,14 +11,6 @@ from lm.interop.families.qwen import QWEN2, QWEN3
 
 __all__ = ["FAMILIES", "Family"]
 
-FAMILIES = {  # by ``model_type``; a model is written as the first that can express it
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "mixtral": MIXTRAL,
-    "qwen2_moe": QWEN2_MOE,
-    "qwen3_moe": QWEN3_MOE,
-    "gpt_neox": GPT_NEOX,
-    "gpt2": GPT2,
-}
+_OLDER = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_NEOX, GPT2)
+_ALL = (*_OLDER,)
+FAMILIES = {family.name: family for family in _ALL}  # a model is written as the first that can express it

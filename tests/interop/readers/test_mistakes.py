@@ -232,10 +232,59 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"residual_multiplier": 0.2}, "config.json residual_multiplier: found 0.2, which the family 'llama'"),
+        ({"atention_bias": True}, "did you mean 'attention_bias'"),
+        ({"model_type": "mistral", "attention_bias": True}, "config.json attention_bias: found True, which the family"),
+        ({"per_layer_config": {"0": {"num_attention_heads": 1}}}, "config.json per_layer_config"),
+        ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
+    ],
+)
+def test_what_changes_the_computation_and_has_no_place(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    """A key that is not known, a value that the family cannot have: by name, before a weight is read."""
+    sizes = {"model_type": "llama", "head_dim": 4}
+    assert words in _refused(_make(tmp_path, {**sizes, **config}))
+
+
+def test_what_changes_nothing_is_no_obstacle(tmp_path: Path) -> None:
+    idle = {"transformers.js_config": {}, "unsloth_version": "1", "_attn_implementation": "sdpa", "use_cache": False}
+    off = {
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "clip_qkv": None,
+        "temperature": 0.6,
+    }
+    interop.load(str(_make(tmp_path, {**idle, **off})))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "minicpm3", "kv_lora_rank": 4}, ("latent attention (MLA)", "keys without a place", "kv_lora")),
+        ({"model_type": "mamba", "state_size": 16, "conv_kernel": 4}, ("state-space layers (SSM)",)),
+        ({"model_type": "t5", "is_encoder_decoder": True, "d_kv": 4}, ("an encoder beside the decoder",)),
+        ({"model_type": "bert", "type_vocab_size": 2}, ("an encoder without a decoder",)),
+        (
+            {"model_type": "granite", "residual_multiplier": 0.2},
+            ("multipliers of the stream", "nearest known: '"),
+        ),
+        ({"model_type": ["x"]}, ("expected a string",)),
+    ],
+)
+def test_a_family_that_is_not_known(tmp_path: Path, config: dict[str, Any], words: tuple[str, ...]) -> None:
+    """The nearest one, and what is missing there."""
+    message = _refused(_make(tmp_path, config))
+    for word in words:
+        assert word in message, message
+
+
 RIGHT: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt_neox", "gpt2", "smollm3", "gemma3_text", "gpt_oss"])
 def test_values_of_another_type_are_named(tmp_path: Path, family: str) -> None:
     """Every key that is read, with every type but its own."""
     _make(tmp_path)

@@ -34,6 +34,14 @@ LLAMA = {
     "max_positions": 64,
 }
 LAYER = {"name": "layernorm", "eps": 1e-5}
+GEMMA = {
+    **LLAMA,
+    "head_dim": 10,
+    "norm": {"name": "rmsnorm", "eps": 1e-6, "unit_offset": True},
+    "norm_place": "both",
+    "embed_scale": 32**0.5,
+    "ffn": {"name": "geglu_tanh"},
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama untied, biases": (
@@ -164,6 +172,10 @@ def test_transformers_loads_it_to_the_same_logits_and_text(name: str, tmp_path: 
         ({"mixer": {"name": "softmax", "softcap": 30.0}}, "model.mixer.softcap = 30.0"),
         ({"embed_scale": 4.0}, "model.embed_scale = 4.0"),
         ({"parallel_residual": True}, "model.parallel_residual = True"),
+        ({"norm_place": "output"}, "model.norm_place = 'output'"),
+        ({"mixer": {"name": "softmax", "sink_logits": True}}, "model.mixer.sink_logits = True"),
+        ({"layer_overrides": ({"layers": "1", "mixer": {"scale": 0.5}},)}, "model.layer 1 mixer.scale = 0.5"),
+        ({"norm": {"name": "rmsnorm", "unit_offset": True}}, "model.norm.unit_offset = True"),
     ],
 )
 def test_what_no_family_can_say_is_named(change: dict[str, Any], names: str, tmp_path: Path) -> None:
