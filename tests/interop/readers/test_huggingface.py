@@ -150,6 +150,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         60,
     ),
+    "olmo2": ("Olmo2", {**GQA, "head_dim": 10}, 48),  # not in the class, and its model reads it
+    "olmo2-tied-biases": (
+        "Olmo2",
+        {**SMALL, "tie_word_embeddings": True, "attention_bias": True, **_rope("linear", factor=4.0)},
+        150,
+    ),
 }
 TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
@@ -170,7 +176,7 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
     return model
 
 
-STEPPED = ("qwen3-window",)
+STEPPED = ("olmo2",)
 
 
 def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
@@ -280,6 +286,7 @@ UNREAD = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe"), "original_max_position_embeddings"),
     "qwen3_moe": "original_max_position_embeddings max_window_layers layer_types",
     "gpt_neox": "original_max_position_embeddings rope_theta partial_rotary_factor",
+    "olmo2": "original_max_position_embeddings",
 }
 
 

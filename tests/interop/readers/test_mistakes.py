@@ -239,6 +239,7 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
         ({"atention_bias": True}, "did you mean 'attention_bias'"),
         ({"model_type": "mistral", "attention_bias": True}, "config.json attention_bias: found True, which the family"),
         ({"per_layer_config": {"0": {"num_attention_heads": 1}}}, "config.json per_layer_config"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "config.json clip_qkv: found 8.0"),
         ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
     ],
 )
@@ -271,6 +272,7 @@ def test_what_changes_nothing_is_no_obstacle(tmp_path: Path) -> None:
             {"model_type": "granite", "residual_multiplier": 0.2},
             ("multipliers of the stream", "nearest known: '"),
         ),
+        ({"model_type": "olmo"}, ("did you mean 'olmo2'", "nearest known: 'olmo2', by its keys alone")),
         ({"model_type": ["x"]}, ("expected a string",)),
     ],
 )

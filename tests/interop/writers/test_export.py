@@ -117,6 +117,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "positions": {"name": "learned", "size": 64},
         },
     ),
+    "olmo2": (
+        "olmo2",
+        {
+            **LLAMA,
+            "head_dim": 10,
+            "norm_place": "output",
+            "mixer": {"name": "softmax", "qk_norm": True, "qk_norm_over": "width"},
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
