@@ -156,6 +156,27 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {**SMALL, "tie_word_embeddings": True, "attention_bias": True, **_rope("linear", factor=4.0)},
         150,
     ),
+    # Heads of 8, of which six channels turn: three frequencies.
+    "phi3": ("Phi3", {**PADDED, "hidden_size": 40, "head_dim": 10, "sliding_window": 12}, 48),
+    "phi3-partial": (
+        "Phi3",
+        {**PADDED, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+        48,
+    ),
+    **{
+        f"phi3-longrope-{name}": (
+            "Phi3",
+            {
+                **PADDED,
+                "partial_rotary_factor": 0.75,
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {"type": "longrope", "short_factor": EXT[:3], "long_factor": EXT[1:]},
+            },
+            length,
+        )
+        for name, length in (("short", 48), ("long", 150))
+    },
 }
 TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
@@ -176,7 +197,7 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
     return model
 
 
-STEPPED = ("olmo2",)
+STEPPED = ("olmo2", "phi3")
 
 
 def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
@@ -235,6 +256,7 @@ ON: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": True, "num_hidden_layers": 32},
     "qwen2_moe": {"use_sliding_window": True, "num_hidden_layers": 32},
     "qwen3_moe": {"use_sliding_window": True, "mlp_only_layers": [1]},
+    "phi3": {"rope_parameters": {**LONG, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
 }
 
 

@@ -240,6 +240,10 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
         ({"model_type": "mistral", "attention_bias": True}, "config.json attention_bias: found True, which the family"),
         ({"per_layer_config": {"0": {"num_attention_heads": 1}}}, "config.json per_layer_config"),
         ({"model_type": "olmo2", "clip_qkv": 8.0}, "config.json clip_qkv: found 8.0"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "valid: default, longrope, su, yarn",
+        ),
         ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
     ],
 )

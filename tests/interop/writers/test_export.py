@@ -126,6 +126,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "mixer": {"name": "softmax", "qk_norm": True, "qk_norm_over": "width"},
         },
     ),
+    "phi3": ("phi3", {**LLAMA, "positions": {"name": "rope", "fraction": 0.5}}),
+    "phi3 longrope": (
+        "phi3",
+        {
+            **LLAMA,
+            "n_heads": 4,
+            "pattern": {"name": "sliding_window", "window": 8},
+            "positions": {
+                "name": "rope",
+                "fraction": 0.5,
+                "scaling": {
+                    "name": "longrope",
+                    "short_factor": (1.0, 1.5),
+                    "long_factor": (2.0, 3.0),
+                    "original": 32,
+                },
+            },
+            "head": {"name": "linear", "tie": False},
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
