@@ -10,9 +10,10 @@ from lm.interop.families.llama import LLAMA, MISTRAL
 from lm.interop.families.olmo2 import OLMO2
 from lm.interop.families.phi3 import PHI3
 from lm.interop.families.qwen import QWEN2, QWEN3
+from lm.interop.families.smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "Family"]
 
 _OLDER = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_NEOX, GPT2)
-_ALL = (*_OLDER, OLMO2, PHI3)
+_ALL = (*_OLDER, OLMO2, PHI3, SMOLLM3)
 FAMILIES = {family.name: family for family in _ALL}  # a model is written as the first that can express it

@@ -177,6 +177,23 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         )
         for name, length in (("short", 48), ("long", 150))
     },
+    "smollm3": ("SmolLM3", {**PADDED, "num_hidden_layers": 4, "tie_word_embeddings": True}, 48),
+    "smollm3-windows": (
+        "SmolLM3",
+        {
+            **GQA,
+            "head_dim": 10,
+            "num_hidden_layers": 3,
+            "pad_token_id": 0,
+            "no_rope_layers": [0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "attention_bias": True,
+            "mlp_bias": True,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=32),
+        },
+        150,
+    ),
 }
 TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
@@ -197,7 +214,7 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
     return model
 
 
-STEPPED = ("olmo2", "phi3")
+STEPPED = ("olmo2", "phi3", "smollm3-windows")
 
 
 def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
@@ -256,6 +273,7 @@ ON: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": True, "num_hidden_layers": 32},
     "qwen2_moe": {"use_sliding_window": True, "num_hidden_layers": 32},
     "qwen3_moe": {"use_sliding_window": True, "mlp_only_layers": [1]},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 64},
     "phi3": {"rope_parameters": {**LONG, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
 }
 
@@ -309,6 +327,7 @@ UNREAD = {
     "qwen3_moe": "original_max_position_embeddings max_window_layers layer_types",
     "gpt_neox": "original_max_position_embeddings rope_theta partial_rotary_factor",
     "olmo2": "original_max_position_embeddings",
+    "smollm3": "original_max_position_embeddings max_window_layers",
 }
 
 

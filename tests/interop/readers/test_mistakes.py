@@ -244,6 +244,8 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
             {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
             "valid: default, longrope, su, yarn",
         ),
+        ({"model_type": "smollm3", "no_rope_layers": []}, "no_rope_layers: 0 found, num_hidden_layers = 1"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval: found 0; valid: 1 or more"),
         ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
     ],
 )

@@ -146,6 +146,15 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "head": {"name": "linear", "tie": False},
         },
     ),
+    "smollm3": (
+        "smollm3",
+        {
+            **LLAMA,
+            "layer_overrides": (
+                {"layers": "1", "positions": {"name": "nope"}, "pattern": {"name": "sliding_window", "window": 8}},
+            ),
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
