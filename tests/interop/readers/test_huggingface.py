@@ -194,6 +194,43 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         150,
     ),
+    "gemma2": (
+        "Gemma2",
+        {**GQA, "head_dim": 10, "sliding_window": 12, "query_pre_attn_scalar": 7, "tie_word_embeddings": True},
+        48,
+    ),
+    "gemma2-untied-uncapped": (
+        "Gemma2",
+        {
+            **GQA,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": 2.0,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 5,
+        },
+        48,
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            **GQA,
+            "head_dim": 10,
+            "num_hidden_layers": 3,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 7,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 20.0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+        60,
+    ),
 }
 TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
@@ -214,7 +251,7 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
     return model
 
 
-STEPPED = ("olmo2", "phi3", "smollm3-windows")
+STEPPED = ("olmo2", "phi3", "smollm3-windows", "gemma2", "gemma3")
 
 
 def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
@@ -275,6 +312,7 @@ ON: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"use_sliding_window": True, "mlp_only_layers": [1]},
     "smollm3": {"use_sliding_window": True, "sliding_window": 64},
     "phi3": {"rope_parameters": {**LONG, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
+    "gemma3_text": {"num_hidden_layers": 7},
 }
 
 
@@ -328,6 +366,8 @@ UNREAD = {
     "gpt_neox": "original_max_position_embeddings rope_theta partial_rotary_factor",
     "olmo2": "original_max_position_embeddings",
     "smollm3": "original_max_position_embeddings max_window_layers",
+    "gemma2": "original_max_position_embeddings",
+    "gemma3_text": "original_max_position_embeddings partial_rotary_factor",
 }
 
 

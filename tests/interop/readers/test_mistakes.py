@@ -246,6 +246,21 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
         ),
         ({"model_type": "smollm3", "no_rope_layers": []}, "no_rope_layers: 0 found, num_hidden_layers = 1"),
         ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval: found 0; valid: 1 or more"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention: found true"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar: found 0; valid: 1 or more"),
+        ({"model_type": "gemma2", "hidden_act": "gelu"}, "hidden_act: found 'gelu' beside hidden_activation ="),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping: found 50.0; valid: null",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 3.0}},
+            "valid: one each for full_attention and",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_theta": "x"}}},
+            "rope_parameters full_attention rope_theta: expected a number",
+        ),
         ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
     ],
 )
@@ -274,6 +289,10 @@ def test_what_changes_nothing_is_no_obstacle(tmp_path: Path) -> None:
         ({"model_type": "mamba", "state_size": 16, "conv_kernel": 4}, ("state-space layers (SSM)",)),
         ({"model_type": "t5", "is_encoder_decoder": True, "d_kv": 4}, ("an encoder beside the decoder",)),
         ({"model_type": "bert", "type_vocab_size": 2}, ("an encoder without a decoder",)),
+        (
+            {"model_type": "gemma3", "vision_config": {}, "text_config": {"model_type": "gemma3_text"}},
+            ("images", "nearest known: 'gemma3_text'"),
+        ),
         (
             {"model_type": "granite", "residual_multiplier": 0.2},
             ("multipliers of the stream", "nearest known: '"),

@@ -155,6 +155,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         },
     ),
+    "gemma2": (
+        "gemma2",
+        {**GEMMA, "head": {"name": "linear", "softcap": 20.0}, "mixer": {"name": "softmax", "softcap": 30.0}},
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "mixer": {"name": "softmax", "qk_norm": True, "scale": 7**-0.5, "qkv_bias": True, "out_bias": True},
+            "positions": {"name": "rope", "theta": 5000.0, "scaling": {"name": "linear", "factor": 4.0}},
+            "layer_overrides": (
+                {
+                    "layers": "0",
+                    "positions": {"name": "rope", "theta": 100.0},
+                    "pattern": {"name": "sliding_window", "window": 8},
+                },
+            ),
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
