@@ -231,6 +231,36 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         60,
     ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **GQA,
+            "head_dim": 10,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 12,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,
+        },
+        60,
+    ),
+    "gpt-oss-tied-plain-rotary": (
+        "GptOss",
+        {
+            **SMALL,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            **_rope("default"),
+        },
+        40,
+    ),
 }
 TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
@@ -251,7 +281,7 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
     return model
 
 
-STEPPED = ("olmo2", "phi3", "smollm3-windows", "gemma2", "gemma3")
+STEPPED = ("olmo2", "phi3", "smollm3-windows", "gemma2", "gemma3", "gpt-oss")
 
 
 def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
@@ -368,6 +398,7 @@ UNREAD = {
     "smollm3": "original_max_position_embeddings max_window_layers",
     "gemma2": "original_max_position_embeddings",
     "gemma3_text": "original_max_position_embeddings partial_rotary_factor",
+    "gpt_oss": "experts_per_token initial_context_length",
 }
 
 

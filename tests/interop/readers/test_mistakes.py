@@ -261,6 +261,12 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
             {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_theta": "x"}}},
             "rope_parameters full_attention rope_theta: expected a number",
         ),
+        ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: unknown name 'gelu'"),
+        ({"model_type": "gpt_oss", "num_key_value_heads": 2, "swiglu_limit": 0.0}, "model.ffn.limit: must be positive"),
+        (
+            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            "weights quantised by 'mxfp4' are not read",
+        ),
         ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
     ],
 )

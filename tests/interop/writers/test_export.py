@@ -174,6 +174,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **LLAMA,
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True, "sink_logits": True},
+            "ffn": {
+                "name": "moe",
+                "experts": 4,
+                "expert": "clamped_swiglu",
+                "expert_settings": {"bias": True, "alpha": 1.2, "limit": 0.5},
+                "router": {"name": "topk", "offset": True},
+            },
+            "layer_overrides": ({"layers": "0", "pattern": {"name": "sliding_window", "window": 8}},),
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
