@@ -43,7 +43,8 @@ class ModelConfig(Model):
     """Everything the decoder needs to know. Widths are numbers of channels, lengths are tokens.
 
     `max_positions` is the length the parameters were (or will be) trained at. `n_kv_heads=None` means `n_heads`;
-    `head_dim=None` means `d_model // n_heads`. `layer_overrides` is a tuple of
+    `head_dim=None` means `d_model // n_heads`. `norm_place`: where a block's norms stand, on what its layers read
+    (``input``), on what they give (``output``), or ``both``. `layer_overrides` is a tuple of
     ``{"layers": "start:stop:step", <field>: value}``; later entries win.
     """
 
@@ -333,19 +334,24 @@ def saved_names(cls: type) -> dict[str, str]:
     return {f.metadata["saved"]: f.name for f in dataclasses.fields(cls) if "saved" in f.metadata}
 
 
-def to_dict(cfg: object, options: Table | None = None) -> Any:
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def to_dict(cfg: object, options: Table | None = None, whole: bool = False) -> Any:
     """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content. Fields
-    are written under their saved names, so that what is addressed by its content keeps its address."""
+    are written under their saved names, so that what is addressed by its content keeps its address; fields that came
+    later only where they are not at their default, or with `whole`."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         out: dict[str, Any] = {}
         if options is not None:
             out["name"] = options.name_of(type(cfg))
         for f in dataclasses.fields(cfg):
             value, module = vars(cfg)[f.name], f.metadata.get("socket")
-            if f.metadata.get("later") and value == (table(module)[f.metadata["default"]]() if module else {}):
+            if f.metadata.get("later") and not whole and value == _default(f):
                 continue
-            out[f.metadata.get("saved", f.name)] = to_dict(value, table(module) if module else None)
+            out[f.metadata.get("saved", f.name)] = to_dict(value, table(module) if module else None, whole)
         return out
     if isinstance(cfg, (list, tuple)):
-        return [to_dict(c) for c in cfg]
-    return {k: to_dict(v) for k, v in cfg.items()} if is_mapping(cfg) else cfg
+        return [to_dict(c, None, whole) for c in cfg]
+    return {k: to_dict(v, None, whole) for k, v in cfg.items()} if is_mapping(cfg) else cfg

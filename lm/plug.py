@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lm.errors import UserError
 
@@ -76,6 +76,18 @@ def bounded(default: Any, *, at_least: float, **metadata: Any) -> Any:
     return field(default=default, metadata={"at_least": at_least, **metadata})
 
 
+def later(default: Any, **metadata: Any) -> Any:
+    """A dataclass field that came after results had been addressed: it is written only where it is not `default`."""
+    return field(default=default, metadata={"later": True, **metadata})
+
+
+class Settings(dict[str, Any]):
+    """Fields of a plug that another plug names: a dict that can be hashed, because nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
 def check_bounds(settings: Any, key: str) -> None:
     """Raises `UserError` for the first field of a dataclass instance that is below its bound; `key` is its place."""
     for f in dataclasses.fields(settings):
@@ -119,6 +131,7 @@ class Model:
     ffn: Any = None
     head: Any = None
     parallel_residual: bool = False
+    norm_place: Literal["input", "output", "both"] = later("input")
     embed_scale: float = 1.0
     init_std: float = 0.02
     scan_layers: bool = True

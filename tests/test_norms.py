@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lm.config import plug
 from lm.plug import table
 
 D = 12
 
 
+PLUGS: dict[str, dict[str, Any]] = {**{name: {"name": name} for name in table("lm.norms")}}
+PLUGS["rmsnorm, unit offset"] = {"name": "rmsnorm", "unit_offset": True}
+
+
 def by_equation(name: str, x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
-    if name == "rmsnorm":
+    if name.startswith("rmsnorm"):
+        scale = 1 + scale if "offset" in name else scale
         return np.asarray(x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale)
     centred = x - x.mean(-1, keepdims=True)
     return np.asarray(centred / np.sqrt(x.var(-1, keepdims=True) + eps) * scale + bias)
 
 
-@pytest.mark.parametrize("name", table("lm.norms"))
+@pytest.mark.parametrize("name", PLUGS)
 def test_equation(name: str) -> None:
     """On numbers of which epsilon, mean and scale are a good part; bfloat16 in is bfloat16 out, by float32 inside."""
     rng = np.random.default_rng(0)
     x, scale, bias, eps = rng.normal(0.7, 0.5, (3, D)), rng.normal(size=D), rng.normal(size=D), 0.3
-    module = table("lm.norms")[name](eps=eps).module("float32")
+    module = plug("lm.norms", {**PLUGS[name], "eps": eps}, "norm").module("float32")
     params = {"scale": jnp.asarray(scale, jnp.float32)}
     if name == "layernorm":
         params["bias"] = jnp.asarray(bias, jnp.float32)
@@ -50,7 +58,8 @@ def test_equation(name: str) -> None:
 
 
 def test_fresh_parameters_change_nothing() -> None:
-    for name, plug in table("lm.norms").items():
-        made = plug().module("float32").init(jax.random.key(0), jnp.ones((1, D)))["params"]
-        want = {"scale": 1.0, "bias": 0.0} if name == "layernorm" else {"scale": 1.0}
+    for name, settings in PLUGS.items():
+        norm = plug("lm.norms", settings, "norm")
+        made = norm.module("float32").init(jax.random.key(0), jnp.ones((1, D)))["params"]
+        want = {"scale": 1.0, "bias": 0.0} if name == "layernorm" else {"scale": 0.0 if "offset" in name else 1.0}
         assert {k: float(v.mean()) for k, v in made.items()} == want

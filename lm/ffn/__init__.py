@@ -9,6 +9,7 @@ TABLE = Table(
         "swiglu": "lm.ffn.glu:SwiGLU",
         "geglu": "lm.ffn.glu:GeGLU",
         "geglu_tanh": "lm.ffn.glu:GeGLUTanh",
+        "clamped_swiglu": "lm.ffn.glu:ClampedSwiGLU",
         "gelu": "lm.ffn.mlp:Gelu",
         "gelu_tanh": "lm.ffn.mlp:GeluTanh",
         "relu": "lm.ffn.mlp:Relu",

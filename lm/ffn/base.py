@@ -78,3 +78,16 @@ class Activated(FFN):
     """A plain or gated layer with an activation, which an expert of a mixture can be too."""
 
     activation: ClassVar[Callable[[jax.Array], jax.Array]]
+    bias: bool = False
+
+    def opened(self, x: jax.Array) -> jax.Array:
+        """The activation of the first product, or of the gate where there is one."""
+        return type(self).activation(x)
+
+    def passed(self, up: jax.Array) -> jax.Array:
+        """What an opened gate multiplies."""
+        return up
+
+    def inner(self, up: jax.Array, gate: jax.Array | None = None) -> jax.Array:
+        """What goes into the last product."""
+        return self.opened(up) if gate is None else self.opened(gate) * self.passed(up)

@@ -9,7 +9,9 @@ from typing import ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from lm.errors import UserError
 from lm.ffn.base import Activated
 from lm.layer import LayerInputs, LayerOut
 from lm.plug import Model
@@ -29,7 +31,7 @@ class SwiGLU(Activated):
     activation: ClassVar[Activation] = staticmethod(jax.nn.silu)
 
     def module(self, cfg: Model, name: str | None = None) -> nn.Module:
-        return _GLU(cfg, type(self).activation, self.bias, name=name)
+        return _GLU(cfg, self, name=name)
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,46 @@ class GeGLUTanh(SwiGLU):
     activation: ClassVar[Activation] = staticmethod(functools.partial(jax.nn.gelu, approximate=True))
 
 
+@dataclass(frozen=True)
+class ClampedSwiGLU(SwiGLU):
+    """``down((up x + 1) * g sigmoid(alpha g))`` with ``g = gate x``, g at most `limit` and up within it on both sides
+    (gpt-oss, arXiv 2508.10925)."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.limit > 0:
+            raise UserError(f"model.ffn.limit: must be positive, found {self.limit}")
+
+    def opened(self, x: jax.Array) -> jax.Array:
+        g = jnp.minimum(x, self.limit)
+        return g * jax.nn.sigmoid(self.alpha * g)
+
+    def passed(self, up: jax.Array) -> jax.Array:
+        return jnp.clip(up, -self.limit, self.limit) + 1.0
+
+
 class _GLU(nn.Module):
     cfg: Model
-    activation: Activation
-    bias: bool
+    plug: SwiGLU
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, layer: LayerInputs | None = None) -> LayerOut:
-        D, F, watch = self.cfg.d_model, self.cfg.d_ff, NOTHING if layer is None else layer.watch
-        gate = Project((D, F), 1, self.bias, self.cfg, IN, name="gate")(x_BTD, watch)
-        up = Project((D, F), 1, self.bias, self.cfg, IN, name="up")(x_BTD, watch)
+        D, F, watch, bias = self.cfg.d_model, self.cfg.d_ff, NOTHING if layer is None else layer.watch, self.plug.bias
+        gate = Project((D, F), 1, bias, self.cfg, IN, name="gate")(x_BTD, watch)
+        up = Project((D, F), 1, bias, self.cfg, IN, name="up")(x_BTD, watch)
         down = nn.checkpoint(_Down, static_argnums=(3,))
-        return LayerOut(down((F, D), 1, self.bias, self.cfg, OUT, self.activation, name="down")(gate, up, watch))
+        return LayerOut(down((F, D), 1, bias, self.cfg, OUT, self.plug, name="down")(gate, up, watch))
 
 
 class _Down(Project):
     """``(act(gate) * up) @ kernel``. The gradient keeps `gate` and `up` and computes the elementwise part again, which
     is cheaper than to store its steps (a third of a layer's activations)."""
 
-    activation: Activation
+    plug: SwiGLU
 
     @nn.compact
     def __call__(self, gate: jax.Array, up: jax.Array, watch: Watch) -> jax.Array:  # type: ignore[override]
-        return Project.__call__(self, self.activation(gate) * up, watch)
+        return Project.__call__(self, self.plug.inner(up, gate), watch)

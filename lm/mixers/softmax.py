@@ -7,6 +7,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lm.attention.attend import attend
 from lm.attention.branches import Context, Keys
@@ -14,9 +15,10 @@ from lm.caches.base import State
 from lm.errors import UserError
 from lm.layer import LayerInputs, LayerOut
 from lm.mixers.base import Mixer
-from lm.plug import Model, bounded
+from lm.plug import Model, bounded, later
 from lm.watch import tap
 from lm.weights.project import Project
+from lm.weights.weight import param
 
 IN, KV, OUT = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim"), ("heads", "head_dim", "embed")
 
@@ -27,7 +29,9 @@ class SoftmaxAttention(Mixer):
 
     `block_q`, `block_k`: tile of the backends that have one, tokens, None = by the number of rows and heads
     (`lm.attention.tiles.block`) or the kernel's own; `softcap`: logits become ``c tanh(logits / c)``; `qk_norm`:
-    normalise queries and keys per head before positions; `scale`: logit scale, None = ``head_dim ** -0.5``.
+    normalise queries and keys before positions, `qk_norm_over` each ``head`` or the ``width`` of all of them (OLMo 2);
+    `scale`: logit scale, None = ``head_dim ** -0.5``; `sink_logits`: every head has a learned logit that takes its
+    share of the softmax and gives nothing (gpt-oss, arXiv 2508.10925).
     """
 
     backend: Literal["auto", "dense", "blocked", "pallas"] = "auto"  # type: ignore[assignment]
@@ -38,6 +42,8 @@ class SoftmaxAttention(Mixer):
     qkv_bias: bool = False
     out_bias: bool = False
     scale: float | None = None
+    qk_norm_over: Literal["head", "width"] = later("head")
+    sink_logits: bool = later(False)
 
     def check(self, cfg: Model) -> None:
         if self.backend == "pallas" and cfg.pattern.lists_keys:
@@ -74,8 +80,7 @@ class _Attention(nn.Module):
         k = Project((D, K, d), 1, a.qkv_bias, cfg, KV, name="k")(x_BTD, watch)
         v = Project((D, K, d), 1, a.qkv_bias, cfg, KV, name="v")(x_BTD, watch)
         if a.qk_norm:
-            q = cfg.norm.module(cfg.param_dtype, name="q_norm", axis="head_dim")(q)
-            k = cfg.norm.module(cfg.param_dtype, name="k_norm", axis="head_dim")(k)
+            q, k = self._normed("q_norm", q, "heads"), self._normed("k_norm", k, "kv_heads")
         positions = cfg.positions.bind(cfg)
         new = Keys(k, v, tokens, new=tokens.index_BT.shape[1])
         sources: tuple[Keys, ...] = (new,)
@@ -93,7 +98,26 @@ class _Attention(nn.Module):
             for name, value in cfg.pattern.taps(ctx, branches).items():
                 tap(self, watch, name, value)
         out, lse = attend(ctx, branches, softcap=a.softcap, backend=a.backend, block_q=a.block_q, block_k=a.block_k)
+        if a.sink_logits:
+            sink_H = param(self, "sinks", nn.initializers.zeros, (H,), cfg.param_dtype, axes=("heads",))
+            out, lse = beside_sinks(out, lse, sink_H)
         if cache is not None and layer.commit:
             cache = cache.observe(ctx, out, lse)
         y = Project((H, d, D), 2, a.out_bias, cfg, OUT, name="o")(out.astype(x_BTD.dtype), watch)
         return LayerOut(y, cache, fresh=None if layer.commit else new)
+
+    def _normed(self, name: str, x_BTKd: jax.Array, heads: str) -> jax.Array:
+        """Queries or keys, each head normalised or all of a token together."""
+        whole = self.cfg.mixer.qk_norm_over == "width"
+        norm = self.cfg.norm.module(self.cfg.param_dtype, name=name, axis=heads if whole else "head_dim")
+        flat = x_BTKd.reshape(*x_BTKd.shape[:2], -1) if whole else x_BTKd
+        normed: jax.Array = norm(flat).reshape(x_BTKd.shape) if whole else norm(flat)
+        return normed
+
+
+def beside_sinks(out_BTHd: jax.Array, lse_BTH: jax.Array, sink_H: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Attention's output and log-sum-exp with one more key per head, of logit `sink_H` and value 0: the output keeps
+    ``exp(lse) / (exp(lse) + exp(sink))`` of itself, whatever backend computed it."""
+    sink = sink_H.astype(jnp.float32)
+    kept_BTH1 = jax.nn.sigmoid(lse_BTH - sink)[..., None]
+    return (kept_BTH1 * out_BTHd.astype(jnp.float32)).astype(out_BTHd.dtype), jnp.logaddexp(lse_BTH, sink)

@@ -32,15 +32,22 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": lambda x: np.where(x > 0, x, 0.0),
     "relu2": lambda x: np.where(x > 0, x, 0.0) ** 2,
 }
-GATED = {"swiglu", "geglu", "geglu_tanh"}
+GATED = {"swiglu", "geglu", "geglu_tanh", "clamped_swiglu"}
 
 
 def test_every_layer_has_an_oracle() -> None:
-    assert set(ACTIVATIONS) | {"moe"} == set(table("lm.ffn"))  # mixtures: test_routers.py
+    assert set(ACTIVATIONS) | {"clamped_swiglu", "moe"} == set(table("lm.ffn"))  # mixtures: test_routers.py
+
+
+def _inner(name: str, gate: Any, up: Any) -> Any:
+    if name == "clamped_swiglu":
+        g = np.minimum(gate, 1.5)
+        return (np.clip(up, -1.5, 1.5) + 1) * g / (1 + np.exp(-0.7 * g))
+    return ACTIVATIONS[name](gate) * up if name in GATED else ACTIVATIONS[name](up)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", [*ACTIVATIONS, "clamped_swiglu"])
 def test_formula(name: str, bias: bool) -> None:
     rng = np.random.default_rng(0)
     shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
@@ -55,9 +62,9 @@ def test_formula(name: str, bias: bool) -> None:
     def linear(n: str, x: np.ndarray) -> Any:
         return x @ p[n]["kernel"] + (p[n]["bias"] if bias else 0.0)
 
-    act = ACTIVATIONS[name]
-    inner = act(linear("gate", x)) * linear("up", x) if name in GATED else act(linear("up", x))
-    module = plug("lm.ffn", {"name": name, "bias": bias}, "ffn").module(CFG)
+    inner = _inner(name, linear("gate", x) if name in GATED else None, linear("up", x))
+    settings = {"alpha": 0.7, "limit": 1.5} if name == "clamped_swiglu" else {}
+    module = plug("lm.ffn", {"name": name, "bias": bias, **settings}, "ffn").module(CFG)
     shapes_of = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, D)))["params"]
     assert jax.tree.map(lambda a: a.shape, shapes_of) == jax.tree.map(lambda a: a.shape, p)
     out = module.apply({"params": jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), p)}, jnp.asarray(x, jnp.float32))

@@ -28,12 +28,15 @@ class TestSoftmax(MixerCase):
     }
 
     def naive(self, params: Params, x_TD: np.ndarray) -> np.ndarray:
+        over = (1, 2) if self.cfg.mixer.qk_norm_over == "width" else 2
+
         def project(name: str) -> np.ndarray:
             p = params[name]
             out = np.einsum("tD,Dhd->thd", x_TD, p["kernel"]) + p["bias"]
             if name == "v":
                 return np.asarray(out)
-            out = out / np.sqrt((out**2).mean(-1, keepdims=True) + 1e-5) * params[f"{name}_norm"]["scale"]
+            scale = params[f"{name}_norm"]["scale"]
+            out = out / np.sqrt((out**2).mean(over, keepdims=True) + 1e-5) * scale.reshape(-1, out.shape[2])
             return np.stack([_rotated(out[:, h]) for h in range(out.shape[1])], 1)
 
         q, k, v = (project(name) for name in "qkv")
@@ -42,5 +45,12 @@ class TestSoftmax(MixerCase):
             group = h * k.shape[1] // q.shape[1]
             s = np.array([0.7 * q[t, h] @ k[j, group] for j in range(t + 1)])
             p = np.exp(1.5 * np.tanh(s / 1.5))
-            y[t, h] = p @ v[: t + 1, group] / p.sum()
+            nothing = np.exp(params["sinks"][h]) if "sinks" in params else 0.0
+            y[t, h] = p @ v[: t + 1, group] / (p.sum() + nothing)
         return np.einsum("thd,hdD->tD", y, params["o"]["kernel"]) + params["o"]["bias"]
+
+
+class TestSinkLogits(TestSoftmax):
+    """A logit per head that gives nothing; queries and keys normalised over all heads."""
+
+    change = {"mixer": {**TestSoftmax.change["mixer"], "sink_logits": True, "qk_norm_over": "width"}}

@@ -19,10 +19,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from lm.ffn.moe.grouped import Activation, Weights, mixture
+from lm.ffn.base import Activated
+from lm.ffn.moe.grouped import Weights, mixture
 from lm.sharding import Layout, current
 
-AXES = {"up": ("experts", None, "mlp"), "gate": ("experts", None, "mlp"), "down": ("experts", "mlp", None)}
+AXES = {
+    **{name: ("experts", None, "mlp") for name in ("up", "gate")},
+    **{name: ("experts", "mlp") for name in ("up_bias", "gate_bias")},
+    "down": ("experts", "mlp", None),
+}
 
 
 def sorted_rows(expert_M: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -39,20 +44,27 @@ def to_experts(
     experts_BTk: jax.Array,
     gates_BTk: jax.Array,
     weights: Weights,
-    activation: Activation,
+    kind: Activated,
     implementation: str,
     per_row: int | None = None,
     in_all: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The weighted sum of every token's experts ``[B, T, D]``, and bool ``[B, T, k]``: what found a place on the way.
 
-    `experts`: int32, E for an assignment that is nobody's. `weights`: see `lm.ffn.moe.grouped`. An expert is known to
-    take at most `per_row` tokens of a row of the batch and `in_all` of all (None = any number).
+    `experts`: int32, E for an assignment that is nobody's. `weights`: see `lm.ffn.moe.grouped`, and ``down_bias``
+    ``[E, D]`` of experts that have one. An expert is known to take at most `per_row` tokens of a row of the batch and
+    `in_all` of all (None = any number).
     """
+    if "down_bias" in weights:  # what it adds is known here: nobody needs to carry it
+        bias_ED, rest = weights["down_bias"], {name: w for name, w in weights.items() if name != "down_bias"}
+        y, fits = to_experts(x_BTD, experts_BTk, gates_BTk, rest, kind, implementation, per_row, in_all)
+        gates = jnp.where(fits, gates_BTk, 0.0 * gates_BTk)[..., None]
+        by_BTE = (gates * (experts_BTk[..., None] == jnp.arange(len(bias_ED)))).sum(2)
+        return y + by_BTE.astype(y.dtype) @ bias_ED, fits
     found, E = _spread(x_BTD, len(weights["up"])), len(weights["up"])
     if found is None:
         x, experts, gates = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, experts_BTk, gates_BTk))
-        return _here(x, experts, gates, weights, activation, implementation).reshape(x_BTD.shape), experts_BTk < E
+        return _here(x, experts, gates, weights, kind, implementation).reshape(x_BTD.shape), experts_BTk < E
     layout, mesh = found
     sizes, k = dict(mesh.shape), experts_BTk.shape[-1]
     batch, length, over, inner = (
@@ -72,9 +84,9 @@ def to_experts(
     def local(x: jax.Array, experts: jax.Array, gates: jax.Array, weights: Weights) -> tuple[jax.Array, jax.Array]:
         x_nD, experts_nk, gates_nk = (a.reshape(-1, a.shape[-1]) for a in (x, experts, gates))
         if over:
-            y, fits = _away(x_nD, experts_nk, gates_nk, weights, activation, implementation, over, p, C)
+            y, fits = _away(x_nD, experts_nk, gates_nk, weights, kind, implementation, over, p, C)
         else:
-            y, fits = _here(x_nD, experts_nk, gates_nk, weights, activation, implementation), experts_nk < E
+            y, fits = _here(x_nD, experts_nk, gates_nk, weights, kind, implementation), experts_nk < E
         if inner:
             y = jax.lax.psum(y, inner)  # every device has a part of an expert's channels
         return y.reshape(x.shape), fits.reshape(experts.shape)
@@ -109,9 +121,9 @@ def _spread(x_BTD: jax.Array, E: int) -> tuple[Layout, jax.sharding.Mesh] | None
     return None if whole or not apart else found
 
 
-def _here(x: Any, experts_nk: Any, gates_nk: Any, weights: Weights, activation: Any, implementation: str) -> jax.Array:
+def _here(x: Any, experts_nk: Any, gates_nk: Any, weights: Weights, kind: Any, implementation: str) -> jax.Array:
     order, place, sizes = sorted_rows(experts_nk.reshape(-1), len(weights["up"]))
-    return mixture(x, weights, gates_nk, order, place.reshape(experts_nk.shape), sizes, activation, implementation)
+    return mixture(x, weights, gates_nk, order, place.reshape(experts_nk.shape), sizes, kind, implementation)
 
 
 def _away(
@@ -119,7 +131,7 @@ def _away(
     experts_nk: Any,
     gates_nk: Any,
     weights: Weights,
-    activation: Any,
+    kind: Any,
     implementation: str,
     over: tuple[str, ...],
     p: int,
@@ -141,7 +153,7 @@ def _away(
         return jax.lax.all_to_all(a, over, 0, 0, tiled=True)
 
     ones = jnp.ones((p * C, 1), gates_nk.dtype)
-    out = _here(swap(sent).reshape(p * C, D), swap(whose).reshape(p * C, 1), ones, weights, activation, implementation)
+    out = _here(swap(sent).reshape(p * C, D), swap(whose).reshape(p * C, 1), ones, weights, kind, implementation)
     back = swap(out.reshape(p, C, D)).reshape(p * C, D)
     at_M = place - first_p[jnp.minimum(to_M, p - 1)]
     found_nk = ((to_M < p) & (at_M < C)).reshape(n, k)

@@ -22,17 +22,20 @@ from lm.weights.weight import param
 
 
 class _Stack(nn.Module):
-    """E matrices ``[E, in, out]``, each drawn as one dense layer's is."""
+    """E matrices ``[E, in, out]``, each drawn as one dense layer's is, and with `bias` ``[E, out]`` beside them."""
 
     shape: tuple[int, int, int]
     cfg: Model
     axes: tuple[str, str, str]
+    bias: bool = False
 
     @nn.compact
-    def __call__(self) -> jax.Array:
-        init, of = nn.initializers.normal(self.cfg.init_std), self.cfg.param_dtype
+    def __call__(self) -> tuple[jax.Array, jax.Array | None]:
+        init, of, (E, _, out) = nn.initializers.normal(self.cfg.init_std), self.cfg.param_dtype, self.shape
         kernel: jax.Array = param(self, "kernel", init, self.shape, of, axes=self.axes)
-        return kernel
+        if not self.bias:
+            return kernel, None
+        return kernel, param(self, "bias", nn.initializers.zeros, (E, out), of, axes=self.axes[::2])
 
 
 class _Experts(nn.Module):
@@ -45,22 +48,26 @@ class _Experts(nn.Module):
     def __call__(self, x: jax.Array, chosen: tuple[Any, ...] | None = None) -> Any:
         cfg, moe = self.cfg, self.cfg.ffn
         E, D, F = moe.experts, cfg.d_model, moe.width(cfg)
-        act, gated = moe.kind.activation, isinstance(moe.kind, SwiGLU)
+        kind, gated = moe.kind, isinstance(moe.kind, SwiGLU)
         inward, outward = ("experts", "embed", "mlp"), ("experts", "mlp", "embed")
         stacks = {"up": ((E, D, F), inward), **({"gate": ((E, D, F), inward)} if gated else {})}
         stacks |= {"down": ((E, F, D), outward)}
-        weights = {
-            name: _Stack(shape, cfg, axes, name=name)().astype(x.dtype) for name, (shape, axes) in stacks.items()
-        }
+        weights = {}
+        for name, (shape, axes) in stacks.items():
+            kernel, bias = _Stack(shape, cfg, axes, kind.bias, name=name)()
+            weights[name] = kernel.astype(x.dtype)
+            if bias is not None:
+                weights[f"{name}_bias"] = bias.astype(x.dtype)
         if chosen is not None:
             experts_BTk, gates_BTk, per_row, in_all = chosen
-            return to_experts(x, experts_BTk, gates_BTk, weights, act, moe.implementation, per_row, in_all)
+            return to_experts(x, experts_BTk, gates_BTk, weights, kind, moe.implementation, per_row, in_all)
 
         def product(x_ECK: jax.Array, name: str) -> jax.Array:
-            return jnp.einsum("eck,ekn->ecn", x_ECK, weights[name])
+            y = jnp.einsum("eck,ekn->ecn", x_ECK, weights[name])
+            return y if not kind.bias else y + weights[f"{name}_bias"][:, None]
 
         up = product(x, "up")
-        return product(act(product(x, "gate")) * up if "gate" in weights else act(up), "down")
+        return product(kind.inner(up, product(x, "gate") if gated else None), "down")
 
 
 class _Router(nn.Module):
@@ -93,6 +100,8 @@ class _Router(nn.Module):
                 x = x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
                 kernel = scale * kernel / (jnp.linalg.norm(kernel, axis=0) + 1e-6)
             logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        if router.offset:
+            logits = logits + param(self, "offset", nn.initializers.zeros, (E,), of, axes=("routes",))
         bias = jnp.zeros(E)
         if router.biased:
             bias = param(self, "bias", nn.initializers.zeros, (E,), jnp.float32, axes=("routes",))

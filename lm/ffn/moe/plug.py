@@ -6,9 +6,10 @@ expert, D model width, F expert width.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from lm.errors import UserError, unknown
 from lm.ffn.base import FFN, WIDE, Activated
 from lm.ffn.moe.layer import MoELayer
 from lm.ffn.moe.routing import Router
-from lm.plug import Model, bounded, socket, table
+from lm.plug import Model, Settings, bounded, socket, table
 
 # Alive at once: arrays [rows of experts, d_model], and arrays [rows, d_ff] of an expert that is alone on its chip.
 ROUTED, ALONE = 2, 4
@@ -27,7 +28,8 @@ ROUTED, ALONE = 2, 4
 
 @dataclass(frozen=True)
 class MoE(FFN):
-    """E experts of kind `expert` (a feed-forward layer without biases) and width `d_expert` (None = ``model.d_ff``).
+    """E experts of kind `expert` and width `d_expert` (None = ``model.d_ff``). An expert is a feed-forward layer
+    without biases, its other settings at their defaults; `expert_settings` are those that are otherwise.
 
     `shared`: width of one more expert that every token passes (0 = none; m shared experts of width F are one of m F),
     with `shared_gate` scaled by ``sigmoid(x w)``. Layer i is a mixture iff ``i >= first_dense`` and ``(i + 1) % every
@@ -68,7 +70,12 @@ class MoE(FFN):
     balance_over: Literal["batch", "sequence"] = "batch"
     dispatch: Literal["sorted", "buffers"] | None = None
     implementation: Literal["auto", "ragged", "blocks"] = "auto"
+    expert_settings: Mapping[str, Any] = field(default_factory=Settings, metadata={"later": True})
     reports: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "expert_settings", Settings(self.expert_settings))
 
     def check(self, cfg: Model) -> None:
         for name, factor in (("capacity", self.capacity), ("eval_capacity", self.eval_capacity)):
@@ -82,6 +89,10 @@ class MoE(FFN):
         kinds = [name for name, cls in table("lm.ffn").items() if issubclass(cls, Activated)]
         if self.expert not in kinds:
             raise unknown("model.ffn.expert", self.expert, kinds)
+        valid = [f.name for f in dataclasses.fields(table("lm.ffn")[self.expert])]
+        for name in self.expert_settings:
+            if name not in valid:
+                raise unknown("model.ffn.expert_settings", name, valid)
         if self.dispatch == "buffers" and self.capacity is None:
             raise UserError("model.ffn.dispatch: buffers hold a number of tokens per expert; set model.ffn.capacity")
         if self.shared_gate and not self.shared:
@@ -92,8 +103,8 @@ class MoE(FFN):
 
     @property
     def kind(self) -> Activated:
-        """The layer that an expert is, without biases."""
-        plug: Activated = table("lm.ffn")[self.expert](bias=False)
+        """The layer that an expert is."""
+        plug: Activated = table("lm.ffn")[self.expert](**{"bias": False, **self.expert_settings})
         return plug
 
     @property

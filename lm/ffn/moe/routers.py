@@ -28,18 +28,19 @@ from lm.ffn.moe.routing import (
     sinkhorn,
     with_nan,
 )
-from lm.plug import Model, Table
+from lm.plug import Model, Table, later
 
 
 @dataclass(frozen=True)
 class TopK(Router):
     """The k largest of softmax(z). `softmax`: ``before`` the choice (gates are the raw probabilities, as in Switch and
     OpenMoE) or ``after`` it (gates are a softmax over the k chosen logits, the same as renormalised probabilities:
-    Mixtral, arXiv 2401.04088)."""
+    Mixtral, arXiv 2401.04088). `offset`: z has a learned number per expert beside the product with the matrix."""
 
     k: int = 2
     softmax: str = "after"
     jitter: float = 0.0
+    offset: bool = later(False)
 
     def check(self, experts: int, cfg: Model) -> None:
         super().check(experts, cfg)

@@ -75,8 +75,9 @@ class Router(Plug):
     """What every router says about itself.
 
     `leaks`: whether a token's output depends on later tokens (`NEVER`), under the training rule alone (`TRAINING`), or
-    whenever it runs (`ALWAYS`); `learned`: has a matrix of logits; `biased`: keeps a bias that a rule moves; `slots`
-    per expert, for soft routers; `jitter`: relative uniform noise on the router's input in training.
+    whenever it runs (`ALWAYS`); `learned`: has a matrix of logits; `offset`: has learned numbers beside it;
+    `biased`: keeps a bias that a rule moves; `slots` per expert, for soft routers; `jitter`: relative uniform noise on
+    the router's input in training.
     """
 
     KEY: ClassVar[str] = "model.ffn.router"
@@ -87,6 +88,7 @@ class Router(Plug):
     capacity: ClassVar[bool] = True  # whether choices may be limited by a capacity
     slots: int = 0
     jitter: float = 0.0
+    offset: bool = False
     k: int = 1
 
     def check(self, experts: int, cfg: Model) -> None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from lm.interop.families.common import Family
 from lm.interop.families.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from lm.interop.families.gemma import GEMMA2, GEMMA3
 from lm.interop.families.gpt2 import GPT2
 from lm.interop.families.gpt_neox import GPT_NEOX
+from lm.interop.families.gpt_oss import GPT_OSS
 from lm.interop.families.llama import LLAMA, MISTRAL
+from lm.interop.families.olmo2 import OLMO2
+from lm.interop.families.phi3 import PHI3
 from lm.interop.families.qwen import QWEN2, QWEN3
+from lm.interop.families.smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "Family"]
 
-FAMILIES = {  # by ``model_type``; a model is written as the first that can express it
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "mixtral": MIXTRAL,
-    "qwen2_moe": QWEN2_MOE,
-    "qwen3_moe": QWEN3_MOE,
-    "gpt_neox": GPT_NEOX,
-    "gpt2": GPT2,
-}
+_OLDER = (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE, GPT_NEOX, GPT2)
+_ALL = (*_OLDER, OLMO2, PHI3, SMOLLM3, GEMMA2, GEMMA3, GPT_OSS)
+FAMILIES = {family.name: family for family in _ALL}  # a model is written as the first that can express it

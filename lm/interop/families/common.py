@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+import lm.interop.families.keys as keys
 from lm.config import ModelConfig, to_dict
 from lm.errors import UserError, unknown
 from lm.ffn.glu import SwiGLU
@@ -24,23 +25,54 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Layers, by our names within a layer, that a file keeps as one. `join` makes one tensor of theirs: of matrices
+    ``[..., in, out]``, or of biases ``[..., out]``."""
+
+    parts: tuple[str, ...]
+    join: Fuse
+
+
+@dataclass(frozen=True)
 class Family:
     """One ``model_type`` of `transformers`.
 
-    * `read`: a config.json to fields of ``ModelConfig``.
+    * `name`: that ``model_type``.
+    * `fields`: a config.json, in which no key of `defaults` is absent, to fields of ``ModelConfig``.
     * `write`: a ``ModelConfig`` to a config.json. It may lose settings: whoever writes reads back and compares.
     * `table`: the tensors. Files may leave `prefix` out of their names. `head` is the tensor of an untied head.
-    * `fuse`: one tensor of q, k and v (matrices ``[in, out]`` or biases ``[out]``); None where each has its own.
+    * `defaults`: every key of a config.json that the family knows, and what it stands for where it is absent.
+    * `fused`: what the file keeps in one tensor.
     * `inputs_first`: linear layers are stored as ``[in, out]``.
     """
 
-    read: Callable[[Hf], dict[str, Any]]
+    name: str
+    fields: Callable[[Hf], dict[str, Any]]
     write: Callable[[ModelConfig], dict[str, Any]]
     table: Table
+    defaults: Hf
     prefix: str = "model."
     head: str = "lm_head.weight"
-    fuse: Fuse | None = None
+    fused: tuple[Fused, ...] = ()
     inputs_first: bool = False
+
+    def read(self, hf: Hf) -> dict[str, Any]:
+        """A config.json to fields of ``ModelConfig``. Raises `UserError` for a key that the family does not know, and
+        for a value that it cannot have."""
+        keys.refuse_unknown(hf, self.defaults, self.name)
+        return self.fields({**self.defaults, **hf})
+
+    def fuses(self, ours: str) -> Fused | None:
+        """What the parameter `ours` is kept together with; None = it has a tensor of its own."""
+        layer = ours.rpartition("/")[0]
+        return next((fused for fused in self.fused if layer in fused.parts), None)
+
+
+QKV = ("attn/q", "attn/k", "attn/v")
+# Where rotary settings may stand; null says nothing, as an absent key does.
+ROTARY: Hf = dict.fromkeys(
+    ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+)
 
 
 # Activations over there -> feed-forward plugs.
@@ -73,6 +105,14 @@ def need(hf: Hf, key: str) -> Any:
     if hf.get(key) is None:
         raise UserError(f"config.json: key {key!r} is missing")
     return hf[key]
+
+
+def count(hf: Hf, key: str) -> int:
+    """``hf[key]``, 1 or more; `UserError` otherwise."""
+    found = int(need(hf, key))
+    if found < 1:
+        raise UserError(f"config.json {key}: found {found}; valid: 1 or more")
+    return found
 
 
 def without(hf: Hf, *keys: str) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ModelConfig
+from lm.errors import UserError
 from lm.ffn.moe.plug import MoE
 from lm.ffn.moe.routers import TopK
 from lm.interop.families.common import Family, Hf, attention_of, need, sliding_window, window_of, without
+from lm.interop.families.llama import DEFAULTS as LLAMA
 from lm.interop.families.llama import TABLE, read_like, write_like
 from lm.interop.families.qwen import DEFAULTS, read_layer_types, read_qwen3, write_layer_types
 from lm.interop.families.table import Table, flip
@@ -41,29 +43,28 @@ QWEN_TABLE: Table = {
 # here. It pools the tokens of all layers before it multiplies shares and probabilities, ours is a mean over layers.
 
 
-def _experts_of(cfg: ModelConfig) -> tuple[MoE, TopK]:
+def experts_of(cfg: ModelConfig) -> tuple[MoE, TopK]:
     """The model's mixture and its router; one expert, and its only choice, where it has others or none."""
     moe = cfg.ffn if isinstance(cfg.ffn, MoE) else MoE(experts=1, router=TopK(k=1), load_balance_loss=0.0)
     return moe, moe.router if isinstance(moe.router, TopK) else TopK(k=1)
 
 
 def _read_mixtral(hf: Hf) -> dict[str, Any]:
-    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, **hf}
     out = read_like(hf, theta=1e6)
-    router = {"k": hf.get("num_experts_per_tok", 2), "jitter": float(hf.get("router_jitter_noise") or 0.0)}
+    router = {"k": hf["num_experts_per_tok"], "jitter": float(hf["router_jitter_noise"] or 0.0)}
     moe = {
         "name": "moe",
-        "experts": hf.get("num_local_experts", 8),
+        "experts": hf["num_local_experts"],
         "expert": out["ffn"]["name"],
-        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001) * router["k"],
+        "load_balance_loss": hf["router_aux_loss_coef"] * router["k"],
         "router": {"name": "topk", "softmax": "after", **router},
     }
-    out |= {"pattern": sliding_window(hf["sliding_window"])} if hf.get("sliding_window") else {}
+    out |= {"pattern": sliding_window(hf["sliding_window"])} if hf["sliding_window"] else {}
     return {**out, "ffn": moe}
 
 
 def _write_mixtral(cfg: ModelConfig) -> dict[str, Any]:
-    moe, router = _experts_of(cfg)
+    moe, router = experts_of(cfg)
     return {
         **without(write_like(cfg, "mixtral", "MixtralForCausalLM"), "mlp_bias", "attention_bias"),
         "sliding_window": window_of(cfg),
@@ -74,31 +75,35 @@ def _write_mixtral(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_qwen_experts(hf: Hf, out: dict[str, Any], k: int, shared: int) -> dict[str, Any]:
-    """`out` with experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``."""
-    chosen = hf.get("num_experts_per_tok", k)
+def _read_qwen_experts(hf: Hf, out: dict[str, Any], experts: int, shared: int) -> dict[str, Any]:
+    """`out` with experts in every ``decoder_sparse_step``-th layer but those of ``mlp_only_layers``; `experts` where no
+    key says how many."""
+    chosen, number = hf["num_experts_per_tok"], hf["num_experts"] or hf["num_local_experts"] or experts
+    if hf["num_local_experts"] not in (None, number):
+        found = hf["num_local_experts"]
+        raise UserError(f"config.json num_local_experts: found {found} beside num_experts = {number}; valid: the same")
     moe = {
         "name": "moe",
-        "experts": hf.get("num_experts") or hf.get("num_local_experts") or need(hf, "num_experts"),
+        "experts": number,
         "expert": out["ffn"]["name"],
         "d_expert": need(hf, "moe_intermediate_size"),
-        "every": hf.get("decoder_sparse_step", 1),
+        "every": hf["decoder_sparse_step"],
         "dense": out["ffn"],
         "shared": shared,
         "shared_gate": shared > 0,
-        "load_balance_loss": hf.get("router_aux_loss_coef", 0.001) * chosen,
+        "load_balance_loss": hf["router_aux_loss_coef"] * chosen,
         "router": {
             "name": "topk",
             "k": chosen,
-            "softmax": "after" if hf.get("norm_topk_prob") else "before",
+            "softmax": "after" if hf["norm_topk_prob"] else "before",
         },
     }
-    plain = [{"layers": str(i), "ffn": out["ffn"]} for i in hf.get("mlp_only_layers") or ()]
+    plain = [{"layers": str(i), "ffn": out["ffn"]} for i in hf["mlp_only_layers"] or ()]
     return {**out, "ffn": moe, "layer_overrides": [*out.get("layer_overrides", ()), *plain]}
 
 
 def _write_qwen_experts(cfg: ModelConfig, out: Hf) -> dict[str, Any]:
-    moe, router = _experts_of(cfg)
+    moe, router = experts_of(cfg)
     plain = [
         i
         for i, layer in enumerate(cfg.layers())
@@ -118,12 +123,11 @@ def _write_qwen_experts(cfg: ModelConfig, out: Hf) -> dict[str, Any]:
 
 
 def _read_qwen2_moe(hf: Hf) -> dict[str, Any]:
-    hf = {**DEFAULTS, "num_key_value_heads": 16, **hf}
-    if hf.get("use_sliding_window") and not hf.get("layer_types"):  # every other one of the first layers
+    if hf["use_sliding_window"] and not hf["layer_types"]:  # every other one of the first layers
         slides = [i % 2 == 0 and i < need(hf, "max_window_layers") for i in range(need(hf, "num_hidden_layers"))]
-        hf["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
-    out = read_layer_types(hf, read_like(hf, qkv_bias=bool(hf.get("qkv_bias", True))))
-    return _read_qwen_experts(hf, out, 4, hf.get("shared_expert_intermediate_size", 5632))
+        hf = {**hf, "layer_types": ["sliding_attention" if s else "full_attention" for s in slides]}
+    out = read_layer_types(hf, read_like(hf, qkv_bias=bool(hf["qkv_bias"])))
+    return _read_qwen_experts(hf, out, 60, hf["shared_expert_intermediate_size"])
 
 
 def _write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
@@ -132,19 +136,75 @@ def _write_qwen2_moe(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3_moe(hf: Hf) -> dict[str, Any]:
-    hf = {**DEFAULTS, "num_key_value_heads": 4, **hf}
     out = read_qwen3(hf)
-    if hf.get("use_sliding_window") and hf.get("sliding_window"):
+    if hf["use_sliding_window"] and hf["sliding_window"]:
         out["pattern"] = sliding_window(hf["sliding_window"])  # every layer, in this family
-    return _read_qwen_experts(hf, out, 8, 0)
+    return _read_qwen_experts(hf, out, 128, 0)
 
 
 def _write_qwen3_moe(cfg: ModelConfig) -> dict[str, Any]:
     width = window_of(cfg)
     out = write_like(cfg, "qwen3_moe", "Qwen3MoeForCausalLM")
-    return {**_write_qwen_experts(cfg, out), "use_sliding_window": width is not None, "sliding_window": width}
+    out = without(_write_qwen_experts(cfg, out), "shared_expert_intermediate_size")
+    return {**out, "use_sliding_window": width is not None, "sliding_window": width}
 
 
-MIXTRAL = Family(_read_mixtral, _write_mixtral, MIXTRAL_TABLE)
-QWEN2_MOE = Family(_read_qwen2_moe, _write_qwen2_moe, QWEN_TABLE)
-QWEN3_MOE = Family(_read_qwen3_moe, _write_qwen3_moe, QWEN_TABLE)
+_QWEN: Hf = {
+    **DEFAULTS,
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_experts": None,  # under either name
+    "num_local_experts": None,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "router_aux_loss_coef": 0.001,
+    "mlp_only_layers": None,
+}
+MIXTRAL = Family(
+    "mixtral",
+    _read_mixtral,
+    _write_mixtral,
+    MIXTRAL_TABLE,
+    {
+        **LLAMA,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "router_aux_loss_coef": 0.001,
+        "router_jitter_noise": 0.0,
+    },
+)
+QWEN2_MOE = Family(
+    "qwen2_moe",
+    _read_qwen2_moe,
+    _write_qwen2_moe,
+    QWEN_TABLE,
+    {
+        **_QWEN,
+        "intermediate_size": 5632,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "qkv_bias": True,
+    },
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    _read_qwen3_moe,
+    _write_qwen3_moe,
+    QWEN_TABLE,
+    {
+        **_QWEN,
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "attention_bias": False,
+    },
+)

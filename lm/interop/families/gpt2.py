@@ -8,7 +8,7 @@ import numpy as np
 
 from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.interop.families.common import PLAIN, Family, Hf, activation, attention_of, need, pick, ties
+from lm.interop.families.common import PLAIN, QKV, Family, Fused, Hf, activation, attention_of, need, pick, ties
 from lm.interop.families.table import Table, Turn, flip, fused_rows, linear_rows, norm_rows, same
 
 
@@ -43,25 +43,25 @@ TABLE: Table = {
 
 def _read(hf: Hf) -> dict[str, Any]:
     for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
-        if hf.get(key):
+        if hf[key]:
             raise UserError(f"config.json {key}: found true; valid: false")
-    width, positions = need(hf, "n_embd"), hf.get("n_positions", 1024)
+    width, positions = need(hf, "n_embd"), need(hf, "n_positions")
     return {
         "vocab_size": need(hf, "vocab_size"),
         "d_model": width,
         "n_layers": need(hf, "n_layer"),
         "n_heads": need(hf, "n_head"),
-        "d_ff": hf.get("n_inner") or 4 * width,
+        "d_ff": hf["n_inner"] or 4 * width,
         "max_positions": positions,
-        "norm": {"name": "layernorm", "eps": hf.get("layer_norm_epsilon", 1e-5)},
+        "norm": {"name": "layernorm", "eps": need(hf, "layer_norm_epsilon")},
         "positions": {"name": "learned", "size": positions},
-        "ffn": {"name": pick(PLAIN, hf.get("activation_function", "gelu_new"), "activation_function"), "bias": True},
-        "head": {"name": "linear", "tie": bool(hf.get("tie_word_embeddings", True))},
+        "ffn": {"name": pick(PLAIN, hf["activation_function"], "activation_function"), "bias": True},
+        "head": {"name": "linear", "tie": bool(hf["tie_word_embeddings"])},
         "mixer": {
             "name": "softmax",
             "qkv_bias": True,
             "out_bias": True,
-            "scale": 1.0 if hf.get("scale_attn_weights") is False else None,
+            "scale": 1.0 if hf["scale_attn_weights"] is False else None,
         },
     }
 
@@ -83,4 +83,26 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-GPT2 = Family(_read, _write, TABLE, "transformer.", fuse=_fuse, inputs_first=True)
+GPT2 = Family(
+    "gpt2",
+    _read,
+    _write,
+    TABLE,
+    {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    "transformer.",
+    fused=(Fused(QKV, _fuse),),
+    inputs_first=True,
+)

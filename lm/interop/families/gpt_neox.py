@@ -8,7 +8,20 @@ import numpy as np
 
 import lm.interop.families.rotary as rotary
 from lm.config import ModelConfig
-from lm.interop.families.common import PLAIN, Family, Hf, activation, attention_of, pick, ties
+from lm.interop.families.common import (
+    PLAIN,
+    QKV,
+    ROTARY,
+    Family,
+    Fused,
+    Hf,
+    activation,
+    attention_of,
+    need,
+    pick,
+    ties,
+)
+from lm.interop.families.llama import DEFAULTS as LLAMA
 from lm.interop.families.llama import read_like
 from lm.interop.families.table import Table, Turn, flip, fused_rows, linear_rows, norm_rows, same
 
@@ -45,23 +58,23 @@ TABLE: Table = {
 
 
 def _read(hf: Hf) -> dict[str, Any]:
-    bias = bool(hf.get("attention_bias", True))
-    own = {"rope_theta": hf.get("rotary_emb_base"), "partial_rotary_factor": hf.get("rotary_pct", 0.25)}
+    bias = bool(hf["attention_bias"])
+    own = {"rope_theta": hf["rotary_emb_base"], "partial_rotary_factor": hf["rotary_pct"]}
     positions = rotary.read({**hf, **own})  # this family reads no other names
-    out = read_like({**hf, "hidden_act": "silu"}, qkv_bias=bias, out_bias=bias)
+    out = read_like({**LLAMA, **hf, "hidden_act": "silu"}, qkv_bias=bias, out_bias=bias)
     return {
         **out,
         "n_kv_heads": None,
         "head_dim": None,
-        "norm": {"name": "layernorm", "eps": hf.get("layer_norm_eps", 1e-5)},
+        "norm": {"name": "layernorm", "eps": need(hf, "layer_norm_eps")},
         "positions": positions,
-        "ffn": {"name": pick(PLAIN, hf.get("hidden_act", "gelu"), "hidden_act"), "bias": True},
-        "parallel_residual": bool(hf.get("use_parallel_residual", True)),
+        "ffn": {"name": pick(PLAIN, hf["hidden_act"], "hidden_act"), "bias": True},
+        "parallel_residual": bool(hf["use_parallel_residual"]),
     }
 
 
 def _write(cfg: ModelConfig) -> dict[str, Any]:
-    rope = rotary.write(cfg)
+    rope = rotary.write(cfg, partial=True)
     fraction = rope.get("partial_rotary_factor", 1.0)
     theta = rope["rope_parameters"].get("rope_theta", 10000.0)
     return {
@@ -85,4 +98,28 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-GPT_NEOX = Family(_read, _write, TABLE, "gpt_neox.", "embed_out.weight", _fuse)
+GPT_NEOX = Family(
+    "gpt_neox",
+    _read,
+    _write,
+    TABLE,
+    {
+        "vocab_size": 50432,
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 44,
+        "num_attention_heads": 64,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 2048,
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+        "rotary_pct": 0.25,
+        "rotary_emb_base": None,
+        **ROTARY,
+    },
+    "gpt_neox.",
+    "embed_out.weight",
+    (Fused(QKV, _fuse),),
+)

@@ -8,6 +8,7 @@ import lm.interop.families.rotary as rotary
 from lm.config import ModelConfig
 from lm.interop.families.common import (
     GATED,
+    ROTARY,
     Family,
     Hf,
     activation,
@@ -35,21 +36,38 @@ TABLE: Table = {
 }
 
 
-def read_like(hf: Hf, theta: float = 10000.0, **attention: bool) -> dict[str, Any]:
+# What keys stand for where they are absent; the families that are like this one say where they differ.
+DEFAULTS: Hf = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    **ROTARY,
+}
+
+
+def read_like(hf: Hf, theta: float = 10000.0, **attention: Any) -> dict[str, Any]:
     """The fields of a Llama-like model; `theta`: the family's default; `attention`: fields of its mixer."""
     return {
         "vocab_size": need(hf, "vocab_size"),
         "d_model": need(hf, "hidden_size"),
         "n_layers": need(hf, "num_hidden_layers"),
         "n_heads": need(hf, "num_attention_heads"),
-        "n_kv_heads": hf.get("num_key_value_heads"),
-        "head_dim": hf.get("head_dim"),
+        "n_kv_heads": hf["num_key_value_heads"],
+        "head_dim": hf["head_dim"],
         "d_ff": need(hf, "intermediate_size"),
-        "max_positions": hf.get("max_position_embeddings", 2048),
-        "norm": {"name": "rmsnorm", "eps": hf.get("rms_norm_eps", 1e-6)},
+        "max_positions": need(hf, "max_position_embeddings"),
+        "norm": {"name": "rmsnorm", "eps": need(hf, "rms_norm_eps")},
         "positions": rotary.read(hf, theta),
-        "ffn": {"name": pick(GATED, hf.get("hidden_act", "silu"), "hidden_act"), "bias": bool(hf.get("mlp_bias"))},
-        "head": {"name": "linear", "tie": bool(hf.get("tie_word_embeddings", False))},
+        "ffn": {"name": pick(GATED, hf["hidden_act"], "hidden_act"), "bias": bool(hf.get("mlp_bias"))},
+        "head": {"name": "linear", "tie": bool(hf["tie_word_embeddings"])},
         "mixer": {"name": "softmax", **attention},
     }
 
@@ -76,7 +94,7 @@ def write_like(cfg: ModelConfig, model_type: str, architecture: str) -> dict[str
 
 
 def _read_llama(hf: Hf) -> dict[str, Any]:
-    bias = bool(hf.get("attention_bias"))
+    bias = bool(hf["attention_bias"])
     return read_like(hf, qkv_bias=bias, out_bias=bias)
 
 
@@ -85,9 +103,8 @@ def _write_llama(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _read_mistral(hf: Hf) -> dict[str, Any]:
-    hf = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096, **hf}
     out = read_like(hf)
-    if hf.get("sliding_window"):
+    if hf["sliding_window"]:
         out["pattern"] = sliding_window(hf["sliding_window"])
     return out
 
@@ -97,5 +114,17 @@ def _write_mistral(cfg: ModelConfig) -> dict[str, Any]:
     return {**without(out, "mlp_bias", "attention_bias"), "sliding_window": window_of(cfg)}
 
 
-LLAMA = Family(_read_llama, _write_llama, TABLE)
-MISTRAL = Family(_read_mistral, _write_mistral, TABLE)
+LLAMA = Family("llama", _read_llama, _write_llama, TABLE, {**DEFAULTS, "attention_bias": False, "mlp_bias": False})
+MISTRAL = Family(
+    "mistral",
+    _read_mistral,
+    _write_mistral,
+    TABLE,
+    {
+        **DEFAULTS,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+)

@@ -9,6 +9,7 @@ from lm.config import ModelConfig, to_dict
 from lm.errors import UserError, unknown
 from lm.interop.families.common import Hf
 from lm.plug import table
+from lm.positions.base import Positions
 from lm.positions.rope import Rope
 
 # Keys of each kind of scaling; those of `NEEDED` have no default.
@@ -56,10 +57,15 @@ def _first(*values: Any) -> Any:
     return next((v for v in values if v is not None), None)
 
 
-def write(cfg: ModelConfig) -> dict[str, Any]:
+def write(cfg: ModelConfig, partial: bool = False) -> dict[str, Any]:
     """The rotary keys of a model: ``rope_parameters``, and beside it what transformers 4 and other readers look for.
-    Those of plain rotation where they have no place for its positions."""
-    positions = cfg.positions
+    Those of plain rotation where they have no place for its positions. `partial`: the family's models can turn a part
+    of each head."""
+    return write_positions(cfg.positions, partial)
+
+
+def write_positions(positions: Positions, partial: bool = False) -> dict[str, Any]:
+    """`write`, of a layer's positions."""
     if not isinstance(positions, Rope):
         return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
     fields = to_dict(positions.scaling, table("lm.positions.scaling"))
@@ -68,7 +74,7 @@ def write(cfg: ModelConfig) -> dict[str, Any]:
         return {"rope_parameters": {"rope_type": "default"}}
     out = {"rope_type": kind, "rope_theta": positions.theta, **{k: v for k, v in fields.items() if v is not None}}
     older: dict[str, Any] = {"rope_theta": positions.theta}
-    if positions.fraction != 1.0:
+    if partial and positions.fraction != 1.0:
         out["partial_rotary_factor"] = older["partial_rotary_factor"] = positions.fraction
     if original is not None:
         out["original_max_position_embeddings"] = original

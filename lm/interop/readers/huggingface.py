@@ -14,8 +14,9 @@ import lm.interop.readers.tensors as tensors
 from lm import files
 from lm.config import ModelConfig
 from lm.data.record import TextRecord, from_folder
-from lm.errors import UserError, unknown
+from lm.errors import UserError
 from lm.interop.families import FAMILIES
+from lm.interop.families.keys import unknown_family
 from lm.interop.readers.base import Reader
 
 
@@ -45,7 +46,8 @@ class Directory(Reader):
             )
         kind = self.hf.get("model_type")
         if kind not in FAMILIES:
-            raise unknown(f"{path / 'config.json'} model_type", kind, FAMILIES)
+            known = {name: family.defaults for name, family in FAMILIES.items()}
+            raise unknown_family(self.hf, known, str(path / "config.json"))
         self.family = FAMILIES[kind]
 
     def model(self) -> dict[str, Any]:

@@ -43,19 +43,22 @@ TOP = {
         "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size head_dim "
         "max_position_embeddings original_max_position_embeddings sliding_window max_window_layers "
         "n_embd n_layer n_head n_positions n_inner bos_token_id num_local_experts num_experts num_experts_per_tok "
-        "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step"
+        "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step "
+        "no_rope_layer_interval sliding_window_pattern"
     ),
     "a number": (
         "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_emb_base rotary_pct partial_rotary_factor "
-        "router_aux_loss_coef router_jitter_noise"
+        "router_aux_loss_coef router_jitter_noise query_pre_attn_scalar final_logit_softcapping "
+        "attn_logit_softcapping rope_local_base_freq swiglu_alpha swiglu_limit"
     ),
     "true or false": (
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual scale_attn_weights "
-        "scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob qkv_bias"
+        "scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob qkv_bias "
+        "use_bidirectional_attention"
     ),
-    "a string": "model_type hidden_act activation_function",
+    "a string": "model_type hidden_act hidden_activation activation_function",
     "a list of strings": "layer_types",
-    "a list of integers": "mlp_only_layers",
+    "a list of integers": "mlp_only_layers no_rope_layers",
     "an integer or a list of integers": "eos_token_id",
     "an object": "rope_parameters rope_scaling",
 }
@@ -74,7 +77,11 @@ def check(hf: Mapping[str, Any], file: Path) -> None:
     """Raises `UserError` naming file and key when a value has another type than the key's; null is always allowed."""
     _check(hf, TOP, str(file))
     for name in ("rope_parameters", "rope_scaling"):
-        _check(hf.get(name) or {}, ROPE, f"{file} {name}")
+        found = hf.get(name) or {}
+        _check(found, ROPE, f"{file} {name}")
+        for kind, own in found.items():  # a set for each kind of layer
+            if isinstance(own, Mapping):
+                _check(own, ROPE, f"{file} {name} {kind}")
 
 
 def _check(given: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> None:

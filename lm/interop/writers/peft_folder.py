@@ -14,8 +14,6 @@ from lm.interop.families import FAMILIES
 from lm.model import params as params_lib
 from lm.surgery.lora import LoRA
 
-FUSED = ("attn/q/kernel", "attn/k/kernel", "attn/v/kernel")  # what some families keep in one tensor
-
 NO_LINEAR = ("ffn/router/", "ffn/experts/")  # what transformers 5 keeps as plain arrays, without a linear layer
 
 
@@ -38,7 +36,7 @@ def tensors(trained: Mapping[str, object], family: str) -> tuple[dict[str, np.nd
                 f"--as=peft: {ours} has no place in a PEFT adapter of linear layers; valid: --as=huggingface, which "
                 "merges"
             )
-        if kind.fuse is not None and short in FUSED:
+        if kind.fuses(short) is not None:
             raise UserError(f"--as=peft: {family} fuses {weight} with others; valid: --as=huggingface, which merges")
         letter = "A" if part == "lora_a" else "B"
         for i, value in enumerate(np.asarray(leaf)) if weight.startswith("blocks/") else [(None, np.asarray(leaf))]:

@@ -6,7 +6,6 @@ is named, and nothing is written.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -46,9 +45,7 @@ def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, dict[str,
         lost[family] = _differences(cfg, hf, family)
         if not lost[family]:
             return family, hf
-    # A setting that every layer repeats is one.
-    keys = {f: {line.split(" = ")[0].split()[-1].removeprefix("model.") for line in lost[f]} for f in lost}
-    nearest = min(lost, key=lambda f: len(keys[f]))
+    nearest = min(lost, key=lambda f: len(lost[f]))
     valid = ", ".join(FAMILIES)
     raise UserError(f"export: {lost[nearest][0]}, which {nearest} cannot express; valid families: {valid}")
 
@@ -63,39 +60,38 @@ def _differences(cfg: ModelConfig, hf: Mapping[str, Any], family: str) -> list[s
     def order(key: str) -> tuple[bool, str]:
         return not key.endswith(".name"), key  # another plug says more than its fields
 
-    ours, theirs = _settings(cfg), _settings(back)
-    return [
-        f"model.{key} = {ours.get(key)!r}"
-        for key in sorted({*ours, *theirs}, key=order)
-        if ours.get(key) != theirs.get(key)
-    ]
+    ours, theirs, out = _settings(cfg), _settings(back), []
+    for key in sorted({key for layer in (*ours, *theirs) for key in layer}, key=order):
+        wrong = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a.get(key) != b.get(key)]
+        if wrong:
+            value = ours[wrong[0]].get(key)
+            where = "" if all(layer.get(key) == value for layer in ours) else f"layer {wrong[0]} "
+            out.append(f"model.{where}{key} = {value!r}")
+    return out
 
 
-def _settings(cfg: ModelConfig) -> dict[str, Any]:
-    """Everything a model computes by, flat; every layer's pattern as it is."""
-    layers = cfg.layers()
-    settings = flat(_to_dict(dataclasses.replace(cfg, layer_overrides=(), pattern=layers[0].pattern)))
-    for i, layer in enumerate(layers):
-        fields = _to_dict(layer)
-        settings |= flat({"pattern": fields["pattern"], "ffn": fields["ffn"]}, f"layer {i} ")
-    apart = (*_COMPUTED, *(f"ffn.{name}" for name in _TRAINING))
-    out = {k: v for k, v in settings.items() if k.split()[-1] not in apart and not k.startswith("pattern")}
-    if out.get("positions.trained") is None:
-        out["positions.trained"] = cfg.max_positions
+def _settings(cfg: ModelConfig) -> list[dict[str, Any]]:
+    """Everything that each layer of a model computes by, flat."""
+    apart, out = (*_COMPUTED, *(f"ffn.{name}" for name in _TRAINING)), []
+    for layer in cfg.layers():
+        found = {k: v for k, v in flat(_to_dict(layer)).items() if k not in apart}
+        if found.get("positions.trained") is None:
+            found["positions.trained"] = cfg.max_positions
+        out.append(found)
     return out
 
 
 def _to_dict(cfg: ModelConfig) -> dict[str, Any]:
     """The fields under the names that a user writes."""
     names = saved_names(ModelConfig)
-    return {names.get(k, k): v for k, v in to_dict(cfg).items()}
+    return {names.get(k, k): v for k, v in to_dict(cfg, whole=True).items()}
 
 
 def tensors(cfg: ModelConfig, params: Mapping[str, object], family: str) -> dict[str, np.ndarray]:
     """The file's tensors by name, float32 or as stored: the import's tables, backwards."""
     kind = FAMILIES[family]
     out: dict[str, np.ndarray] = {}
-    fused: dict[str, dict[str, np.ndarray]] = {}  # of each tensor that holds all three: q, k and v
+    fused: dict[str, dict[str, np.ndarray]] = {}  # of each tensor that holds several
     for place, leaf in params_lib.names(params).items():
         for i, ours, stored in _by_layer(cfg, place, leaf):
             name, turn = kind.table[ours]
@@ -103,13 +99,15 @@ def tensors(cfg: ModelConfig, params: Mapping[str, object], family: str) -> dict
                 out |= {name.format(i=i, e=e): matrix.T for e, matrix in enumerate(stored)}
                 continue
             file, value = name.format(i=i), _flat_heads(ours, stored)
-            if kind.fuse is not None and ours.startswith(("attn/q/", "attn/k/", "attn/v/")):
-                fused.setdefault(file, {})[ours.split("/")[1]] = value
+            if kind.fuses(ours) is not None:
+                fused.setdefault(file, {})[ours] = value
             else:
                 out[file] = value.T if turn is flip else value
-    for file, parts in fused.items():
-        assert kind.fuse is not None
-        out[file] = kind.fuse(cfg, [parts[name] for name in "qkv"])
+    for file, found in fused.items():
+        one = next(iter(found))
+        together, part = kind.fuses(one), one.rpartition("/")[2]
+        assert together is not None
+        out[file] = together.join(cfg, [found[f"{layer}/{part}"] for layer in together.parts])
     return {k: np.ascontiguousarray(v) for k, v in out.items()}
 
 
@@ -127,10 +125,10 @@ def _by_layer(cfg: ModelConfig, place: str, leaf: np.ndarray) -> Iterator[tuple[
 
 def _flat_heads(ours: str, value: np.ndarray) -> np.ndarray:
     """A linear layer's arrays without the axes of heads: matrices ``[in, out]``, biases ``[out]``."""
+    if not ours.startswith("attn/") or not ours.endswith(("/bias", "/kernel")):
+        return value
     if ours.endswith("/bias"):
         return value.reshape(-1)
-    if not ours.endswith("/kernel"):
-        return value
     return value.reshape(-1, value.shape[-1]) if "/o/" in ours else value.reshape(value.shape[0], -1)
 
 
@@ -157,7 +155,8 @@ def write(
     if dtype is None:
         dtypes = {str(array.dtype) for array in arrays.values()}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
-    hf |= {"dtype": dtype, "torch_dtype": dtype, **text.config}
+    nobody = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not the default of the family's class
+    hf |= {"dtype": dtype, "torch_dtype": dtype, **nobody, **text.config}
     with new_folder(folder) as swap:
         write_json(swap / "config.json", hf, indent=2, ascii_only=False)
         arrays = {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}

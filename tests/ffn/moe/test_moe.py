@@ -18,6 +18,7 @@ from lm.attention.branches import Tokens
 from lm.config import ModelConfig, build, merge
 from lm.decoding import Generator
 from lm.errors import UserError
+from lm.ffn.glu import SwiGLU
 from lm.ffn.moe.grouped import mixture
 from lm.layer import LayerInputs
 from lm.model import params as params_lib
@@ -44,6 +45,21 @@ class TestMoE(PlugCase):
     training_free = False
 
 
+class TestClampedExperts(PlugCase):
+    """Experts and a router with biases, and an activation with settings (gpt-oss)."""
+
+    change = {
+        "ffn": {
+            "name": "moe",
+            "experts": 4,
+            "expert": "clamped_swiglu",
+            "expert_settings": {"bias": True, "limit": 0.5},
+            "router": {"name": "topk", "offset": True},
+        }
+    }
+    training_free = False
+
+
 def test_one_expert_is_the_dense_layer() -> None:
     """Bit for bit: a softmax over one expert is 1."""
     dense = parameters(BASE)
@@ -62,10 +78,10 @@ def _with_experts(tree: Any, change: Any) -> Any:
 
 
 @functools.cache
-def _pulled(name: str, gated: bool) -> Any:
+def _pulled(name: str, gated: bool, biased: bool) -> Any:
     def run(x: Any, weights: Any, gates: Any, dy: Any, order: Any, sizes: Any) -> Any:
         place = jnp.argsort(order).reshape(gates.shape)
-        y, pull = jax.vjp(lambda x, w, g: mixture(x, w, g, order, place, sizes, jax.nn.silu, name), x, weights, gates)
+        y, pull = jax.vjp(lambda x, w, g: mixture(x, w, g, order, place, sizes, SwiGLU(), name), x, weights, gates)
         return y, *pull(dy)
 
     return jax.jit(run)
@@ -78,23 +94,30 @@ def _loop(x: Any, weights: Any, gates: Any, experts: Any) -> Any:
         row = jnp.zeros(x.shape[1])
         for j in range(gates.shape[1]):
             if (e := experts[n][j]) >= 0:
-                up = x[n] @ weights["up"][e]
-                inner = jax.nn.silu(x[n] @ weights["gate"][e]) * up if "gate" in weights else jax.nn.silu(up)
+
+                def product(name: str, n: int = n, e: int = e) -> Any:
+                    bias = weights[f"{name}_bias"][e] if f"{name}_bias" in weights else 0.0
+                    return x[n] @ weights[name][e] + bias
+
+                up = product("up")
+                inner = jax.nn.silu(product("gate")) * up if "gate" in weights else jax.nn.silu(up)
                 row += gates[n, j] * (inner @ weights["down"][e])
         rows.append(row)
     return jnp.stack(rows)
 
 
-@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("gated", "biased"), [(True, False), (False, False), (True, True), (False, True)])
 @pytest.mark.parametrize(
     "sizes", [(0, 0, 0, 0, 0), (0, 42, 0, 0, 0), (8, 8, 8, 8, 10), (1, 17, 0, 9, 3), (0, 0, 3, 0, 20)]
 )
-def test_rows_through_their_experts(sizes: tuple[int, ...], gated: bool) -> None:
+def test_rows_through_their_experts(sizes: tuple[int, ...], gated: bool, biased: bool) -> None:
     """Every implementation, groups of any size, rows that are nobody's: against a loop, gradients included."""
     N, k, E, D, F = 21, 2, len(sizes), 6, 3
     rng = np.random.default_rng(sum(sizes))
-    shapes = {"up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)}
-    weights = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items() if gated or n != "gate"}
+    shapes: dict[str, tuple[int, ...]] = {"up": (E, D, F), "gate": (E, D, F), "down": (E, F, D)}
+    shapes |= {"up_bias": (E, F), "gate_bias": (E, F)} if biased else {}
+    names = [n for n in shapes if gated or not n.startswith("gate")]
+    weights = {n: jnp.asarray(rng.normal(size=shapes[n]), jnp.float32) for n in names}
     x, dy, gates = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((N, D), (N, D), (N, k)))
     order = rng.permutation(N * k).astype(np.int32)
     experts = np.full(N * k, -1)
@@ -102,7 +125,7 @@ def test_rows_through_their_experts(sizes: tuple[int, ...], gated: bool) -> None
     want, pull = jax.vjp(lambda x, w, g: _loop(x, w, g, experts.reshape(N, k)), x, weights, gates)
     wanted = want, *pull(dy)
     for name in ("blocks", "ragged", "auto"):
-        made = _pulled(name, gated)(x, weights, gates, dy, jnp.asarray(order), jnp.asarray(sizes, jnp.int32))
+        made = _pulled(name, gated, biased)(x, weights, gates, dy, jnp.asarray(order), jnp.asarray(sizes, jnp.int32))
         for got, expected in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4, err_msg=name)
 

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import interop
+from lm import caches, interop
 from lm.attention.branches import Tokens
 from lm.config import model_config
+from lm.errors import UserError
 from lm.interop import families
+from lm.interop.families.keys import IDLE
 from lm.layer import LayerInputs
 from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel
@@ -34,6 +36,7 @@ SMALL = {
 }
 GQA = {**SMALL, "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20}
+PADDED = {**GQA, "pad_token_id": 0}  # where the default is beyond so few tokens
 EXT = [1.0 + 0.5 * i for i in range(4)]  # head_dim 8: four frequencies
 
 
@@ -147,15 +150,127 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         },
         60,
     ),
+    "olmo2": ("Olmo2", {**GQA, "head_dim": 10}, 48),  # not in the class, and its model reads it
+    "olmo2-tied-biases": (
+        "Olmo2",
+        {**SMALL, "tie_word_embeddings": True, "attention_bias": True, **_rope("linear", factor=4.0)},
+        150,
+    ),
+    # Heads of 8, of which six channels turn: three frequencies.
+    "phi3": ("Phi3", {**PADDED, "hidden_size": 40, "head_dim": 10, "sliding_window": 12}, 48),
+    "phi3-partial": (
+        "Phi3",
+        {**PADDED, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+        48,
+    ),
+    **{
+        f"phi3-longrope-{name}": (
+            "Phi3",
+            {
+                **PADDED,
+                "partial_rotary_factor": 0.75,
+                "max_position_embeddings": 256,
+                "original_max_position_embeddings": 64,
+                "rope_scaling": {"type": "longrope", "short_factor": EXT[:3], "long_factor": EXT[1:]},
+            },
+            length,
+        )
+        for name, length in (("short", 48), ("long", 150))
+    },
+    "smollm3": ("SmolLM3", {**PADDED, "num_hidden_layers": 4, "tie_word_embeddings": True}, 48),
+    "smollm3-windows": (
+        "SmolLM3",
+        {
+            **GQA,
+            "head_dim": 10,
+            "num_hidden_layers": 3,
+            "pad_token_id": 0,
+            "no_rope_layers": [0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 12,
+            "attention_bias": True,
+            "mlp_bias": True,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=32),
+        },
+        150,
+    ),
+    "gemma2": (
+        "Gemma2",
+        {**GQA, "head_dim": 10, "sliding_window": 12, "query_pre_attn_scalar": 7, "tie_word_embeddings": True},
+        48,
+    ),
+    "gemma2-untied-uncapped": (
+        "Gemma2",
+        {
+            **GQA,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "final_logit_softcapping": None,
+            "attn_logit_softcapping": 2.0,
+            "attention_bias": True,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 5,
+        },
+        48,
+    ),
+    "gemma3": (
+        "Gemma3",
+        {
+            **GQA,
+            "head_dim": 10,
+            "num_hidden_layers": 3,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 7,
+            "tie_word_embeddings": True,
+            "final_logit_softcapping": 20.0,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+            },
+        },
+        60,
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **GQA,
+            "head_dim": 10,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 12,
+            "swiglu_alpha": 1.3,
+            "swiglu_limit": 0.8,
+        },
+        60,
+    ),
+    "gpt-oss-tied-plain-rotary": (
+        "GptOss",
+        {
+            **SMALL,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "num_hidden_layers": 3,
+            "tie_word_embeddings": True,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_bias": False,
+            "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+            "sliding_window": 5,
+            **_rope("default"),
+        },
+        40,
+    ),
 }
+TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
 
 def _save(case: str, folder: Path, **kwargs: Any) -> Any:
     name, fields, _ = CASES[case]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**fields)
+    config = getattr(transformers, f"{name}TextConfig" if name in TEXT else f"{name}Config")(**fields)
     cls = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    model = getattr(transformers, cls)(config).eval()
+    model = getattr(transformers, cls)._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():  # biases and norms start at constants, which would hide a mix-up
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -164,6 +279,23 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
                 parameter.normal_(0, 0.3)
     model.save_pretrained(folder, **kwargs)
     return model
+
+
+STEPPED = ("olmo2", "phi3", "smollm3-windows", "gemma2", "gemma3", "gpt-oss")
+
+
+def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
+    """Logits by a piece and then one token at a time through the cache."""
+    model, first = DecoderModel(checkpoint.config), 7
+    cache, out = caches.init(checkpoint.config, *ids.shape), []
+    step = jax.jit(lambda p, t, i, c: model.apply(p, Inputs(t, index_BT=i), c))
+    for part in np.split(ids, [first, *range(first + 1, ids.shape[1])], axis=1):
+        at = sum(x.shape[1] for x in out)
+        index = np.broadcast_to(np.arange(at, at + part.shape[1], dtype=np.int32), part.shape)
+        made = step(checkpoint.params, jnp.asarray(part), jnp.asarray(index), cache)
+        cache = made.cache
+        out.append(np.asarray(made.logits_BTV))
+    return np.concatenate(out, axis=1)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -178,6 +310,8 @@ def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
     got = np.asarray(apply(checkpoint.params, jnp.asarray(ids)))
     assert want.std() > 0.1, "the logits must vary for the comparison to mean anything"
     assert np.abs(got - want).max() <= 2e-4
+    if case in STEPPED:
+        assert np.abs(_stepped(checkpoint, ids) - want).max() <= 2e-4
 
 
 def test_shards_equal_one_file(tmp_path: Path) -> None:
@@ -198,36 +332,81 @@ def test_bfloat16_files_load_as_float32(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.params["embed"], embed)
 
 
-@pytest.mark.parametrize(
-    ("family", "given"),
-    [
-        ("llama", {}),
-        ("mistral", {}),
-        ("qwen2", {}),
-        ("qwen2", {"use_sliding_window": True}),
-        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
-        ("qwen3", {"use_sliding_window": True, "max_window_layers": 2, "sliding_window": 8}),
-        ("mixtral", {}),
-        ("qwen2_moe", {}),
-        ("qwen3_moe", {}),
-        ("gpt_neox", {}),
-        ("gpt2", {}),
-    ],
-)
+# Without the length, which has a default of its own, the class refuses what its models then read.
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
+# Switches that give other keys a meaning; each family is also compared as it comes.
+ON: dict[str, dict[str, Any]] = {
+    "qwen2": {"use_sliding_window": True, "num_hidden_layers": 32},
+    "qwen3": {"use_sliding_window": True, "num_hidden_layers": 32},
+    "qwen2_moe": {"use_sliding_window": True, "num_hidden_layers": 32},
+    "qwen3_moe": {"use_sliding_window": True, "mlp_only_layers": [1]},
+    "smollm3": {"use_sliding_window": True, "sliding_window": 64},
+    "phi3": {"rope_parameters": {**LONG, "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}},
+    "gemma3_text": {"num_hidden_layers": 7},
+}
+
+
+def _on(family: str) -> dict[str, Any]:
+    """`ON`, for a class to change."""
+    found: dict[str, Any] = json.loads(json.dumps(ON.get(family, {})))
+    return found
+
+
+DEFAULTS = [*((name, {}) for name in families.FAMILIES), *ON.items()]
+
+
+@pytest.mark.parametrize(("family", "given"), DEFAULTS, ids=[f"{n}{'-on' if g else ''}" for n, g in DEFAULTS])
 def test_an_absent_key_stands_for_what_it_does_in_transformers(family: str, given: dict[str, Any]) -> None:
-    sizes = {"vocab_size": 60000, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 32}
-    if family == "gpt2":
-        sizes = {"vocab_size": 60000, "n_embd": 64, "n_layer": 4, "n_head": 4}
-    else:
-        sizes["intermediate_size"] = 48
-    if "qwen" in family and "moe" in family:
-        key = "num_experts" if family == "qwen2_moe" else "num_local_experts"  # what transformers writes
-        sizes |= {key: 8, "moe_intermediate_size": 16}
-    bare = {"model_type": family, **sizes, **given}
-    full = transformers.AutoConfig.for_model(**bare).to_dict()
-    read = families.FAMILIES[family].read
-    assert set(full) > set(bare)
-    assert model_config(read(bare)) == model_config(read(full))
+    """Every key of the family's class of configurations, all of them left out and one at a time."""
+    kind, read = transformers.CONFIG_MAPPING[family], families.FAMILIES[family].read
+    given = _on(family) if given else {}
+    full = json.loads(json.dumps(kind(**_on(family) if given else {}).to_dict()))
+    want = model_config(read(full))
+    assert model_config(read({"model_type": family, **given})) == want
+    assert len(set(full) - IDLE) >= 10
+    for key in full:
+        if key not in given and key != "rope_parameters":  # in which the class has put what other keys say
+            assert model_config(read({k: v for k, v in full.items() if k != key})) == want, key
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_key_of_a_family_is_read(family: str) -> None:
+    """Another value of it is another model, or is refused; but for those that transformers reads as little."""
+    kind = families.FAMILIES[family]
+    base = json.loads(json.dumps(transformers.CONFIG_MAPPING[family](**_on(family)).to_dict()))
+    for key in ("rope_theta", "partial_rotary_factor"):  # so that other places count
+        base.get("rope_parameters", {}).pop(key, None)
+    if family == "gemma3_text":
+        del base["rope_parameters"]
+    base |= dict.fromkeys(("layer_types", "no_rope_layers") & kind.defaults.keys())
+    want = model_config(kind.read(base))
+    for key in kind.defaults:
+        if key in UNREAD.get(family, "").split():
+            continue
+        assert any(_differs(kind, {**base, key: value}, want) for value in OTHERS), key
+
+
+OTHERS: tuple[Any, ...] = (
+    *(3, 6, 0.5, 64, 96.0, True, False, None, "relu", "gelu", "sliding_attention", [1], ["full_attention"] * 32),
+    *({"rope_type": "linear", "factor": 2.0}, {"full_attention": {"rope_theta": 7.0}}),
+)
+UNREAD = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe"), "original_max_position_embeddings"),
+    "qwen3_moe": "original_max_position_embeddings max_window_layers layer_types",
+    "gpt_neox": "original_max_position_embeddings rope_theta partial_rotary_factor",
+    "olmo2": "original_max_position_embeddings",
+    "smollm3": "original_max_position_embeddings max_window_layers",
+    "gemma2": "original_max_position_embeddings",
+    "gemma3_text": "original_max_position_embeddings partial_rotary_factor",
+    "gpt_oss": "experts_per_token initial_context_length",
+}
+
+
+def _differs(kind: families.Family, hf: dict[str, Any], want: Any) -> bool:
+    try:
+        return bool(model_config(kind.read(hf)) != want)
+    except (UserError, TypeError, ValueError, AttributeError):
+        return True
 
 
 def test_old_style_rope_scaling_reads_the_same(tmp_path: Path) -> None:
@@ -274,6 +453,8 @@ def test_rotary_settings_wherever_they_stand(case: str) -> None:
     family, given = ROTARY[case]
     # Heads of 64, so that a part of a head is another width.
     sizes = {**GQA, "hidden_size": 256, "head_dim": 64, "model_type": family, **given}
+    if family == "gpt_neox":
+        sizes = {k: v for k, v in sizes.items() if k not in ("num_key_value_heads", "head_dim")}
     theirs = transformers.AutoConfig.for_model(**json.loads(json.dumps(sizes)))
     settings = dict(theirs.rope_parameters)
     if settings["rope_type"] == "default":
@@ -347,7 +528,7 @@ def test_the_balance_loss_weighs_what_it_weighs_there(family: str) -> None:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     sizes = {**GQA, "model_type": family, "router_aux_loss_coef": 0.02, "num_experts_per_tok": 3}
-    sizes |= {"num_experts": 6, "num_local_experts": 6, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_local_experts": 6, "num_hidden_layers": 1}
     cfg = model_config(families.FAMILIES[family].read(sizes))
     logits = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
     theirs = 0.02 * float(load_balancing_loss_func((torch.tensor(logits),), 6, 3))

@@ -232,10 +232,92 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
         assert word in message
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"residual_multiplier": 0.2}, "config.json residual_multiplier: found 0.2, which the family 'llama'"),
+        ({"atention_bias": True}, "did you mean 'attention_bias'"),
+        ({"model_type": "mistral", "attention_bias": True}, "config.json attention_bias: found True, which the family"),
+        ({"per_layer_config": {"0": {"num_attention_heads": 1}}}, "config.json per_layer_config"),
+        ({"model_type": "olmo2", "clip_qkv": 8.0}, "config.json clip_qkv: found 8.0"),
+        (
+            {"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "valid: default, longrope, su, yarn",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": []}, "no_rope_layers: 0 found, num_hidden_layers = 1"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "no_rope_layer_interval: found 0; valid: 1 or more"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention: found true"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar: found 0; valid: 1 or more"),
+        ({"model_type": "gemma2", "hidden_act": "gelu"}, "hidden_act: found 'gelu' beside hidden_activation ="),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "attn_logit_softcapping: found 50.0; valid: null",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 3.0}},
+            "valid: one each for full_attention and",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_theta": "x"}}},
+            "rope_parameters full_attention rope_theta: expected a number",
+        ),
+        ({"model_type": "gpt_oss", "hidden_act": "gelu"}, "hidden_act: unknown name 'gelu'"),
+        ({"model_type": "gpt_oss", "num_key_value_heads": 2, "swiglu_limit": 0.0}, "model.ffn.limit: must be positive"),
+        (
+            {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
+            "weights quantised by 'mxfp4' are not read",
+        ),
+        ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
+    ],
+)
+def test_what_changes_the_computation_and_has_no_place(tmp_path: Path, config: dict[str, Any], words: str) -> None:
+    """A key that is not known, a value that the family cannot have: by name, before a weight is read."""
+    sizes = {"model_type": "llama", "head_dim": 4}
+    assert words in _refused(_make(tmp_path, {**sizes, **config}))
+
+
+def test_what_changes_nothing_is_no_obstacle(tmp_path: Path) -> None:
+    idle = {"transformers.js_config": {}, "unsloth_version": "1", "_attn_implementation": "sdpa", "use_cache": False}
+    off = {
+        "use_mrope": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "clip_qkv": None,
+        "temperature": 0.6,
+    }
+    interop.load(str(_make(tmp_path, {**idle, **off})))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "minicpm3", "kv_lora_rank": 4}, ("latent attention (MLA)", "keys without a place", "kv_lora")),
+        ({"model_type": "mamba", "state_size": 16, "conv_kernel": 4}, ("state-space layers (SSM)",)),
+        ({"model_type": "t5", "is_encoder_decoder": True, "d_kv": 4}, ("an encoder beside the decoder",)),
+        ({"model_type": "bert", "type_vocab_size": 2}, ("an encoder without a decoder",)),
+        (
+            {"model_type": "gemma3", "vision_config": {}, "text_config": {"model_type": "gemma3_text"}},
+            ("images", "nearest known: 'gemma3_text'"),
+        ),
+        (
+            {"model_type": "granite", "residual_multiplier": 0.2},
+            ("multipliers of the stream", "nearest known: '"),
+        ),
+        ({"model_type": "olmo"}, ("did you mean 'olmo2'", "nearest known: 'olmo2', by its keys alone")),
+        ({"model_type": ["x"]}, ("expected a string",)),
+    ],
+)
+def test_a_family_that_is_not_known(tmp_path: Path, config: dict[str, Any], words: tuple[str, ...]) -> None:
+    """The nearest one, and what is missing there."""
+    message = _refused(_make(tmp_path, config))
+    for word in words:
+        assert word in message, message
+
+
 RIGHT: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 4, "n_embd": 8, "n_layer": 1, "n_head": 2}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt_neox", "gpt2", "smollm3", "gemma3_text", "gpt_oss"])
 def test_values_of_another_type_are_named(tmp_path: Path, family: str) -> None:
     """Every key that is read, with every type but its own."""
     _make(tmp_path)

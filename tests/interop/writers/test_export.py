@@ -34,6 +34,14 @@ LLAMA = {
     "max_positions": 64,
 }
 LAYER = {"name": "layernorm", "eps": 1e-5}
+GEMMA = {
+    **LLAMA,
+    "head_dim": 10,
+    "norm": {"name": "rmsnorm", "eps": 1e-6, "unit_offset": True},
+    "norm_place": "both",
+    "embed_scale": 32**0.5,
+    "ffn": {"name": "geglu_tanh"},
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", LLAMA),
     "llama untied, biases": (
@@ -109,6 +117,78 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "positions": {"name": "learned", "size": 64},
         },
     ),
+    "olmo2": (
+        "olmo2",
+        {
+            **LLAMA,
+            "head_dim": 10,
+            "norm_place": "output",
+            "mixer": {"name": "softmax", "qk_norm": True, "qk_norm_over": "width"},
+        },
+    ),
+    "phi3": ("phi3", {**LLAMA, "positions": {"name": "rope", "fraction": 0.5}}),
+    "phi3 longrope": (
+        "phi3",
+        {
+            **LLAMA,
+            "n_heads": 4,
+            "pattern": {"name": "sliding_window", "window": 8},
+            "positions": {
+                "name": "rope",
+                "fraction": 0.5,
+                "scaling": {
+                    "name": "longrope",
+                    "short_factor": (1.0, 1.5),
+                    "long_factor": (2.0, 3.0),
+                    "original": 32,
+                },
+            },
+            "head": {"name": "linear", "tie": False},
+        },
+    ),
+    "smollm3": (
+        "smollm3",
+        {
+            **LLAMA,
+            "layer_overrides": (
+                {"layers": "1", "positions": {"name": "nope"}, "pattern": {"name": "sliding_window", "window": 8}},
+            ),
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {**GEMMA, "head": {"name": "linear", "softcap": 20.0}, "mixer": {"name": "softmax", "softcap": 30.0}},
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            **GEMMA,
+            "mixer": {"name": "softmax", "qk_norm": True, "scale": 7**-0.5, "qkv_bias": True, "out_bias": True},
+            "positions": {"name": "rope", "theta": 5000.0, "scaling": {"name": "linear", "factor": 4.0}},
+            "layer_overrides": (
+                {
+                    "layers": "0",
+                    "positions": {"name": "rope", "theta": 100.0},
+                    "pattern": {"name": "sliding_window", "window": 8},
+                },
+            ),
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **LLAMA,
+            "mixer": {"name": "softmax", "qkv_bias": True, "out_bias": True, "sink_logits": True},
+            "ffn": {
+                "name": "moe",
+                "experts": 4,
+                "expert": "clamped_swiglu",
+                "expert_settings": {"bias": True, "alpha": 1.2, "limit": 0.5},
+                "router": {"name": "topk", "offset": True},
+            },
+            "layer_overrides": ({"layers": "0", "pattern": {"name": "sliding_window", "window": 8}},),
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
@@ -164,6 +244,10 @@ def test_transformers_loads_it_to_the_same_logits_and_text(name: str, tmp_path: 
         ({"mixer": {"name": "softmax", "softcap": 30.0}}, "model.mixer.softcap = 30.0"),
         ({"embed_scale": 4.0}, "model.embed_scale = 4.0"),
         ({"parallel_residual": True}, "model.parallel_residual = True"),
+        ({"norm_place": "output"}, "model.norm_place = 'output'"),
+        ({"mixer": {"name": "softmax", "sink_logits": True}}, "model.mixer.sink_logits = True"),
+        ({"layer_overrides": ({"layers": "1", "mixer": {"scale": 0.5}},)}, "model.layer 1 mixer.scale = 0.5"),
+        ({"norm": {"name": "rmsnorm", "unit_offset": True}}, "model.norm.unit_offset = True"),
     ],
 )
 def test_what_no_family_can_say_is_named(change: dict[str, Any], names: str, tmp_path: Path) -> None:
