@@ -91,15 +91,20 @@ def _card(args: argparse.Namespace, found: interop.Checkpoint, last: str) -> str
 
 
 def _adapters(args: argparse.Namespace) -> int:
-    source = interop.reader(args.checkpoint)
-    lora = source.surgery() if isinstance(source, Run) else None
-    if not isinstance(source, Run) or not isinstance(lora, LoRA):
+    reader = interop.reader(args.checkpoint)
+    lora = reader.surgery() if isinstance(reader, Run) else None
+    if not isinstance(reader, Run) or not isinstance(lora, LoRA):
         raise UserError(
             f"--as=peft: {args.checkpoint} has no adapters; valid: the folder of a training with train.surgery=lora"
         )
     cfg = interop.config(args.checkpoint)
     kind, _ = to_huggingface.family_of(cfg, args.family)
-    base = str(source.about.get("start_source", ""))
-    peft_folder.write(args.to, lora, source.trained(cfg), kind, base)
+    base = str(reader.about.get("start_source", ""))
+    if interop.PLUS in base:
+        raise UserError(
+            f"--as=peft: {args.checkpoint} was trained from {base!r}, which has an adapter itself; valid: "
+            "--as=huggingface, which merges both"
+        )
+    peft_folder.write(args.to, lora, cfg, reader.trained(cfg), kind, base)
     print(f"{args.checkpoint}: adapters written to {args.to} for {base or 'its start'} as {kind}; peft loads them")
     return 0
