@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from experiments import cli
+from experiments.commands import source
 from experiments.running.surgery import applied
 from experiments.spec.settings import Text, change, names_first, parts
 from experiments.spec.surgery import applicable, surgeries
@@ -21,6 +23,7 @@ from lm.data.tokenizers.base import TORN
 from lm.decoding import Generator, Sampling
 from lm.decoding.generator import SEEDS
 from lm.errors import UserError, unknown
+from lm.files import read_json
 from lm.interop.readers.tensors import check
 from lm.model.language_model import DecoderModel
 from lm.plug import table
@@ -33,7 +36,8 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
     """Parsed arguments, and ``--model.KEY`` overrides."""
     overrides = {w.partition("=")[0][2:]: Text(w.partition("=")[2]) for w in argv if w.startswith("--model.")}
     p = cli.Parser(PROG, doc)
-    p.add_argument("--checkpoint", required=True, help="a name, a Hugging Face folder, a GGUF file, a run's folder")
+    source.add(p)
+    source.add_dtype(p)
     p.add_argument("--prompt", action="append", default=[], help="may be given several times")
     p.add_argument("--file", help="prompts, one a line; - is standard input")
     p.add_argument("--whole", action="store_true", help="--file is one prompt")
@@ -151,16 +155,20 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
         raise UserError(f"--seed: found {args.seed}; valid: 0 to {SEEDS - 1}")
     surgery = surgery_of(args.surgery)
     texts = prompts(args)
-    header = interop.load(args.checkpoint, load_params=False)
+    spread, dtype = source.spread(args), source.dtype(args)
+    header = interop.load(source.name(args), load_params=False, dtype=dtype)
     tokenizer = header.text.needs_tokenizer("--checkpoint")
     sampling = _sampling(args, header.text.generation)
     cfg = model_of(header.config, args.pattern, overrides)
     ids = [_encode(header, text, args) for text in texts]
-    params = interop.load(args.checkpoint).params
+    cfg = dataclasses.replace(cfg, scan_layers=False)  # as they are read while generating: no second copy is made
+    params = interop.load(
+        header.source, overrides={"scan_layers": False}, dtype=dtype, where=None if spread is None else spread.where
+    ).params
     check(cfg, params, args.checkpoint)
     cfg, params = applied(surgery, cfg, params, tokenizer)
     cfg = merge(cfg, {"cache": {"quantize": "int8"}}, "model") if args.cache == "int8" else cfg
-    generator = Generator(DecoderModel(cfg), params)
+    generator = Generator(DecoderModel(cfg), params, spread)
     stop = [] if args.ignore_eos else [i for i in header.text.stop_ids if i < cfg.vocab_size]
     total, start = 0, time.perf_counter()
     for i, prompt in enumerate(ids):
@@ -231,9 +239,11 @@ def _json(key: str, path: str | None) -> list[dict[str, Any]] | None:
     if path is None:
         return None
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{key}: {path}: cannot be read as JSON ({e})") from None
+        found = read_json(Path(path))
+    except FileNotFoundError:
+        raise UserError(f"{key}: {path}: no such file; valid: a JSON file with a list of objects") from None
+    except UserError as e:
+        raise UserError(f"{key}: {e}") from None
     if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
         raise UserError(f"{key}: {path}: expected a list of objects, found {type(found).__name__}")
     return found

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lm.decoding.sampling import Sampling, draw, shape
+from lm.decoding.spread import Spread, traced_for
 from lm.errors import UserError
 from lm.model.inputs import Inputs
 from lm.model.language_model import LanguageModel
@@ -46,6 +47,7 @@ class Settings:
     model: LanguageModel
     sampling: Sampling
     stop: tuple[int, ...]
+    spread: Spread | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -73,12 +75,13 @@ class State:
 class Generator:
     """Generates with one model. Programs are compiled once per batch size and (rounded) prompt length.
 
-    Raises `UserError` for a model whose texts cannot be continued token by token.
+    `spread`: the devices that `params` are on already, and that caches go to; None = one device. Raises `UserError`
+    for a model whose texts cannot be continued token by token.
     """
 
-    def __init__(self, model: LanguageModel, params: Any) -> None:
+    def __init__(self, model: LanguageModel, params: Any, spread: Spread | None = None) -> None:
         jax.eval_shape(lambda: model.cache(1, 1))
-        self.model, self.params = model, model.unstacked(params)
+        self.model, self.params, self.spread = model, model.unstacked(params), spread
 
     def __call__(
         self,
@@ -126,7 +129,7 @@ class Generator:
         """
         seeds = list(range(len(prompts))) if seeds is None else list(seeds)
         self._check(prompts, sampling, max_new_tokens, stop, samples, seeds)
-        settings = Settings(self.model, sampling, tuple(sorted(set(stop))))
+        settings = Settings(self.model, sampling, tuple(sorted(set(stop))), self.spread)
         rows = [list(p) for p in prompts for _ in range(samples)]
         each = jax.vmap(jax.random.fold_in, (None, 0))
         keys = jnp.concatenate([each(jax.random.key(seed), jnp.arange(samples)) for seed in seeds])
@@ -204,10 +207,12 @@ class Generator:
             index[i, : len(row)] = np.arange(len(row))
         model, lengths = self.model, jnp.array([len(r) for r in rows], jnp.int32)
         cache, hidden, at = model.cache(len(rows), width + room), None, 0
+        cache = cache if self.spread is None else self.spread.placed(cache)
         while at < width:
             n = min(FIRST if at == 0 else PIECE, width - at)
             piece = slice(at, at + n)
-            hidden, cache = prefill(model, self.params, tokens[:, piece], index[:, piece], cache, hidden, lengths)
+            args = (model, self.params, tokens[:, piece], index[:, piece], cache, hidden, lengths)
+            hidden, cache = prefill(*args, spread=self.spread)
             at += n
         assert hidden is not None
         state = initial_state(settings, hidden, model.seal(cache), keys, room)
@@ -242,7 +247,7 @@ def padded(length: int) -> int:
     return -(-length // PIECE) * PIECE
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="spread", donate_argnums=4)
 def prefill(
     model: LanguageModel,
     params: Any,
@@ -251,11 +256,13 @@ def prefill(
     cache: Any,
     hidden_BD: jax.Array | None = None,
     length_B: jax.Array | None = None,
+    spread: Spread | None = None,
 ) -> tuple[jax.Array, Any]:
     """Reads one piece of the prompts: hidden states ``[B, D]`` of every row's last token so far, and the cache.
     `hidden_BD`: those of the pieces before, for rows that have ended; None at the first piece. `length_B`: int32, of
     the whole prompts; None where one piece is all."""
-    out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT, length_B=length_B), cache, HIDDEN)
+    with traced_for(spread):
+        out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT, length_B=length_B), cache, HIDDEN)
     live_BT = index_BT >= 0
     last_B = jnp.maximum(live_BT.sum(1) - 1, 0)
     new_BD = jax.vmap(lambda row, at: row[at])(out.hidden_BTD, last_B)
@@ -275,7 +282,8 @@ def _advance(settings: Settings, params: Any, state: State, steps: jax.Array) ->
         i, s = carry
         return i + 1, one_token(settings, params, s)
 
-    return jax.lax.while_loop(more, one, (jnp.int32(0), state))[1]
+    with traced_for(settings.spread):
+        return jax.lax.while_loop(more, one, (jnp.int32(0), state))[1]
 
 
 def one_token(settings: Settings, params: Any, state: State) -> State:

@@ -23,6 +23,7 @@ from lm.data.tokenizers import check_ids
 from lm.data.tokenizers.base import same_start
 from lm.decoding import Generator, Sampling
 from lm.decoding.generator import padded
+from lm.decoding.spread import Spread, traced_for
 from lm.errors import UserError
 from lm.interop import Checkpoint
 from lm.model.inputs import Inputs
@@ -35,7 +36,8 @@ SCORED = 512  # positions whose logits exist at one time
 class DecoderLM(TemplateLM):
     """One checkpoint (`lm.interop.Checkpoint`) read with `config`, or with another model of its parameters.
 
-    `max_length`: tokens of context, None = the trained length; `batch_size`: rows scored at a time.
+    `max_length`: tokens of context, None = the trained length; `batch_size`: rows scored at a time. `spread`: the
+    devices that the parameters are on.
     """
 
     backend = "causal"
@@ -48,6 +50,7 @@ class DecoderLM(TemplateLM):
         max_length: int | None = None,
         batch_size: int = 8,
         max_gen_toks: int = 256,
+        spread: Spread | None = None,
     ) -> None:
         super().__init__()
         config = checkpoint.config if config is None else config
@@ -56,7 +59,12 @@ class DecoderLM(TemplateLM):
         self.tokenizer = checkpoint.text.needs_tokenizer("--checkpoint")
         self.max_length = max_length or self.language_model.trained_length
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
-        self._generator = Generator(self.language_model, self.params)
+        self.spread = spread
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        """Made by the first task that generates: it reads layers one by one, which are copies of stacked ones."""
+        return Generator(self.language_model, self.params, self.spread)
 
     @property
     def eot_token_id(self) -> int:
@@ -123,7 +131,9 @@ class DecoderLM(TemplateLM):
         for b, row in enumerate(rows):
             tokens[b, : len(row)] = row
             index[b, : len(row) - 1] = np.arange(len(row) - 1)
-        made = _scores(self.language_model, min(SCORED, width))(self.params, tokens[:, :-1], index, tokens[:, 1:])
+        made = _scores(self.language_model, min(SCORED, width), self.spread)(
+            self.params, tokens[:, :-1], index, tokens[:, 1:]
+        )
         return np.asarray(made[0], np.float64), np.asarray(made[1])
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -181,11 +191,12 @@ class DecoderLM(TemplateLM):
 
 
 @functools.lru_cache(maxsize=4)
-def _scores(model: LanguageModel, piece: int) -> Any:
+def _scores(model: LanguageModel, piece: int, spread: Spread | None) -> Any:
     def run(
         params: dict[str, Any], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), watch=Watch(logits=False))
+        with traced_for(spread):
+            out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), watch=Watch(logits=False))
         B, T, D = out.hidden_BTD.shape
         n = -(-T // piece)
 
