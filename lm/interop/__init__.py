@@ -86,7 +86,7 @@ def reader(source: str) -> Reader:
     if plus:
         from lm.interop.readers.adapted import Adapted
 
-        return Adapted(reader(base), adapter)
+        return Adapted(reader(base), adapter, base if base in PRETRAINED else None)
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
     if path.is_dir() and (path / ABOUT).is_file():
         from lm.interop.readers.run_folder import Run

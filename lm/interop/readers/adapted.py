@@ -21,8 +21,9 @@ from lm.sharding.layout import Where
 class Adapted(Reader):
     """`base` with the adapter at `source`, a folder or ``hf:OWNER/NAME[@REVISION]``."""
 
-    def __init__(self, base: Reader, source: str) -> None:
-        self.base = base
+    def __init__(self, base: Reader, source: str, named: str | None = None) -> None:
+        """`named`: the name of a base that has one, which says where it is."""
+        self.base, self.named = base, named
         if source.startswith(PREFIX):
             name, folder = Name.of(source).fetch(CONFIG, WEIGHTS, *FILES)
             self.adapter, self._place = Adapter(folder), str(name)
@@ -65,7 +66,7 @@ class Adapted(Reader):
         return f"{self.base.identity()}{PLUS}{own}"
 
     def place(self) -> str:
-        return f"{self.base.place()}{PLUS}{self._place}"
+        return f"{self.named or self.base.place()}{PLUS}{self._place}"
 
     def licence(self) -> str | None:
         return self.base.licence()
