@@ -15,7 +15,8 @@ from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.files import new_folder, write_json
 from lm.interop.families import FAMILIES
-from lm.interop.readers.hub import PREFIX, Name
+from lm.interop.readers.base import HUB
+from lm.interop.readers.hub import Name
 from lm.interop.slots import slots
 from lm.model import params as params_lib
 from lm.surgery.lora import LoRA
@@ -143,7 +144,7 @@ def write(folder: Path, lora: LoRA, cfg: ModelConfig, trained: Mapping[str, obje
 
 def _base(place: str) -> dict[str, str]:
     """A checkpoint as PEFT names it: a path, or a repository and its commit."""
-    if not place.startswith(PREFIX):
+    if not place.startswith(HUB):
         return {"base_model_name_or_path": place}
     name = Name.of(place)
     return {"base_model_name_or_path": name.repo, **({"revision": name.revision} if name.revision else {})}
