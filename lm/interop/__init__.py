@@ -13,15 +13,11 @@ from lm.data.record import TextRecord
 from lm.data.tokenizers import Tokenizer, check_vocab
 from lm.errors import UserError, nearest
 from lm.interop.readers import tensors
-from lm.interop.readers.base import Reader
+from lm.interop.readers.base import HUB, PLUS, Reader
 from lm.sharding.layout import Where
 from lm.train.folder import ABOUT
 
-__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]
-
-
-HUB = "hf:"  # in front of a repository of the Hugging Face Hub
-PLUS = " + "  # between a checkpoint and an adapter
+__all__ = ["HUB", "PLUS", "PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]
 
 
 @dataclass(frozen=True)
@@ -83,10 +79,10 @@ def reader(source: str) -> Reader:
     (``CHECKPOINT + ADAPTER``); raises `UserError` when there is none."""
     # The readers' libraries load on first use.
     base, plus, adapter = source.rpartition(PLUS)
-    if plus:
+    if plus and not Path(source).expanduser().exists():  # a file may have any name
         from lm.interop.readers.adapted import Adapted
 
-        return Adapted(reader(base), adapter)
+        return Adapted(reader(base), adapter, base if base in PRETRAINED else None)
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
     if path.is_dir() and (path / ABOUT).is_file():
         from lm.interop.readers.run_folder import Run

@@ -8,12 +8,11 @@ from typing import Any
 
 from lm.config import ModelConfig, build
 from lm.data.record import FILES, TextRecord, from_folder
-from lm.interop import PLUS
 from lm.interop.adapters.change import Change, Changes
 from lm.interop.adapters.folder import CONFIG, WEIGHTS, Adapter
 from lm.interop.readers import tensors
-from lm.interop.readers.base import Reader
-from lm.interop.readers.hub import PREFIX, Name
+from lm.interop.readers.base import HUB, PLUS, Reader
+from lm.interop.readers.hub import Name
 from lm.interop.writers.to_huggingface import family_of
 from lm.sharding.layout import Where
 
@@ -21,15 +20,16 @@ from lm.sharding.layout import Where
 class Adapted(Reader):
     """`base` with the adapter at `source`, a folder or ``hf:OWNER/NAME[@REVISION]``."""
 
-    def __init__(self, base: Reader, source: str) -> None:
-        self.base = base
-        if source.startswith(PREFIX):
+    def __init__(self, base: Reader, source: str, named: str | None = None) -> None:
+        """`named`: the name of a base that has one, which says where it is."""
+        self.base, self.named = base, named
+        if source.startswith(HUB):
             name, folder = Name.of(source).fetch(CONFIG, WEIGHTS, *FILES)
             self.adapter, self._place = Adapter(folder), str(name)
         else:
             folder = Path(source).expanduser()
             self.adapter, self._place = Adapter(folder), str(folder.absolute())
-        self.commit = self._place if source.startswith(PREFIX) else None
+        self.commit = self._place if source.startswith(HUB) else None
         native = build(ModelConfig, base.model(), "model")
         self.kind = base.model_type() or family_of(native)[0]
         self.adapter.onto(native, self.kind)  # what does not fit is said before anything large is read
@@ -65,7 +65,7 @@ class Adapted(Reader):
         return f"{self.base.identity()}{PLUS}{own}"
 
     def place(self) -> str:
-        return f"{self.base.place()}{PLUS}{self._place}"
+        return f"{self.named or self.base.place()}{PLUS}{self._place}"
 
     def licence(self) -> str | None:
         return self.base.licence()

@@ -10,6 +10,9 @@ from lm.data.record import TextRecord
 from lm.interop.adapters.change import Change
 from lm.sharding.layout import Where
 
+HUB = "hf:"  # in front of a repository of the Hugging Face Hub
+PLUS = " + "  # between a checkpoint and an adapter
+
 
 class Reader(abc.ABC):
     """One checkpoint on disk. Weights are read when they are asked for, not before.

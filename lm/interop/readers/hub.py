@@ -16,10 +16,10 @@ from typing import Any
 
 from lm.data.record import FILES as TEXT_FILES
 from lm.errors import UserError, nearest
+from lm.interop.readers.base import HUB
 from lm.interop.readers.gguf_file import File
 from lm.interop.readers.huggingface import INDEX, WHOLE, Directory
 
-PREFIX = "hf:"
 VALID = "valid: hf:OWNER/NAME, hf:OWNER/NAME/FILE.gguf, either with @REVISION"
 _NAME = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@\s]+))?")
 HEADER = ("config.json", INDEX, "README.md", *TEXT_FILES)  # all but weights
@@ -43,7 +43,7 @@ class Name:
 
     def __str__(self) -> str:
         file = "" if self.file is None else f"/{self.file}"
-        return f"{PREFIX}{self.repo}{file}" + ("" if self.revision is None else f"@{self.revision}")
+        return f"{HUB}{self.repo}{file}" + ("" if self.revision is None else f"@{self.revision}")
 
     def fetch(self, *files: str, quiet: bool = True) -> tuple[Name, Path]:
         """The name with its commit, and the folder that holds those of `files` (names or patterns) that there are."""
@@ -186,12 +186,12 @@ def _other(name: Name, wanted: str = "") -> str:
     listed = name.listed()
     files = [n for n in listed if n.endswith(".gguf")]
     if "adapter_config.json" in listed:
-        return f"valid: --adapter={PREFIX}{name.repo}, for it holds an adapter"
+        return f"valid: --adapter={HUB}{name.repo}, for it holds an adapter"
     if not files:
         return "valid: a repository with config.json and safetensors, or with a .gguf file"
     close = nearest(wanted, files).strip()
     said = f"{close}; " if close else ""
-    return f"{said}valid: {', '.join(f'{PREFIX}{name.repo}/{n}' for n in files)}"
+    return f"{said}valid: {', '.join(f'{HUB}{name.repo}/{n}' for n in files)}"
 
 
 def open_(source: str) -> Folder | OneFile:

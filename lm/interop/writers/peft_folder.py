@@ -15,7 +15,8 @@ from lm.config import ModelConfig
 from lm.errors import UserError
 from lm.files import new_folder, write_json
 from lm.interop.families import FAMILIES
-from lm.interop.readers.hub import PREFIX, Name
+from lm.interop.readers.base import HUB
+from lm.interop.readers.hub import Name
 from lm.interop.slots import slots
 from lm.model import params as params_lib
 from lm.surgery.lora import LoRA
@@ -23,8 +24,6 @@ from lm.surgery.lora import LoRA
 # Where transformers 5 keeps what is no linear layer there, but a parameter of a layer.
 ROUTER, EXPERTS = "model.layers.{i}.mlp.gate", "model.layers.{i}.mlp.experts"
 MATRICES = ("gate", "up", "down")  # of an expert; the first two are one parameter there, gate_up_proj
-# Modules whose names PEFT takes for the experts' when it loads an adapter of these families.
-TAKEN = ("ffn/shared/", "ffn/gate/", "ffn/up/", "ffn/down/")
 
 
 @dataclass
@@ -48,13 +47,12 @@ def tensors(cfg: ModelConfig, trained: Mapping[str, object], family: str) -> Wri
     kind, places, out = FAMILIES[family], slots(cfg), Written()
     experts: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # layer -> matrix -> all experts' factors
     leaves = params_lib.names(trained)
-    mixture = any(name.partition("/")[2].startswith("ffn/experts/") for name in places)
     for name, leaf in leaves.items():
         weight, _, part = name.rpartition("/")
         if part == "lora_b":
             continue
         short = places[weight][0][0][0] if weight in places else ""
-        if part != "lora_a" or not short.endswith("/kernel") or (mixture and short.startswith(TAKEN)):
+        if part != "lora_a" or not short.endswith("/kernel"):
             raise UserError(
                 f"--as=peft: {name} has no place in a PEFT adapter of linear layers and experts; valid: "
                 "--as=huggingface, which merges"
@@ -145,7 +143,7 @@ def write(folder: Path, lora: LoRA, cfg: ModelConfig, trained: Mapping[str, obje
 
 def _base(place: str) -> dict[str, str]:
     """A checkpoint as PEFT names it: a path, or a repository and its commit."""
-    if not place.startswith(PREFIX):
+    if not place.startswith(HUB):
         return {"base_model_name_or_path": place}
     name = Name.of(place)
     return {"base_model_name_or_path": name.repo, **({"revision": name.revision} if name.revision else {})}
