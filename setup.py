@@ -172,9 +172,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",  # dataclass, typing and ExceptionGroup features used throughout; jax 0.10 asks the same
-    packages=find_packages(
-        include=["lm", "lm.*", "experiments", "experiments.*", "configs", "configs.*", "kernels_pallas*"]
-    ),
+    # Not `configs`: so plain a name belongs to nobody, and config files are read from the repository or from where the
+    # user keeps them (`experiments.spec.registry`). A wheel is the library and the commands; a name that claims all of
+    # them (`decoder_lab.lm`) would make every import of the repository another than the wheel's.
+    packages=find_packages(include=["lm", "lm.*", "experiments", "experiments.*", "kernels_pallas*"]),
+    entry_points={"console_scripts": ["lab=experiments.lab:main"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     classifiers=[
