@@ -25,7 +25,7 @@ from experiments.commands.generate import (
     template_arguments,
 )
 from lm.data.chat import Message, choose
-from lm.decoding import Generator, Row, Sampling
+from lm.decoding import Row, Sampling
 from lm.errors import UserError, nearest
 from lm.files import write_json
 
@@ -48,7 +48,6 @@ class Conversation:
 
     def __init__(self, model: Opened, args: argparse.Namespace, sampling: Sampling, choices: dict[str, Any]) -> None:
         self.model, self.args, self.sampling, self.choices = model, args, sampling, choices
-        self.generator: Generator = model.generator()
         self.turns: list[Message] = []
         self.reset()
 
@@ -63,7 +62,7 @@ class Conversation:
         prompt = self.model.conversation(turns, "the conversation", **self.choices)
         row = Row(prompt, self.sampling, seed_of(self.args.seed, n), self.args.max_new_tokens)
         show = None if self.args.json else lambda fresh: print(fresh, end="", flush=True)
-        made, _ = answered(self.generator, self.model, row, self.args.stop, show)
+        made, _ = answered(self.model, row, self.args.stop, show)
         self.turns = [*turns, {"role": "assistant", "content": made["text"]}]
         print(json.dumps({"prompt": text, **made}, ensure_ascii=False) if self.args.json else "", flush=True)
 

@@ -164,17 +164,14 @@ class Stop:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint as a command reads it: `header` without its weights, `cfg` the model after all switches, `params`
-    after surgery, `stop` every token that ends an answer."""
+    """A checkpoint as a command reads it: `header` without its weights, `cfg` the model after all switches, `generator`
+    with the weights after surgery, `stop` every token that ends an answer."""
 
     header: interop.Checkpoint
     tokenizer: Tokenizer
     cfg: ModelConfig
-    params: Any
+    generator: Generator
     stop: tuple[int, ...]
-
-    def generator(self) -> Generator:
-        return Generator(DecoderModel(self.cfg), self.params)
 
     def conversation(self, turns: Sequence[Message], what: str, **choices: Any) -> list[int]:
         """The ids of a conversation up to where the model answers."""
@@ -199,7 +196,7 @@ def opened(args: argparse.Namespace, header: interop.Checkpoint, cfg: ModelConfi
     cfg, params = applied(surgery_of(args.surgery), cfg, params, tokenizer)
     cfg = merge(cfg, {"cache": {"quantize": "int8"}}, "model") if args.cache == "int8" else cfg
     stop = tuple(i for i in header.text.stop_ids if i < cfg.vocab_size) if ends else ()
-    return Opened(header, tokenizer, cfg, params, stop)
+    return Opened(header, tokenizer, cfg, Generator(DecoderModel(cfg), params), stop)
 
 
 def seed_of(seed: int, sample: int) -> int:
@@ -224,7 +221,6 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     sampling = sampling_of(args, header.text.generation)
     ids = [_encode(header, text, args) for text in texts]
     model = opened(args, header, cfg, ends=not args.ignore_eos)
-    generator = model.generator()
     total, start = 0, time.perf_counter()
     for i, prompt in enumerate(ids):
         for s in range(args.samples):
@@ -232,7 +228,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
                 print(f"--- sample {s}", flush=True)
             row = Row(prompt, sampling, seed_of(args.seed, s), args.max_new_tokens)
             show = None if args.json else lambda text: print(text, end="", flush=True)
-            answer, n = answered(generator, model, row, args.stop, show)
+            answer, n = answered(model, row, args.stop, show)
             total += n
             if args.json:
                 print(json.dumps({"prompt": texts[i], "sample": s, **answer}, ensure_ascii=False), flush=True)
@@ -244,11 +240,11 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
 
 
 def answered(
-    generator: Generator, model: Opened, row: Row, stops: Sequence[str], show: Callable[[str], None] | None = None
+    model: Opened, row: Row, stops: Sequence[str], show: Callable[[str], None] | None = None
 ) -> tuple[dict[str, Any], int]:
     """One answer, shown as it comes, and how many tokens were made for it."""
     cut, logprobs, end = Stop(model.tokenizer, stops, row.prompt), list[float](), "length"
-    for _, _, new, scores, done in generator.stream(
+    for _, _, new, scores, done in model.generator.stream(
         [row.prompt], row.sampling, max_new_tokens=row.max_new_tokens, stop=model.stop, seeds=[row.seed]
     ):
         logprobs += scores

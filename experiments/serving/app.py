@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -92,7 +93,8 @@ class Api:
         self.engine.submit(jobs)
         reply = Reply(asked, self.reader.name, self.reader.model.tokenizer)
         if asked.stream:
-            return StreamingResponse(_stream(reply, jobs, events), media_type="text/event-stream")
+            left = BackgroundTask(_cancel, jobs)  # a stream that nobody has begun to read does not end by itself
+            return StreamingResponse(_stream(reply, jobs, events), media_type="text/event-stream", background=left)
         watch = asyncio.create_task(_left(request, events))
         try:
             for _ in reply.begin():

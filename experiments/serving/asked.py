@@ -63,18 +63,16 @@ class Reader:
     def text(self, body: bytes) -> Asked:
         """A body of ``/v1/completions``; raises `Refused`."""
         f = self._fields(body, TEXT)
-        tokenizer, prompts, texts, marks = self.model.tokenizer, [], [], 0
-        for i, prompt in enumerate(f.prompts()):
-            what = f"prompt {i}"
+        tokenizer, given = self.model.tokenizer, f.prompts()
+        prompts, marks = [], 0
+        for i, prompt in enumerate(given):
             if isinstance(prompt, str):
-                ids, marks = _obeyed("prompt", partial(self._encoded, prompt, what)), len(tokenizer.before)
-            else:
-                ids = prompt
-            prompts.append(ids)
-            texts.append(prompt if isinstance(prompt, str) else tokenizer.decode(ids))
+                prompt, marks = _obeyed("prompt", partial(self._encoded, prompt, f"prompt {i}")), len(tokenizer.before)
+            prompts.append(prompt)
         new = f.whole("max_tokens", 0)
         echo = f.flag("echo")
         rows, n = self._answers(f, prompts, "prompt", SHORT if new is None else new)
+        texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in given]
         top = f.whole("logprobs", 0, ALTERNATIVES)
         return Asked(False, texts, rows, n, f.stops(), top, echo, f.flag("stream"), f.usage(), marks)
 

@@ -17,6 +17,7 @@ from lm.decoding.scoring import score
 from lm.errors import UserError
 
 TOPS = (0, 5, 20)  # alternatives per token that programs are compiled for
+STRIDE = 4  # tokens between two pieces of a stream
 SCORED = 4  # prompts whose logits are computed at a time
 Likely = list[tuple[int, float]]
 
@@ -89,7 +90,7 @@ class Engine:
 
     def __init__(self, model: Opened, batch: int = 8, wait: float = 0.01, queue: int = 64) -> None:
         self.model, self.batch, self.wait, self.queue = model, batch, wait, queue
-        self.generator = model.generator()
+        self.generator = model.generator
         self.batches: list[int] = []  # rows of the last batches
         self._jobs: deque[Job] = deque()
         self._more = threading.Condition()
@@ -177,7 +178,9 @@ class Engine:
         unwanted: set[int] = set()
         rows = [job.row for job in jobs]
         try:
-            for piece in self.generator.rows(rows, stop=self.model.stop, top=self._top(jobs), unwanted=unwanted):
+            for piece in self.generator.rows(
+                rows, stop=self.model.stop, top=self._top(jobs), stride=STRIDE, unwanted=unwanted
+            ):
                 fresh = answers[piece.row].add(piece)
                 jobs[piece.row].send(fresh)
                 if fresh.finish:

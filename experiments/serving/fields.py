@@ -43,6 +43,7 @@ class Fields:
     def __init__(self, body: bytes, valid: Sequence[str]) -> None:
         try:
             data = json.loads(body, parse_constant=_constant)
+            json.dumps(data, ensure_ascii=False).encode()  # half a character has no bytes
         except (ValueError, RecursionError) as e:
             raise Refused(f"the body is not JSON ({e}); valid: an object") from None
         if not isinstance(data, dict):

@@ -117,10 +117,10 @@ def test_an_answer_that_is_interrupted_takes_its_turn_back(
 
     answered = talk.answered
 
-    def interrupted(generator: Any, model: Any, row: Any, *rest: Any) -> Any:
+    def interrupted(model: Any, row: Any, *rest: Any) -> Any:
         if b"stop me" in bytes(t for t in row.prompt if t < 256):
             raise KeyboardInterrupt
-        return answered(generator, model, row, *rest)
+        return answered(model, row, *rest)
 
     monkeypatch.setattr(talk, "answered", interrupted)
     monkeypatch.setattr("sys.stdin", Terminal())

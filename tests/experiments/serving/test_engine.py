@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -46,12 +45,9 @@ class Speaker:
                     yield Piece(i, [byte], [-0.5 - t], [], "length" if last else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Model(Opened):
-    speaker: Any = None
-
-    def generator(self) -> Any:
-        return self.speaker
+def opened(speaker: Any) -> Opened:
+    nothing: Any = None
+    return Opened(nothing, ByteTokenizer(), nothing, speaker, ())
 
 
 class Told:
@@ -79,8 +75,7 @@ def speaker() -> Speaker:
 
 @pytest.fixture
 def engine(speaker: Speaker) -> Iterator[Engine]:
-    model: Any = Model(None, ByteTokenizer(), None, None, (), speaker)  # type: ignore[arg-type]
-    made = Engine(model, batch=3, wait=0.0, queue=5)
+    made = Engine(opened(speaker), batch=3, wait=0.0, queue=5)
     yield made
     speaker.go.set()
     made.close()
@@ -106,8 +101,7 @@ def test_rows_that_come_while_a_batch_runs_are_the_next_one(engine: Engine, spea
 
 
 def test_rows_that_come_shortly_after_the_first_run_with_it(speaker: Speaker) -> None:
-    model: Any = Model(None, ByteTokenizer(), None, None, (), speaker)  # type: ignore[arg-type]
-    patient = Engine(model, batch=2, wait=WAIT, queue=5)
+    patient = Engine(opened(speaker), batch=2, wait=WAIT, queue=5)
     told = [Told(), Told()]
     for one in told:
         patient.submit([one.job])

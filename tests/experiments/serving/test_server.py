@@ -256,6 +256,7 @@ MISTAKES: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     ("completions", {"prompt": []}, 400, "prompt", "prompt: found []"),
     ("completions", {"prompt": ["a", 3]}, 400, "prompt", "valid: a text, a list of texts"),
     ("completions", {"prompt": [1, 258]}, 400, "prompt", "unknown token id 258; valid: 0 to 257"),
+    ("completions", {"prompt": [[1], [-1]]}, 400, "prompt", "prompt 1: unknown token id -1"),
     ("completions", {"prompt": "a" * 90, "max_tokens": 7}, 400, "prompt", "90 tokens and 7 new ones"),
     ("completions", {"prompt": "a", "model": "tinny"}, 404, "model", "unknown name 'tinny' (did you mean 'tiny'?)"),
     ("completions", {"prompt": "a", "temperature": -1}, 400, "temperature", "must be 0 (greedy) or more"),
@@ -296,7 +297,7 @@ def test_mistakes(server: Server, route: str, body: dict[str, Any], status: int,
     assert error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[1]", b'{"prompt": NaN}', b"\xff", b"[" * 3000])
+@pytest.mark.parametrize("raw", [b"{", b"[1]", b'{"prompt": NaN}', b"\xff", b"[" * 3000, b'{"prompt": "\\ud800"}'])
 def test_what_is_no_object_is_refused(server: Server, raw: bytes) -> None:
     status, answer = server.post("completions", None, raw)
     assert status == 400 and answer["error"]["message"].startswith("the body is")
