@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,8 @@ def lines(stdin: IO[str], terminal: bool) -> Iterator[str]:
     if not terminal:
         yield from (line.removesuffix("\n").removesuffix("\r") for line in stdin)
         return
-    import readline  # noqa: F401  (`input` edits lines and remembers them)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (`input` edits lines and remembers them)
 
     while True:
         try:

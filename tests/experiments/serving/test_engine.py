@@ -19,12 +19,13 @@ WAIT = 20.0  # seconds after which a test has failed
 
 
 class Speaker:
-    """Says the bytes of `text`, one a piece, to every row; waits for `go` before each batch."""
+    """Says the bytes of `text`, `stride` a piece, to every row; waits for `go` before each batch."""
 
     vocab_size = 258
 
     def __init__(self, text: str = "abc") -> None:
         self.text, self.go, self.begun = text.encode(), threading.Event(), threading.Semaphore(0)
+        self.stride = 1
         self.batches: list[list[Row]] = []
         self.unwanted: Collection[int] = ()
         self.error: Exception | None = None
@@ -38,11 +39,13 @@ class Speaker:
         assert self.go.wait(WAIT)
         if self.error is not None and len(rows) > 1 - (type(self.error) is not UserError):
             raise self.error
-        for t, byte in enumerate(self.text):
+        for at in range(0, len(self.text), self.stride):
             for i in range(len(rows)):
                 if i not in unwanted:
-                    last = t == len(self.text) - 1 or t + 1 == rows[i].max_new_tokens
-                    yield Piece(i, [byte], [-0.5 - t], [], "length" if last else "")
+                    new = [*self.text[at : min(at + self.stride, rows[i].max_new_tokens)]]
+                    last = at + len(new) in (len(self.text), rows[i].max_new_tokens)
+                    scores = [-0.5 - t for t in range(at, at + len(new))]
+                    yield Piece(i, new, scores, [], "length" if last else "")
 
 
 def opened(speaker: Any) -> Opened:
@@ -131,8 +134,11 @@ def test_whoever_leaves_is_not_answered(engine: Engine, speaker: Speaker) -> Non
     assert gone.events == [] and len(first.events) == 1 and [len(b) for b in speaker.batches] == [1, 1]
 
 
-def test_a_text_ends_at_its_stop_text_and_its_row_is_not_wanted_any_more(engine: Engine, speaker: Speaker) -> None:
-    speaker.text = b"one two three"
+@pytest.mark.parametrize("stride", [1, 4, 99])
+def test_a_text_ends_at_its_stop_text_and_its_row_is_not_wanted_any_more(
+    engine: Engine, speaker: Speaker, stride: int
+) -> None:
+    speaker.text, speaker.stride = b"one two three", stride
     one, other = Told(stops=["tw", "zz"]), Told(new=3)
     engine.submit([one.job, other.job])
     assert one.text() == "one " and other.text() == "one"

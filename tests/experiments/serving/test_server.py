@@ -6,7 +6,11 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +36,7 @@ openai = pytest.importorskip("openai", reason="OpenAI's client is not installed"
 uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 MODEL = {"vocab_size": 258, "d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 32}
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' if add_generation_prompt }}"
+ROOT = Path(__file__).resolve().parents[3]
 WAIT = 20.0  # seconds after which a test has failed
 NAME = "tiny"
 
@@ -411,3 +416,17 @@ def test_without_the_extra_it_says_how_to_get_it(
     assert serve.main([f"--checkpoint={folder}"]) == 2
     err = capsys.readouterr().err
     assert "serve needs starlette and uvicorn; get it with: pip install 'decoder-lab[serve]'" in err
+
+
+@pytest.mark.nightly
+def test_a_process_ends_when_it_is_told_to(folder: Path) -> None:
+    words = [sys.executable, "-m", "experiments.lab", "serve", f"--checkpoint={folder}", "--port=0"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        url = re.fullmatch(r"hf at (http://127\.0\.0\.1:\d+/v1)\n", first)
+        assert url is not None, first + process.stderr.read()
+        client = openai.OpenAI(base_url=url[1], api_key="none", max_retries=0, timeout=120)
+        assert client.completions.create(model="hf", prompt="a", max_tokens=2).usage.completion_tokens <= 2
+        process.send_signal(signal.SIGTERM)
+        assert (process.wait(WAIT), process.stderr.read()) == (0, "ended\n")
