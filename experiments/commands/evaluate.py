@@ -11,10 +11,9 @@ from typing import Any
 
 from experiments import cli
 from experiments.commands import source
-from experiments.commands.generate import model_of
+from experiments.commands.generate import model_of, parsed
 from experiments.reports.results import clean
 from experiments.running.cache import write_json
-from experiments.spec.settings import Text
 from lm import interop
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
@@ -24,7 +23,6 @@ PROG = "python -m experiments.evaluate"
 
 
 def run(argv: Sequence[str], doc: str | None = None) -> int:
-    overrides = {w.partition("=")[0][2:]: Text(w.partition("=")[2]) for w in argv if w.startswith("--model.")}
     p = cli.Parser(PROG, doc)
     source.add(p)
     source.add_dtype(p)
@@ -37,8 +35,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     p.add_argument("--max-length", type=int, help="tokens of context (default: the trained length)")
     p.add_argument("--chat", action="store_true", help="through the checkpoint's chat template")
     p.add_argument("--out", type=Path, help="write results as JSON; must not exist")
-    args, rest = p.parse_known_args([w for w in argv if not w.startswith("--model.")])
-    p.refuse(rest)
+    args, overrides = parsed(p, argv)
     if args.out is not None and args.out.exists():
         raise UserError(f"--out: {args.out} exists already; valid: a new file")
     for name in ("limit", "batch_size", "max_length"):

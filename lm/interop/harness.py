@@ -10,8 +10,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -22,15 +20,11 @@ from lm.data.chat import choose
 from lm.data.tokenizers import check_ids
 from lm.data.tokenizers.base import same_start
 from lm.decoding import Generator, Sampling
-from lm.decoding.generator import padded
-from lm.decoding.spread import Spread, traced_for
+from lm.decoding.scoring import score
+from lm.decoding.spread import Spread
 from lm.errors import UserError
 from lm.interop import Checkpoint
-from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel, LanguageModel
-from lm.watch import Watch
-
-SCORED = 512  # positions whose logits exist at one time
 
 
 class DecoderLM(TemplateLM):
@@ -125,16 +119,8 @@ class DecoderLM(TemplateLM):
 
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of token t + 1 given those up to t, and whether it is the first choice: ``[B, T]``."""
-        width = padded(max(len(r) for r in rows) - 1)
-        tokens = np.zeros((self.batch_size, width + 1), np.int32)
-        index = np.full((self.batch_size, width), -1, np.int32)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row)] = row
-            index[b, : len(row) - 1] = np.arange(len(row) - 1)
-        made = _scores(self.language_model, min(SCORED, width), self.spread)(
-            self.params, tokens[:, :-1], index, tokens[:, 1:]
-        )
-        return np.asarray(made[0], np.float64), np.asarray(made[1])
+        made = score(self.language_model, self.params, rows, self.batch_size, spread=self.spread)
+        return made.logprobs_BT, made.greedy_BT
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows, owner = [], []
@@ -150,10 +136,10 @@ class DecoderLM(TemplateLM):
                 windows.append((None, *window))
                 owner.append(i)
         out = [0.0] * len(requests)
-        for i, (score, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
-            out[i] += score
-        for request, score in zip(requests, out, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
+        for i, (nats, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+            out[i] += nats
+        for request, nats in zip(requests, out, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, nats)
         return out
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -188,27 +174,3 @@ class DecoderLM(TemplateLM):
             out.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return out
-
-
-@functools.lru_cache(maxsize=4)
-def _scores(model: LanguageModel, piece: int, spread: Spread | None) -> Any:
-    def run(
-        params: dict[str, Any], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        with traced_for(spread):
-            out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), watch=Watch(logits=False))
-        B, T, D = out.hidden_BTD.shape
-        n = -(-T // piece)
-
-        def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits = model.readout(params, args[0])
-            own = jnp.take_along_axis(logits, args[1][..., None], -1)[..., 0]
-            return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, -1) == args[1]
-
-        pad = n * piece - T
-        hidden = jnp.pad(out.hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, piece, D).swapaxes(0, 1)
-        targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(B, n, piece).swapaxes(0, 1)
-        scores, greedy = jax.lax.map(one, (hidden, targets))
-        return tuple(x.swapaxes(0, 1).reshape(B, n * piece)[:, :T] for x in (scores, greedy))  # type: ignore[return-value]
-
-    return jax.jit(run)
