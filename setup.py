@@ -37,6 +37,9 @@ BASE = [
     "safetensors>=0.4.3,<1",
     # GGUF weights, dequantised with NumPy. Metadata is read with `ReaderField.contents()`, present in 0.17.
     "gguf>=0.17,<1",
+    # Checkpoints by name from the Hub (`hf:OWNER/NAME`), with its cache, tokens and offline rules; tokenizers depends
+    # on it anyway, below 3. 1.0 was rewritten (another HTTP client, other errors); 2.4 is the release tested.
+    "huggingface-hub>=1.0,<3",
     # Chat templates of checkpoints, rendered in its sandbox. Any 3.x since 3.1 has the parts they use.
     "jinja2>=3.1,<4",
     # Tokenizers of Hugging Face folders and GGUF files. 0.23 is what transformers 5 asks for; the minor breaks often.
@@ -82,6 +85,14 @@ EXTRAS = {
     "eval": [
         # 0.4.13 is the release tested; the adapter subclasses its `TemplateLM`.
         "lm-eval>=0.4.13,<0.5",
+    ],
+    # `experiments.serve`: HTTP in the protocol of OpenAI's API.
+    "serve": [
+        # Routes, streams and errors. 1.10 is the release tested; the next major one may break things.
+        "starlette>=1.10,<2",
+        # The process that listens, in pure Python. 0.54 is the release tested; only `Config` and `Server.run(sockets=)`
+        # are used, which no minor release since 0.20 has moved.
+        "uvicorn>=0.54,<1",
     ],
     # TensorBoard files of training runs (`train.tracker = "tensorboard"`); `metrics.jsonl` is written without it.
     "tensorboard": [
@@ -132,6 +143,18 @@ EXTRAS = {
         "submitit>=1.5,<2",
         # What the extra of the same name installs.
         "optuna>=4.0,<5",
+        # What the extra `serve` installs.
+        "starlette>=1.10,<2",
+        # The same.
+        "uvicorn>=0.54,<1",
+        # Asks the server as everybody does; an oracle of the protocol. 3.57 is the release tested.
+        "openai>=3,<4",
+        # What `local-completions` of lm-eval imports; its extra `api` would bring tiktoken too. Any 9.x.
+        "tenacity>=9,<10",
+        # The same. Any 3.x.
+        "aiohttp>=3.9,<4",
+        # The same. Any 2.x.
+        "requests>=2.31,<3",
         # Linter and formatter. One minor line only: a new one formats differently and would fail `--check`.
         "ruff>=0.17.6,<0.18",
         # Type checker. One minor line only, for the same reason.
@@ -166,9 +189,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",  # dataclass, typing and ExceptionGroup features used throughout; jax 0.10 asks the same
-    packages=find_packages(
-        include=["lm", "lm.*", "experiments", "experiments.*", "configs", "configs.*", "kernels_pallas*"]
-    ),
+    # Not `configs`: so plain a name belongs to nobody, and config files are read from the repository or from where the
+    # user keeps them (`experiments.spec.registry`). A wheel is the library and the commands; a name that claims all of
+    # them (`decoder_lab.lm`) would make every import of the repository another than the wheel's.
+    packages=find_packages(include=["lm", "lm.*", "experiments", "experiments.*", "kernels_pallas*"]),
+    entry_points={"console_scripts": ["lab=experiments.lab:main"]},
     install_requires=BASE,
     extras_require=EXTRAS,
     classifiers=[

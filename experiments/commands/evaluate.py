@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
-from experiments.commands.generate import model_of
+from experiments.commands import source
+from experiments.commands.generate import model_of, parsed
 from experiments.reports.results import clean
 from experiments.running.cache import write_json
-from experiments.spec.settings import Text
 from lm import interop
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
@@ -23,9 +23,9 @@ PROG = "python -m experiments.evaluate"
 
 
 def run(argv: Sequence[str], doc: str | None = None) -> int:
-    overrides = {w.partition("=")[0][2:]: Text(w.partition("=")[2]) for w in argv if w.startswith("--model.")}
     p = cli.Parser(PROG, doc)
-    p.add_argument("--checkpoint", required=True, help="a name, a Hugging Face folder, a GGUF file, a run's folder")
+    source.add(p)
+    source.add_dtype(p)
     p.add_argument("--tasks", required=True, help="names of the harness, separated by commas")
     p.add_argument("--include", help="a folder with task files of your own")
     p.add_argument("--pattern", help="attention pattern, for example lm_infinite")
@@ -35,8 +35,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     p.add_argument("--max-length", type=int, help="tokens of context (default: the trained length)")
     p.add_argument("--chat", action="store_true", help="through the checkpoint's chat template")
     p.add_argument("--out", type=Path, help="write results as JSON; must not exist")
-    args, rest = p.parse_known_args([w for w in argv if not w.startswith("--model.")])
-    p.refuse(rest)
+    args, overrides = parsed(p, argv)
     if args.out is not None and args.out.exists():
         raise UserError(f"--out: {args.out} exists already; valid: a new file")
     for name in ("limit", "batch_size", "max_length"):
@@ -44,15 +43,17 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {found}")
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("evaluate needs the lm-evaluation-harness; get it with: pip install 'decoder-lab[eval]'")
-    header = interop.load(args.checkpoint, load_params=False)
+    dtype = source.dtype(args)
+    source.spread(args)
+    header = interop.load(source.name(args), load_params=False, dtype=dtype)
     cfg = model_of(header.config, args.pattern, overrides)
-    made = evaluate(args, cfg)
+    made = evaluate(args, cfg, header.source)
     if args.out is not None:
         write_json(args.out, clean(made))
     return 0
 
 
-def evaluate(args: argparse.Namespace, cfg: ModelConfig) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, cfg: ModelConfig, place: str) -> dict[str, Any]:
     """The harness's results; raises `UserError` for tasks that it does not have."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -67,9 +68,10 @@ def evaluate(args: argparse.Namespace, cfg: ModelConfig) -> dict[str, Any]:
             raise UserError(
                 f"--tasks: unknown name {task!r}{nearest(task, manager.all_tasks)}; valid: lm_eval --tasks list"
             )
-    checkpoint = interop.load(args.checkpoint)
+    spread = source.spread(args)
+    checkpoint = interop.load(place, dtype=source.dtype(args), where=None if spread is None else spread.where)
     check(cfg, checkpoint.params, args.checkpoint)
-    model = DecoderLM(checkpoint, cfg, max_length=args.max_length, batch_size=args.batch_size)
+    model = DecoderLM(checkpoint, cfg, max_length=args.max_length, batch_size=args.batch_size, spread=spread)
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=tasks,
@@ -82,4 +84,6 @@ def evaluate(args: argparse.Namespace, cfg: ModelConfig) -> dict[str, Any]:
     )
     print(make_table(found))
     kept = {k: found[k] for k in ("results", "versions", "n-shot", "n-samples") if k in found}
-    return json.loads(json.dumps({**kept, "checkpoint": args.checkpoint, "identity": checkpoint.identity}, default=str))
+    return json.loads(
+        json.dumps({**kept, "checkpoint": source.name(args), "identity": checkpoint.identity}, default=str)
+    )

@@ -18,7 +18,7 @@ from lm.errors import UserError
 from lm.nested import difference
 from lm.plug import table
 
-FIRST = ("checkpoint", "architecture")  # which keys a model has depends on these
+FIRST = ("checkpoint", "adapter", "architecture")  # which keys a model has depends on these
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,9 @@ from lm.model import params
 class Base:
     """Configuration, tokenizer and identity at once, weights by `load`.
 
+    `place`: where the checkpoint is found from any working directory (a name, an absolute path, a repository with its
+    commit), empty for random parameters.
+
     `config` is the checkpoint's own (None for random parameters, whose model the experiment describes). Raises
     `UserError` when there is no such checkpoint, or when it is not one.
     """
@@ -27,23 +29,17 @@ class Base:
         self.random = checkpoint == RANDOM
         self.config: ModelConfig | None = None
         self.text = TextRecord.of(ByteTokenizer())
-        self.identity = RANDOM
+        self.identity, self.place = RANDOM, ""
         self._params: Any = None
         self._drawn: dict[Any, Any] = {}
         if not self.random:
             header = interop.load(checkpoint, load_params=False)
             self.config, self.text, self.identity = header.config, header.text, header.identity
+            self.place = header.source
 
     @property
     def tokenizer(self) -> Tokenizer | None:
         return self.text.tokenizer
-
-    @property
-    def place(self) -> str:
-        """Where the checkpoint is found from any working directory: a name, or an absolute path."""
-        if self.random:
-            return ""
-        return self.source if self.source in interop.PRETRAINED else str(Path(self.source).expanduser().absolute())
 
     def check(self, model: ModelConfig) -> None:
         """Raises `UserError` when the tokenizer has ids that `model` has no embedding for."""
@@ -53,7 +49,7 @@ class Base:
     def load(self) -> None:
         """Reads the weights; raises `UserError` for missing or misshapen tensors and damaged files."""
         if not self.random and self._params is None:
-            self._params = interop.load(self.source).params
+            self._params = interop.load(self.place).params
 
     def params(self, arm: Arm, base: ModelConfig, seed: int) -> Any:
         """The parameters of `arm`: the checkpoint's, or random ones, the same for all arms that share their shapes."""

@@ -12,6 +12,7 @@ import jax
 
 from experiments.spec.settings import (
     MEASURES,
+    RANDOM,
     Experiment,
     Settings,
     change,
@@ -29,7 +30,6 @@ from lm.plug import table
 from lm.surgery.base import Surgery
 from lm.train.config import TrainConfig
 
-RANDOM = "random"
 KEYS = ("only", "trains", "untrained", "starts_from", "surgery", "model", "train", "measures")
 VALID = "only, trains, untrained, starts_from, surgery, model.KEY, train.KEY, measures.LABEL.KEY"
 

@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SCHEMA = 1  # of config.json
 
+if (CONFIGS / "bases").is_dir() and str(ROOT) not in sys.path:  # the repository, and `lab` was started elsewhere
+    sys.path.append(str(ROOT))  # config files import `configs`, which no wheel claims
+
 
 @dataclass(frozen=True)
 class Source:

@@ -21,11 +21,13 @@ from ml_collections import ConfigDict
 from lm.config import Dotted, ModelConfig, build, coerce, is_mapping, merge, overlay, overlay_plug, plug, to_dict
 from lm.decoding.generator import SEEDS
 from lm.errors import UserError, nearest, unknown
+from lm.interop import PLUS
 from lm.measures import Measure
 from lm.plug import table
 from lm.train.config import TrainConfig
 
 MEASURES = "lm.measures"
+RANDOM = "random"  # the checkpoint of parameters drawn by seed
 Settings = Mapping[str, object]
 
 
@@ -46,7 +48,8 @@ class Experiment:
     `model`: nested changes over the checkpoint's configuration (the whole model for checkpoint ``random``); `train`:
     settings of `lm.train.TrainConfig`, and then arms measure what training makes of the checkpoint (empty: they measure
     the checkpoint); `arms`: arm -> {dotted key: value}, in order; `measures`: label -> plug of `lm.measures`;
-    `architecture`: the file of ``configs/bases`` that says what the checkpoint's model is, for plans made without it.
+    `architecture`: the file of ``configs/bases`` that says what the checkpoint's model is, for plans made without it;
+    `adapter`: a PEFT adapter that the checkpoint is read with.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Experiment:
     train: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
     architecture: str = ""
+    adapter: str = ""
 
     def training(self) -> TrainConfig | None:
         """The checked settings of training; None where there is none. Raises `UserError`."""
@@ -71,8 +75,9 @@ class Experiment:
         out["measures"] = {label: to_dict(m, table(MEASURES)) for label, m in self.measures.items()}
         training = self.training()
         out["train"] = {} if training is None else to_dict(training)
-        if not self.architecture:
-            del out["architecture"]  # run folders from before there was one stay the same
+        for later in ("architecture", "adapter"):
+            if not out[later]:
+                del out[later]  # run folders from before there was one stay the same
         return plain(out, lists=True)
 
 
@@ -101,12 +106,17 @@ def _complete(settings: object) -> dict[str, Any]:
 
 
 def places(settings: object) -> tuple[str, str]:
-    """The checkpoint, and the architecture that stands for it where it is not at hand (empty for none)."""
+    """The checkpoint with its adapter, and the architecture that stands for it where it is not at hand (empty for
+    none)."""
     raw = _complete(settings)
     checkpoint = coerce(raw["checkpoint"], str, "config.checkpoint")
     if not checkpoint.strip():
         raise UserError("config.checkpoint: is empty; valid: a name")
-    return checkpoint, coerce(raw.get("architecture", ""), str, "config.architecture")
+    adapter = coerce(raw.get("adapter", ""), str, "config.adapter")
+    if adapter and checkpoint == RANDOM:
+        raise UserError(f"config.adapter: found {adapter!r} to random parameters; valid: with a checkpoint")
+    source = f"{checkpoint}{PLUS}{adapter}" if adapter else checkpoint
+    return source, coerce(raw.get("architecture", ""), str, "config.architecture")
 
 
 def experiment(settings: object) -> Experiment:

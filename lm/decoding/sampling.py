@@ -7,10 +7,12 @@ on what the one before has left. Letters: B rows, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lm.errors import UserError
 
@@ -63,44 +65,129 @@ class Sampling:
     @property
     def penalises(self) -> bool:
         """Whether choices depend on which tokens came before."""
-        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+        return self.asks(*PENALTIES)
+
+    def asks(self, *names: str) -> bool:
+        """Whether any of these settings changes anything."""
+        return any(vars(self)[name] != OFF[name] for name in names)
+
+    def value(self, name: str) -> float:
+        """A setting as `shape` computes with it."""
+        return float(vars(self)[name])
+
+    def biased(self, logits_BV: jax.Array) -> jax.Array:
+        """The logits with `bias` added."""
+        ids, values = zip(*self.bias, strict=True)
+        return logits_BV.at[:, jnp.array(ids)].add(jnp.array(values, jnp.float32))
+
+    def least(self, logits_BV: jax.Array) -> jax.Array:
+        """The smallest logit ``[B, 1]`` that `top_k` keeps."""
+        return jax.lax.top_k(logits_BV, min(self.top_k, logits_BV.shape[-1]))[0][:, -1:]
+
+    def chosen(self, shaped_BV: jax.Array, drawn_B: jax.Array) -> jax.Array:
+        """Of a token drawn, and the likeliest one, what this way of drawing takes."""
+        return drawn_B
 
 
-def shape(logits_BV: jax.Array, sampling: Sampling, in_prompt_BV: jax.Array, made_BV: jax.Array) -> jax.Array:
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+CUTS = ("top_k", "top_p", "min_p", "typical_p")
+OFF = {**vars(Sampling()), "temperature": 0.0}  # the values with which a setting changes nothing
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RowSampling:
+    """`Sampling` of each of B rows.
+
+    `used`: float32 ``[B, 1]`` by the name of every setting that any row uses, ``bias`` ``[B, V]``. Programs depend on
+    the names, not on the values. A row draws what `Sampling` of the same settings draws.
+    """
+
+    used: dict[str, jax.Array]
+
+    @staticmethod
+    def of(rows: Sequence[Sampling], vocab_size: int) -> RowSampling:
+        """The settings of `rows` together."""
+        names = {name for name in OFF if name != "bias" and any(row.asks(name) for row in rows)}
+        if not names & {"temperature"}:
+            names -= {*CUTS}
+        used = {}
+        for name in sorted(names):
+            own = [OFF[name] if name in CUTS and not row.temperature else vars(row)[name] for row in rows]
+            used[name] = jnp.asarray(own, jnp.float32)[:, None]
+        if any(row.bias for row in rows):
+            bias_BV = np.zeros((len(rows), vocab_size), np.float32)
+            for b, row in enumerate(rows):
+                for token, value in row.bias:
+                    bias_BV[b, token] += value
+            used["bias"] = jnp.asarray(bias_BV)
+        return RowSampling(used)
+
+    @property
+    def penalises(self) -> bool:
+        return self.asks(*PENALTIES)
+
+    def asks(self, *names: str) -> bool:
+        return any(name in self.used for name in names)
+
+    def value(self, name: str) -> jax.Array | float:
+        if name not in self.used:
+            return float(OFF[name])
+        value = self.used[name]
+        if name == "temperature":
+            return jnp.where(value == 0, 1.0, value)
+        if name in ("top_p", "typical_p"):
+            return jnp.where(value < 1, value, jnp.inf)  # a sum of shares may reach 1 before the last
+        return value
+
+    def biased(self, logits_BV: jax.Array) -> jax.Array:
+        return logits_BV + self.used["bias"]
+
+    def least(self, logits_BV: jax.Array) -> jax.Array:
+        V = logits_BV.shape[-1]
+        k = self.used["top_k"].astype(jnp.int32)
+        last = jnp.where((k > 0) & (k < V), V - k, 0)
+        return jnp.take_along_axis(jnp.sort(logits_BV, axis=-1), last, axis=-1)
+
+    def chosen(self, shaped_BV: jax.Array, drawn_B: jax.Array) -> jax.Array:
+        return jnp.where(self.used["temperature"][:, 0] == 0, jnp.argmax(shaped_BV, axis=-1), drawn_B)
+
+
+def shape(
+    logits_BV: jax.Array, sampling: Sampling | RowSampling, in_prompt_BV: jax.Array, made_BV: jax.Array
+) -> jax.Array:
     """Logits float32 ``[B, V]`` of the distribution to draw from; excluded tokens at `NEG`.
 
     `in_prompt_BV` bool, `made_BV` int32: whether a token is in the prompt, and how often in the answer so far (both may
     be ``[B, 1]`` zeros where nothing is penalised). With temperature 0 the result is for `argmax`.
     """
     s, logits = sampling, logits_BV.astype(jnp.float32)
-    if s.repetition_penalty != 1.0:
-        seen = in_prompt_BV | (made_BV > 0)
-        worse = jnp.where(logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty)
+    if s.asks("repetition_penalty"):
+        seen, by = in_prompt_BV | (made_BV > 0), s.value("repetition_penalty")
+        worse = jnp.where(logits > 0, logits / by, logits * by)
         logits = jnp.where(seen, worse, logits)
-    if s.presence_penalty or s.frequency_penalty:
-        logits = logits - s.presence_penalty * (made_BV > 0) - s.frequency_penalty * made_BV
-    if s.bias:
-        ids, values = zip(*s.bias, strict=True)
-        logits = jnp.maximum(logits.at[:, jnp.array(ids)].add(jnp.array(values, jnp.float32)), NEG)
-    if s.temperature == 0:
+    if s.asks("presence_penalty", "frequency_penalty"):
+        logits = logits - s.value("presence_penalty") * (made_BV > 0) - s.value("frequency_penalty") * made_BV
+    if s.asks("bias"):
+        logits = jnp.maximum(s.biased(logits), NEG)
+    if not s.asks("temperature"):
         return logits
-    logits = logits / s.temperature
-    if 0 < s.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, s.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, NEG, logits)
-    if s.top_p < 1:
-        logits = _keep_mass(logits, -logits, s.top_p)
-    if s.min_p > 0:
+    logits = logits / s.value("temperature")
+    if s.asks("top_k"):
+        logits = jnp.where(logits < s.least(logits), NEG, logits)
+    if s.asks("top_p"):
+        logits = _keep_mass(logits, -logits, s.value("top_p"))
+    if s.asks("min_p"):
         p = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(p < s.min_p * p.max(-1, keepdims=True), NEG, logits)
-    if s.typical_p < 1:
+        logits = jnp.where(p < s.value("min_p") * p.max(-1, keepdims=True), NEG, logits)
+    if s.asks("typical_p"):
         log_p = jax.nn.log_softmax(logits, axis=-1)
         entropy = -(jnp.exp(log_p) * log_p).sum(-1, keepdims=True)
-        logits = _keep_mass(logits, jnp.abs(-log_p - entropy), s.typical_p)
+        logits = _keep_mass(logits, jnp.abs(-log_p - entropy), s.value("typical_p"))
     return logits
 
 
-def _keep_mass(logits: jax.Array, rank_by: jax.Array, mass: float) -> jax.Array:
+def _keep_mass(logits: jax.Array, rank_by: jax.Array, mass: jax.Array | float) -> jax.Array:
     """The first tokens by ascending `rank_by` until their probabilities reach `mass`; the first always stays."""
     order = jnp.argsort(rank_by, axis=-1)
     p = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
@@ -110,8 +197,8 @@ def _keep_mass(logits: jax.Array, rank_by: jax.Array, mass: float) -> jax.Array:
     return jnp.where(jnp.zeros_like(keep).at[rows, order].set(keep), logits, NEG)
 
 
-def draw(shaped_BV: jax.Array, sampling: Sampling, keys_B: jax.Array) -> jax.Array:
+def draw(shaped_BV: jax.Array, sampling: Sampling | RowSampling, keys_B: jax.Array) -> jax.Array:
     """One token id int32 per row, each row by its own key: a sample does not depend on its neighbours."""
-    if sampling.temperature == 0:
+    if not sampling.asks("temperature"):
         return jnp.argmax(shaped_BV, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys_B, shaped_BV).astype(jnp.int32)
+    return sampling.chosen(shaped_BV, jax.vmap(jax.random.categorical)(keys_B, shaped_BV)).astype(jnp.int32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from lm.data.record import TextRecord
 from lm.data.tokenizers import Tokenizer, check_vocab
 from lm.errors import UserError, nearest
 from lm.interop.readers import tensors
-from lm.interop.readers.base import Reader
+from lm.interop.readers.base import HUB, PLUS, Reader
+from lm.sharding.layout import Where
 from lm.train.folder import ABOUT
 
-__all__ = ["PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]
+__all__ = ["HUB", "PLUS", "PRETRAINED", "Carrier", "Checkpoint", "config", "find", "load", "reader"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Checkpoint:
     """A model read from disk.
 
     `params` is None when they were not asked for. `text` is what the checkpoint says about its text. `identity` is a
-    content hash of the checkpoint's files.
+    content hash of the checkpoint's files, or repository and commit of one of the Hub. `source` is the name by which
+    the same is found again, from any working directory.
     """
 
     config: ModelConfig
@@ -73,8 +75,14 @@ def find(name: str) -> Path:
 
 
 def reader(source: str) -> Reader:
-    """Who reads the checkpoint `source`, a name or a path; raises `UserError` when there is none."""
+    """Who reads the checkpoint `source`, a name, a path, a repository of the Hub, or one of these with an adapter
+    (``CHECKPOINT + ADAPTER``); raises `UserError` when there is none."""
     # The readers' libraries load on first use.
+    base, plus, adapter = source.rpartition(PLUS)
+    if plus and not Path(source).expanduser().exists():  # a file may have any name
+        from lm.interop.readers.adapted import Adapted
+
+        return Adapted(reader(base), adapter, base if base in PRETRAINED else None)
     path = find(source) if source in PRETRAINED else Path(source).expanduser()
     if path.is_dir() and (path / ABOUT).is_file():
         from lm.interop.readers.run_folder import Run
@@ -84,6 +92,10 @@ def reader(source: str) -> Reader:
         from lm.interop.readers.huggingface import Directory
 
         return Directory(path)
+    if source.startswith(HUB):
+        from lm.interop.readers.hub import open_
+
+        return open_(source)
     if path.is_file() and (path.suffix == ".gguf" or _magic(path) == b"GGUF"):
         from lm.interop.readers.gguf_file import File
 
@@ -92,7 +104,7 @@ def reader(source: str) -> Reader:
         raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
     raise UserError(
         f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {', '.join(sorted(PRETRAINED))}, a Hugging "
-        "Face directory, a training's folder, or a .gguf file that exists"
+        "Face directory, a training's folder, a .gguf file that exists, or hf:OWNER/NAME of the Hugging Face Hub"
     )
 
 
@@ -107,20 +119,40 @@ def config(source: str) -> ModelConfig:
     return native
 
 
-def load(source: str, *, overrides: Mapping[str, Any] | None = None, load_params: bool = True) -> Checkpoint:
-    """A checkpoint by name, directory or ``.gguf`` file, as float32 arrays in this library's parameter tree.
+def licence(source: str) -> str | None:
+    """What the checkpoint says its licence is; None where it says nothing."""
+    return PRETRAINED[source].licence.lower() if source in PRETRAINED else reader(source).licence()
 
-    `overrides` are merged over the checkpoint's own ``ModelConfig`` (plugs that need no training). Raises `UserError`
-    for overrides that ask for other parameters, and for anything missing, truncated, foreign or of the wrong shape,
-    naming file and tensor.
+
+def load(
+    source: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    load_params: bool = True,
+    dtype: str | None = None,
+    where: Callable[[ModelConfig], Where] | None = None,
+) -> Checkpoint:
+    """A checkpoint by name, directory, ``.gguf`` file or repository of the Hub, in this library's parameter tree.
+
+    `overrides` are merged over the checkpoint's own ``ModelConfig`` (plugs that need no training). `dtype`: what the
+    parameters are kept and computed with in, ``stored`` = what most of them are stored as, None = float32. `where`:
+    given the model, on which devices each parameter lives (`lm.sharding`), None = the first. No more than one tensor is
+    in memory beside the parameters. Raises `UserError` for overrides that ask for other parameters, and for anything
+    missing, truncated, foreign or of the wrong shape, naming file and tensor.
     """
     checkpoint = reader(source)
     native = build(ModelConfig, checkpoint.model(), "model")
-    params = checkpoint.params(native) if load_params else None
+    if dtype is not None:
+        kind = checkpoint.dtype() if dtype == "stored" else dtype
+        native = merge(native, {"dtype": kind, "param_dtype": kind}, "model")
+    scan = {"scan_layers": overrides["scan_layers"]} if overrides and "scan_layers" in overrides else {}
+    native = merge(native, scan, "model")
+    params = checkpoint.params(native, where=None if where is None else where(native)) if load_params else None
     merged = merge(native, overrides, "model") if overrides else native
     if overrides and params is not None:
         tensors.check(merged, params, str(source))
     text = checkpoint.text()
     if text.tokenizer is not None:
         check_vocab(text.tokenizer, merged)
-    return Checkpoint(merged, params, text, checkpoint.identity(), str(source))
+    place = source if source in PRETRAINED else checkpoint.place()
+    return Checkpoint(merged, params, text, checkpoint.identity(), place)

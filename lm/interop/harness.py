@@ -10,8 +10,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
@@ -22,20 +20,18 @@ from lm.data.chat import choose
 from lm.data.tokenizers import check_ids
 from lm.data.tokenizers.base import same_start
 from lm.decoding import Generator, Sampling
-from lm.decoding.generator import padded
+from lm.decoding.scoring import score
+from lm.decoding.spread import Spread
 from lm.errors import UserError
 from lm.interop import Checkpoint
-from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel, LanguageModel
-from lm.watch import Watch
-
-SCORED = 512  # positions whose logits exist at one time
 
 
 class DecoderLM(TemplateLM):
     """One checkpoint (`lm.interop.Checkpoint`) read with `config`, or with another model of its parameters.
 
-    `max_length`: tokens of context, None = the trained length; `batch_size`: rows scored at a time.
+    `max_length`: tokens of context, None = the trained length; `batch_size`: rows scored at a time. `spread`: the
+    devices that the parameters are on.
     """
 
     backend = "causal"
@@ -48,6 +44,7 @@ class DecoderLM(TemplateLM):
         max_length: int | None = None,
         batch_size: int = 8,
         max_gen_toks: int = 256,
+        spread: Spread | None = None,
     ) -> None:
         super().__init__()
         config = checkpoint.config if config is None else config
@@ -56,7 +53,12 @@ class DecoderLM(TemplateLM):
         self.tokenizer = checkpoint.text.needs_tokenizer("--checkpoint")
         self.max_length = max_length or self.language_model.trained_length
         self.batch_size, self.max_gen_toks = batch_size, max_gen_toks
-        self._generator = Generator(self.language_model, self.params)
+        self.spread = spread
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        """Made by the first task that generates: it reads layers one by one, which are copies of stacked ones."""
+        return Generator(self.language_model, self.params, self.spread)
 
     @property
     def eot_token_id(self) -> int:
@@ -117,14 +119,8 @@ class DecoderLM(TemplateLM):
 
     def _score(self, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Log-probability of token t + 1 given those up to t, and whether it is the first choice: ``[B, T]``."""
-        width = padded(max(len(r) for r in rows) - 1)
-        tokens = np.zeros((self.batch_size, width + 1), np.int32)
-        index = np.full((self.batch_size, width), -1, np.int32)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row)] = row
-            index[b, : len(row) - 1] = np.arange(len(row) - 1)
-        made = _scores(self.language_model, min(SCORED, width))(self.params, tokens[:, :-1], index, tokens[:, 1:])
-        return np.asarray(made[0], np.float64), np.asarray(made[1])
+        made = score(self.language_model, self.params, rows, self.batch_size, spread=self.spread)
+        return made.logprobs_BT, made.greedy_BT
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows, owner = [], []
@@ -140,10 +136,10 @@ class DecoderLM(TemplateLM):
                 windows.append((None, *window))
                 owner.append(i)
         out = [0.0] * len(requests)
-        for i, (score, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
-            out[i] += score
-        for request, score in zip(requests, out, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, score)
+        for i, (nats, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+            out[i] += nats
+        for request, nats in zip(requests, out, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, nats)
         return out
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -178,26 +174,3 @@ class DecoderLM(TemplateLM):
             out.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)
         return out
-
-
-@functools.lru_cache(maxsize=4)
-def _scores(model: LanguageModel, piece: int) -> Any:
-    def run(
-        params: dict[str, Any], tokens_BT: jax.Array, index_BT: jax.Array, targets_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        out = model.apply(params, Inputs(tokens_BT, index_BT=index_BT), watch=Watch(logits=False))
-        B, T, D = out.hidden_BTD.shape
-        n = -(-T // piece)
-
-        def one(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            logits = model.readout(params, args[0])
-            own = jnp.take_along_axis(logits, args[1][..., None], -1)[..., 0]
-            return own - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, -1) == args[1]
-
-        pad = n * piece - T
-        hidden = jnp.pad(out.hidden_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, n, piece, D).swapaxes(0, 1)
-        targets = jnp.pad(targets_BT, ((0, 0), (0, pad))).reshape(B, n, piece).swapaxes(0, 1)
-        scores, greedy = jax.lax.map(one, (hidden, targets))
-        return tuple(x.swapaxes(0, 1).reshape(B, n * piece)[:, :T] for x in (scores, greedy))  # type: ignore[return-value]
-
-    return jax.jit(run)

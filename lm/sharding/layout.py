@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from lm.errors import UserError, nearest, unknown
 
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
 AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
+
+Where = Callable[[str], NamedSharding]  # a parameter's name -> its devices
 
 ATTENTION = ("ring", "zigzag", "gather")
 

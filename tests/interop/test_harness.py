@@ -212,6 +212,20 @@ def test_the_command_prints_the_harnesss_table(
     assert "out.json exists already" in capsys.readouterr().err
 
 
+def test_eight_devices_score_as_one(
+    folder: Path, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = []
+    for name, args in (("one", []), ("eight", ["--mesh=tensor=2,fsdp=4"])):
+        common = [f"--checkpoint={folder}", f"--include={tasks}", "--limit=2", f"--out={tmp_path}/{name}.json"]
+        assert evaluate.main([*common, "--tasks=next_word,whole_text,goes_on", *args]) == 0
+        made.append(json.loads((tmp_path / f"{name}.json").read_text())["results"])
+    one, eight = made
+    assert eight["goes_on"] == one["goes_on"]
+    for task, metric in (("next_word", "acc,none"), ("whole_text", "bits_per_byte,none")):
+        assert eight[task][metric] == pytest.approx(one[task][metric], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [

@@ -13,6 +13,18 @@ from lm.data.tokenizers.sentencepiece import FLAGS
 from lm.errors import UserError
 from lm.files import read_json
 
+# What it is read from, beside config.json; patterns.
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What is no setting of a tokenizer: written anew, or a path on the machine of whoever saved it.
@@ -24,8 +36,8 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
 
     `tokenizer` stands in for the one of the folder's files. Raises `UserError` naming the file that is damaged.
     """
-    settings = _object(folder / "tokenizer_config.json")
-    generation = _object(folder / "generation_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
+    generation = read_object(folder / "generation_config.json")
     said = _named(folder, settings)
     tokenizer = from_directory(folder) if tokenizer is None else tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):  # its file names some itself
@@ -63,8 +75,8 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when there is no such file."""
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when there is no such file. Raises `UserError` for anything else."""
     if not path.is_file():
         return {}
     found = read_json(path)
@@ -77,7 +89,7 @@ def _named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
     """The special tokens that have a name; None where a file says that there is none."""
     given = dict(settings)
     if "added_tokens_decoder" not in settings:  # older folders name them apart
-        given |= _object(folder / "special_tokens_map.json")
+        given |= read_object(folder / "special_tokens_map.json")
     out: dict[str, str | None] = {}
     for name, value in given.items():
         if name not in NAMED:
@@ -109,7 +121,7 @@ def _with_added(
     """The tokenizer with every token that the folder adds to its vocabulary."""
     listed = settings.get("added_tokens_decoder") or {}
     added = {t["content"]: int(i) for i, t in listed.items() if isinstance(t, dict) and "content" in t}
-    added |= {t: i for t, i in _object(folder / "added_tokens.json").items() if t not in added}
+    added |= {t: i for t, i in read_object(folder / "added_tokens.json").items() if t not in added}
     if isinstance(tokenizer, SentencePieceTokenizer):
         named = {t: tokenizer.find(t) for t in said.values() if t is not None}
         spelled = added | {t: i for t, i in named.items() if i is not None}
@@ -153,7 +165,7 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
         return out
     given = settings.get("chat_template")
     if given is None and (folder / "chat_template.json").is_file():
-        given = _object(folder / "chat_template.json").get("chat_template")
+        given = read_object(folder / "chat_template.json").get("chat_template")
     if isinstance(given, str):
         return {"default": given}
     if isinstance(given, dict):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm.data.tokenizers.bpe as bpe
 import lm.data.tokenizers.values as values
-from lm.data.record.folder import from_folder
+from lm.data.record.folder import from_folder, read_object
 from lm.data.record.record import TextRecord
 from lm.data.texts.document import Document
 from lm.data.tokenizers import ByteTokenizer, Tokenizer, from_json, from_sentencepiece
@@ -41,7 +40,7 @@ def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path)
         return TextRecord.of(values.trained(spec, documents))
     path = Path(spec).expanduser()
     if spec and path.is_dir():
-        found = from_folder(path, _config(path))
+        found = from_folder(path, read_object(path / "config.json"))
         if found.tokenizer is None:
             raise UserError(f"{KEY}: the folder {spec!r} holds no tokenizer.json and no tokenizer.model; {valid}")
         return found if found.eos_ids else dataclasses.replace(found, tokenizer=_ended(found.tokenizer))
@@ -52,14 +51,6 @@ def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path)
     else:
         close = nearest(spec, ("bytes", "bpe:4096"))
     raise UserError(f"{KEY}: no tokenizer {spec!r}{close}; {valid}")
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # a tokenizer alone
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _file(path: Path) -> TextRecord:

@@ -14,8 +14,10 @@ import lm.interop.readers.tensors as tensors
 from lm.config import ModelConfig
 from lm.data.record import TextRecord, from_gguf
 from lm.errors import UserError, unknown
+from lm.interop.adapters.change import Change
 from lm.interop.families.table import Table, flip, same
 from lm.interop.readers.base import Reader
+from lm.sharding.layout import Where
 
 
 def _pairs_to_halves(x: np.ndarray, cfg: ModelConfig) -> np.ndarray:
@@ -52,6 +54,19 @@ def _table(permuted: bool) -> Table:
 
 
 ARCHITECTURES = {"llama": _table(True), "qwen2": _table(False), "qwen3": _table(False)}
+
+
+class _Source(tensors.Source):
+    """A file's tensors, dequantised when they are read."""
+
+    def __init__(self, reader: File) -> None:
+        self.file, self.reader = reader.path, reader
+
+    def names(self) -> set[str]:
+        return {n for n in self.reader.tensors if n != "rope_freqs.weight"}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.reader.read(name)
 
 
 class File(Reader):
@@ -148,7 +163,7 @@ class File(Reader):
         kind = self._field(f"{self.arch}.rope.scaling.type", "none")
         scaling: dict[str, Any] = {"name": "default"}
         if "rope_freqs.weight" in self.tensors:  # Llama 3's divisors, spelled out per frequency
-            divisors = [float(x) for x in self._read("rope_freqs.weight")]
+            divisors = [float(x) for x in self.read("rope_freqs.weight")]
             scaling = {"name": "longrope", "short_factor": divisors, "long_factor": divisors, "factor": 1.0}
         elif kind in ("linear", "yarn"):
             scaling = {"name": kind, "factor": float(self._field(f"{self.arch}.rope.scaling.factor", 1.0))}
@@ -159,7 +174,8 @@ class File(Reader):
             raise unknown(f"{self.path} {self.arch}.rope.scaling.type", kind, ("none", "linear", "yarn"))
         return {"name": "rope", "theta": theta, "scaling": scaling}
 
-    def _read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in float32. Raises `UserError` for one that is damaged."""
         tensor = self.tensors[name]
         try:
             value = dequantize(tensor.data, tensor.tensor_type)
@@ -167,12 +183,18 @@ class File(Reader):
         except (ValueError, NotImplementedError, IndexError) as e:
             raise UserError(f"{self.path}: tensor {name!r} cannot be read ({e})") from None
 
-    def params(self, cfg: ModelConfig) -> dict[str, Any]:
-        names = [n for n in self.tensors if n != "rope_freqs.weight"]
-        return tensors.fill(cfg, ARCHITECTURES[self.arch], self._read, names, self.path)
+    def params(self, cfg: ModelConfig, change: Change | None = None, where: Where | None = None) -> dict[str, Any]:
+        return tensors.fill(cfg, ARCHITECTURES[self.arch], _Source(self), change, where)
 
     def text(self) -> TextRecord:
         return from_gguf(self._field, str(self.path))
 
     def identity(self) -> str:
         return tensors.content_hash(self.files)
+
+    def place(self) -> str:
+        return str(self.path.absolute())
+
+    def licence(self) -> str | None:
+        said = self._field("general.license")
+        return said if isinstance(said, str) else None

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import safetensors
 
+import lm.interop.card as card
 import lm.interop.readers.schema as schema
 import lm.interop.readers.tensors as tensors
 from lm import files
 from lm.config import ModelConfig
 from lm.data.record import TextRecord, from_folder
 from lm.errors import UserError
+from lm.interop.adapters.change import Change
 from lm.interop.families import FAMILIES
 from lm.interop.families.keys import unknown_family
 from lm.interop.readers.base import Reader
+from lm.interop.readers.stored import FLOATS, Stored, stored_in
+from lm.sharding.layout import Where
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_json(path: Path) -> Any:
@@ -48,26 +53,18 @@ class Directory(Reader):
         if kind not in FAMILIES:
             known = {name: family.defaults for name, family in FAMILIES.items()}
             raise unknown_family(self.hf, known, str(path / "config.json"))
-        self.family = FAMILIES[kind]
+        self.kind, self.family = kind, FAMILIES[kind]
 
     def model(self) -> dict[str, Any]:
         return self.family.read(self.hf)
 
     def _files(self) -> list[Path]:
         """The files of the weights: one whole, else the shards of an index, else all there are."""
-        index = self.path / "model.safetensors.index.json"
-        if (self.path / "model.safetensors").is_file():  # others beside it are adapters or another layout
-            files = [self.path / "model.safetensors"]
+        index = self.path / INDEX
+        if (self.path / WHOLE).is_file():  # others beside it are adapters or another layout
+            files = [self.path / WHOLE]
         elif index.is_file():
-            listed = read_json(index)
-            shards = listed.get("weight_map") if isinstance(listed, dict) else None
-            if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
-                raise UserError(f"{index}: 'weight_map' is missing, empty, or maps to something not a file name")
-            names = sorted(set(shards.values()))
-            for name in names:
-                if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-                    raise UserError(f"{index}: names {name!r}, which is outside of the folder; valid: files in it")
-            files = [self.path / name for name in names]
+            files = [self.path / name for name in self._shards(index)]
         else:
             files = sorted(self.path.glob("*.safetensors"))
         if not files:
@@ -81,26 +78,39 @@ class Directory(Reader):
                 raise UserError(f"{file}: no such file, though the index of {self.path} names it")
         return files
 
-    def _tensors(self) -> dict[str, _Stored]:
-        """Every tensor by its full name, opened and not yet read."""
+    def _shards(self, index: Path) -> list[str]:
+        """The files that an index names, sorted."""
+        listed = read_json(index)
+        shards = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
+            raise UserError(f"{index}: 'weight_map' is missing, empty, or maps to something not a file name")
+        names = sorted(set(shards.values()))
+        for name in names:
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                raise UserError(f"{index}: names {name!r}, which is outside of the folder; valid: files in it")
+        return names
+
+    def _tensors(self) -> dict[str, Stored]:
+        """Every tensor by its full name, not yet read."""
         head, prefix = self.family.head, self.family.prefix
-        out: dict[str, _Stored] = {}
-        for file in self._files():
-            handle = _open(file)
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                full = name if name == head or name.startswith(prefix) else prefix + name
-                out[full] = _Stored(file, handle, name)
+        out: dict[str, Stored] = {}
+        for stored in (s for file in self._files() for s in stored_in(file)):
+            name = stored.name
+            out[name if name == head or name.startswith(prefix) else prefix + name] = stored
         return out
 
-    def params(self, cfg: ModelConfig) -> dict[str, Any]:
+    def params(self, cfg: ModelConfig, change: Change | None = None, where: Where | None = None) -> dict[str, Any]:
         found = self._tensors()
         for stored in found.values():
             stored.check()
         if cfg.head.reads_embedding:
             self._tied(found)
-        return tensors.fill(cfg, self.family.table, lambda n: found[n].read(cfg.param_dtype), found, self.path)
+        return tensors.fill(cfg, self.family.table, _Source(self.path, found), change, where)
 
-    def _tied(self, found: dict[str, _Stored]) -> None:
+    def model_type(self) -> str:
+        return self.kind
+
+    def _tied(self, found: dict[str, Stored]) -> None:
         """Of a model whose head is its embedding table, `found` keeps the table. Raises `UserError` for a head that
         is another matrix."""
         embed, head = self.family.table["embed"][0], found.pop(self.family.head, None)
@@ -108,7 +118,7 @@ class Directory(Reader):
             return
         if embed not in found:  # saved under the other of its two names
             found[embed] = head
-        elif not np.array_equal(found[embed].array(), head.array()):
+        elif not found[embed].equals(head):
             raise UserError(
                 f"{self.path / 'config.json'} tie_word_embeddings: true, but the file has a tensor "
                 f"{self.family.head!r} that differs from the embedding table; valid: false, to read with that head"
@@ -125,42 +135,24 @@ class Directory(Reader):
     def identity(self) -> str:
         return tensors.content_hash([self.path / "config.json", *self._files()])
 
+    def place(self) -> str:
+        return str(self.path.absolute())
 
-# How safetensors names what a weight may be stored as.
-FLOATS = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor in a file."""
-
-    file: Path
-    handle: Any
-    name: str
-
-    def kind(self) -> str:
-        return str(self.handle.get_slice(self.name).get_dtype())
-
-    def check(self) -> None:
-        """Raises `UserError` for a tensor that is not stored as floating point numbers, constants aside."""
-        if self.kind() not in FLOATS and not tensors.BUFFERS.search(self.name):
-            raise UserError(
-                f"{self.file}: tensor {self.name!r} is stored as {self.kind()}, a quantised form that needs scales; "
-                f"valid: {', '.join(FLOATS)}"
-            )
-
-    def array(self) -> np.ndarray:
-        try:
-            return np.asarray(self.handle.get_tensor(self.name))
-        except (safetensors.SafetensorError, ValueError, TypeError) as e:
-            raise UserError(f"{self.file}: tensor {self.name!r} cannot be read ({e})") from None
-
-    def read(self, dtype: Any) -> np.ndarray:
-        return self.array().astype(dtype)
+    def licence(self) -> str | None:
+        return card.licence(self.path / card.FILE)
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safetensors.safe_open(str(file), framework="numpy")
-    except (safetensors.SafetensorError, OSError) as e:
-        raise UserError(f"{file}: not a complete safetensors file ({e})") from None
+class _Source(tensors.Source):
+    """Tensors by the names of the family's table."""
+
+    def __init__(self, path: Path, found: Mapping[str, Stored]) -> None:
+        self.file, self.found = path, found
+
+    def names(self) -> set[str]:
+        return {*self.found}
+
+    def read(self, name: str) -> np.ndarray:
+        return self.found[name].array()
+
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]] | None:
+        return self.found[name].pieces()

@@ -15,7 +15,9 @@ import lm.model.params as params_lib
 from lm.config import ModelConfig, plug
 from lm.data.record import TextRecord, from_description
 from lm.errors import UserError
+from lm.interop.adapters.change import Change, changed
 from lm.interop.readers.base import Reader
+from lm.sharding.layout import Where
 from lm.train import folder
 from lm.train.checkpoint import read_part
 
@@ -72,17 +74,39 @@ class Run(Reader):
             raise UserError(f"{self.path}: holds adapters to {source!r}, which is not the checkpoint it was then")
         return start
 
-    def params(self, cfg: ModelConfig, step: int | None = None) -> dict[str, Any]:
+    def params(
+        self, cfg: ModelConfig, change: Change | None = None, where: Where | None = None, step: int | None = None
+    ) -> dict[str, Any]:
         """The parameters at `step`, None = the newest checkpoint; the optimizer's state is not read.
 
         Adapters are merged into the parameters that they belong to.
         """
         surgery = self.surgery()
-        if not surgery.adds:
-            return self.trained(cfg, step)
-        start = self.start()
-        base = params_lib.init(cfg, jax.random.key(int(self.about["seed"]))) if start is None else start.params(cfg)
-        return dict(surgery.merge(cfg, base, self.trained(cfg, step)))
+        stacked = dataclasses.replace(cfg, scan_layers=self._scanned(), param_dtype=self._param_dtype())
+        if surgery.adds:
+            start, key = self.start(), jax.random.key(int(self.about["seed"]))
+            base = params_lib.init(stacked, key) if start is None else start.params(stacked)
+            found = dict(surgery.merge(stacked, base, self.trained(stacked, step)))
+        else:
+            found = self.trained(stacked, step)
+        if change is not None:
+            found = changed(stacked, found, change)
+        if not cfg.scan_layers:
+            found = params_lib.unstack(found)
+        kind = jax.numpy.dtype(cfg.param_dtype)
+        if where is None:
+            return jax.tree.map(lambda x: x.astype(kind), found)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.device_put(x.astype(kind), where("/".join(str(k.key) for k in path))), found
+        )
+
+    def _scanned(self) -> bool:
+        """Whether the layers were trained in one stack."""
+        return bool(self._model.get("scan_layers", True))
+
+    def _param_dtype(self) -> str:
+        """What the parameters were trained in, and adapters are merged in."""
+        return str(self._model.get("param_dtype", "float32"))
 
     def trained(self, cfg: ModelConfig, step: int | None = None) -> dict[str, Any]:
         """What training changed: all parameters, or the adapters alone."""
@@ -108,3 +132,14 @@ class Run(Reader):
     def identity(self) -> str:
         saved = self.path / folder.CHECKPOINTS / str(self.step())
         return tensors.content_hash([self.path / FILE, *sorted(p for p in saved.rglob("*") if p.is_file())])
+
+    def place(self) -> str:
+        return str(self.path.absolute())
+
+    def licence(self) -> str | None:
+        """That of the checkpoint that training started from."""
+        try:
+            start = self.start()
+        except UserError:
+            return None
+        return None if start is None else start.licence()

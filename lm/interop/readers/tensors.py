@@ -2,100 +2,139 @@
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lm.config import ModelConfig
 from lm.errors import UserError
-from lm.interop.families.table import Table, Turn
+from lm.interop.adapters.change import Change
+from lm.interop.families.table import Table, flip, same
+from lm.interop.readers.memory import Memory
+from lm.interop.slots import Index, Slot, nested, slots
 from lm.model import params as params_lib
+from lm.sharding.layout import Where
 
 # Constants some files carry along; tied heads are dropped by the readers.
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|attention\.bias|attention\.masked_bias)$")
 
 
-def fill(
-    cfg: ModelConfig, table: Table, get: Callable[[str], np.ndarray], names: Iterable[str], file: Path
-) -> dict[str, Any]:
-    """The parameter tree of `cfg`. `get` reads one tensor; `names` are all tensors of the file.
+class Source(abc.ABC):
+    """The tensors of one checkpoint, by the names of its family's table."""
 
-    Raises `UserError` for a missing tensor, a wrong shape, or a tensor the model has no place for.
+    file: Path  # for messages
+
+    @abc.abstractmethod
+    def names(self) -> set[str]:
+        """All there are."""
+
+    @abc.abstractmethod
+    def read(self, name: str) -> np.ndarray:
+        """One of them, in the type it is stored in."""
+
+    def pieces(self, name: str) -> Iterator[tuple[int, np.ndarray]] | None:
+        """The same row by row of its first axis, as (first row, some rows); None where it is read whole."""
+        return None
+
+
+def fill(
+    cfg: ModelConfig, table: Table, source: Source, change: Change | None = None, where: Where | None = None
+) -> dict[str, Any]:
+    """The parameter tree of `cfg`, in ``cfg.param_dtype``, each tensor read straight to its place.
+
+    `change` is done to the tensors meanwhile, in float32; `where` says on which devices a parameter lives. Raises
+    `UserError` for a missing tensor, a wrong shape, or a tensor the model has no place for.
     """
-    tensors = _Tensors(cfg, get, set(names), file)
+    tensors = _Tensors(cfg, table, source, change)
     if cfg.n_layers > len(tensors.names):  # said before anything of that size is built
         raise UserError(
-            f"{file}: {len(tensors.names)} tensors found, fewer than the {cfg.n_layers} layers of the model"
+            f"{source.file}: {len(tensors.names)} tensors found, fewer than the {cfg.n_layers} layers of the model"
         )
+    leaves = params_lib.names(params_lib.abstract(cfg))
     out: dict[str, Any] = {}
-    for ours, leaf in params_lib.names(params_lib.abstract(cfg)).items():
-        block, _, rest = ours.partition("/")
-        if block == "blocks":  # all layers in one array
-            name, turn = table[rest]
-            value = tensors.stack([name.replace("{i}", str(i)) for i in range(cfg.n_layers)], turn, leaf, ours)
-        elif block.startswith("blocks_"):  # layers of different shapes: one tree each
-            name, turn = table[rest]
-            value = tensors.read(name.replace("{i}", block.removeprefix("blocks_")), turn, leaf, ours)
-        else:
-            value = tensors.read(*table[ours], leaf, ours)
-        node = out
-        *parents, last = ours.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = jnp.asarray(value)
+    for ours, places in slots(cfg, table).items():
+        memory = Memory(leaves[ours], None if where is None else where(ours))
+        for slot, at in places:
+            tensors.put(memory, slot, at, ours)
+        out[ours] = memory.array()
     foreign = tensors.foreign()
     if foreign:
-        raise UserError(f"{file}: {len(foreign)} tensors have no place in the model, first {foreign[0]!r}")
-    return out
+        raise UserError(f"{source.file}: {len(foreign)} tensors have no place in the model, first {foreign[0]!r}")
+    return nested(out)
 
 
 class _Tensors:
-    """The tensors of one file by name, and which of them have been read."""
+    """The tensors of one checkpoint, and which of them have been read."""
 
-    def __init__(self, cfg: ModelConfig, get: Callable[[str], np.ndarray], names: set[str], file: Path) -> None:
-        self.cfg, self.get, self.names, self.file = cfg, get, names, file
+    def __init__(self, cfg: ModelConfig, table: Table, source: Source, change: Change | None) -> None:
+        self.cfg, self.table, self.source, self.change = cfg, table, source, change
+        self.names, self.file = source.names(), source.file
         self.used: set[str] = set()
+        experts = {slot[0] for places in slots(cfg).values() for slot, _ in places if slot[2] is not None}
+        self.together = {short for short in experts if "{e}" not in table[short][0]}  # all experts in one tensor
 
-    def read(self, name: str, turn: Turn, leaf: jax.ShapeDtypeStruct, ours: str) -> np.ndarray:
-        """The tensor `name` as the parameter `ours`, whose shape and type `leaf` has."""
-        if "{e}" in name:  # one tensor per expert in the file, one stack here
-            return np.stack(
-                [self.read(name.replace("{e}", str(e)), turn, _slice(leaf), ours) for e in range(leaf.shape[0])]
-            )
+    def put(self, memory: Memory, slot: Slot, at: Index, ours: str) -> None:
+        """The tensor of `slot` to its place `at` in the parameter `ours`."""
+        short, i, e = slot
+        stored, turn = self.table[short]
+        name, shape = stored.format(i=i, e=e), memory.shape[len(at) :]
         if name not in self.names:
             raise UserError(f"{self.file}: tensor {name!r} is missing (needed for {ours})")
         self.used.add(name)
-        tensor = self.get(name)
+        changes = self._changes(slot, shape)
+        cut = self.source.pieces(name) if turn in (same, flip) and len(shape) == 2 and not changes else None
+        if cut is not None:
+            self._cut(memory, name, at, ours, cut, turn is flip)
+            return
+        tensor = self.source.read(name)
         try:
-            return np.asarray(turn(tensor, self.cfg), leaf.dtype).reshape(leaf.shape)
+            value = np.asarray(turn(tensor, self.cfg)).reshape(shape)
         except (ValueError, IndexError):
-            raise UserError(
-                f"{self.file}: tensor {name!r} has shape {tuple(tensor.shape)}, which does not give {ours} of shape "
-                f"{leaf.shape}"
-            ) from None
+            raise self._misfit(name, tensor.shape, ours, memory) from None
+        if changes:
+            value = value.astype(np.float32)
+            for single, within in changes:
+                assert self.change is not None
+                value[within] = self.change.apply(single, value[within])
+        memory.put(at, value)
 
-    def stack(self, names: list[str], turn: Turn, leaf: jax.ShapeDtypeStruct, ours: str) -> np.ndarray:
-        """The tensors `names` along a new first axis."""
-        first = self.read(names[0], turn, _slice(leaf), ours)  # its shape is right: room for all can be made
-        value = np.empty(leaf.shape, leaf.dtype)
-        value[0] = first
-        for i, name in enumerate(names[1:], 1):
-            value[i] = self.read(name, turn, _slice(leaf), ours)
-        return value
+    def _changes(self, slot: Slot, shape: tuple[int, ...]) -> list[tuple[Slot, Index]]:
+        """What changes of a tensor of that shape: the whole, or some of the experts in it, and where they are."""
+        if self.change is None:
+            return []
+        short, i, _ = slot
+        whole: list[tuple[Slot, Index]] = [(slot, ())]
+        singles = [((short, i, e), (e,)) for e in range(shape[0])] if short in self.together else whole
+        return [(single, within) for single, within in singles if self.change.touches(single)]
+
+    def _cut(
+        self, memory: Memory, name: str, at: Index, ours: str, cut: Iterator[tuple[int, np.ndarray]], flipped: bool
+    ) -> None:
+        """A matrix that is read by rows, and turned if `flipped`."""
+        shape, rows = memory.shape[len(at) :], 0
+        wanted = shape[::-1] if flipped else shape
+        for first, some in cut:
+            rows = first + len(some)
+            if some.shape[1:] != wanted[1:] or rows > wanted[0]:
+                raise self._misfit(name, (rows, *some.shape[1:]), ours, memory)
+            some = some.astype(memory.dtype)  # faster than on the way to other strides
+            memory.put(at, some.T if flipped else some, (0, first) if flipped else (first, 0))
+        if rows != wanted[0]:
+            raise self._misfit(name, (rows, *wanted[1:]), ours, memory)
+
+    def _misfit(self, name: str, shape: tuple[int, ...], ours: str, memory: Memory) -> UserError:
+        return UserError(
+            f"{self.file}: tensor {name!r} has shape {tuple(shape)}, which does not give {ours} of shape {memory.shape}"
+        )
 
     def foreign(self) -> list[str]:
         """What has not been read and is no constant of the file's library, sorted."""
         return sorted(name for name in self.names - self.used if not BUFFERS.search(name))
-
-
-def _slice(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
 
 
 def check(cfg: ModelConfig, params: Mapping[str, object], source: str) -> None:

@@ -6,21 +6,26 @@ is named, and nothing is written.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 import lm.model.params as params_lib
 from lm.config import ModelConfig, build, saved_names, to_dict
 from lm.data.record import TextRecord
 from lm.errors import UserError, unknown
-from lm.files import new_folder, write_json
-from lm.interop.families import FAMILIES
+from lm.files import new_folder, write_json, write_text
+from lm.interop.families import FAMILIES, Family
 from lm.interop.families.table import flip
+from lm.interop.slots import Index, slots
+from lm.interop.writers import shards
+from lm.interop.writers.shards import Entry
 from lm.nested import flat
 
 # How a model is computed, not what it computes: not part of a checkpoint.
@@ -87,49 +92,62 @@ def _to_dict(cfg: ModelConfig) -> dict[str, Any]:
     return {names.get(k, k): v for k, v in to_dict(cfg, whole=True).items()}
 
 
-def tensors(cfg: ModelConfig, params: Mapping[str, object], family: str) -> dict[str, np.ndarray]:
-    """The file's tensors by name, float32 or as stored: the import's tables, backwards."""
+def tensors(cfg: ModelConfig, params: Mapping[str, object], family: str) -> list[Entry]:
+    """The file's tensors, none of them made yet: the import's tables, backwards."""
     kind = FAMILIES[family]
-    out: dict[str, np.ndarray] = {}
-    fused: dict[str, dict[str, np.ndarray]] = {}  # of each tensor that holds several
-    for place, leaf in params_lib.names(params).items():
-        for i, ours, stored in _by_layer(cfg, place, leaf):
-            name, turn = kind.table[ours]
-            if "{e}" in name:
-                out |= {name.format(i=i, e=e): matrix.T for e, matrix in enumerate(stored)}
-                continue
-            file, value = name.format(i=i), _flat_heads(ours, stored)
+    out: list[Entry] = []
+    fused: dict[str, dict[str, Entry]] = {}  # of each tensor that holds several
+    places = slots(cfg, kind.table)
+    for name, leaf in params_lib.names(params).items():
+        for (ours, i, e), at in places[name]:
+            stored, turn = kind.table[ours]
+            file = stored.format(i=i, e=e)
+            shape = _flat_shape(ours, tuple(leaf.shape[len(at) :]))
+            flat = functools.partial(_flat_heads, ours, leaf, at)
             if kind.fuses(ours) is not None:
-                fused.setdefault(file, {})[ours] = value
+                fused.setdefault(file, {})[ours] = Entry(file, shape, flat)
+            elif turn is flip:
+                out.append(Entry(file, shape[::-1], functools.partial(_flipped, flat)))
             else:
-                out[file] = value.T if turn is flip else value
-    for file, found in fused.items():
-        one = next(iter(found))
-        together, part = kind.fuses(one), one.rpartition("/")[2]
-        assert together is not None
-        out[file] = together.join(cfg, [found[f"{layer}/{part}"] for layer in together.parts])
-    return {k: np.ascontiguousarray(v) for k, v in out.items()}
+                out.append(Entry(file, shape, flat))
+    return [*out, *(_fused(cfg, kind, file, parts) for file, parts in fused.items())]
 
 
-def _by_layer(cfg: ModelConfig, place: str, leaf: np.ndarray) -> Iterator[tuple[int | None, str, np.ndarray]]:
-    """(layer, name within the layer, array) of a parameter; (None, name, array) outside of layers."""
-    block, _, rest = place.partition("/")
-    if block == "blocks":
-        for i in range(cfg.n_layers):
-            yield i, rest, np.asarray(leaf[i])
-    elif block.startswith("blocks_"):
-        yield int(block.removeprefix("blocks_")), rest, np.asarray(leaf)
-    else:
-        yield None, place, np.asarray(leaf)
+def _fused(cfg: ModelConfig, kind: Family, file: str, found: Mapping[str, Entry]) -> Entry:
+    """One tensor of several, given by our names."""
+    one = next(iter(found))
+    together, part = kind.fuses(one), one.rpartition("/")[2]
+    assert together is not None
+    join, entries = together.join, [found[f"{layer}/{part}"] for layer in together.parts]
+    shape = join(cfg, [np.zeros(entry.shape, np.bool_) for entry in entries]).shape
+    return Entry(file, shape, lambda: join(cfg, [entry.make() for entry in entries]))
 
 
-def _flat_heads(ours: str, value: np.ndarray) -> np.ndarray:
-    """A linear layer's arrays without the axes of heads: matrices ``[in, out]``, biases ``[out]``."""
+def _flipped(make: Callable[[], np.ndarray]) -> np.ndarray:
+    return make().T
+
+
+def _flat_heads(ours: str, leaf: np.ndarray | jax.Array, at: Index) -> np.ndarray:
+    """A tensor without the axes of heads, on the host: matrices ``[in, out]``, biases ``[out]``."""
+    if isinstance(leaf, jax.Array) and not _here(leaf):
+        leaf = leaf[at]  # this one alone is brought here
+        at = ()
+    value = np.asarray(leaf)[at]
+    return value.reshape(_flat_shape(ours, value.shape))
+
+
+def _here(leaf: jax.Array) -> bool:
+    """Whether the host reads the array where it is."""
+    devices = leaf.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
+
+
+def _flat_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if not ours.startswith("attn/") or not ours.endswith(("/bias", "/kernel")):
-        return value
+        return shape
     if ours.endswith("/bias"):
-        return value.reshape(-1)
-    return value.reshape(-1, value.shape[-1]) if "/o/" in ours else value.reshape(value.shape[0], -1)
+        return (math.prod(shape),)
+    return (math.prod(shape[:-1]), shape[-1]) if "/o/" in ours else (shape[0], math.prod(shape[1:]))
 
 
 def write(
@@ -140,26 +158,28 @@ def write(
     *,
     family: str | None = None,
     dtype: str | None = None,
+    max_shard_size: str = shards.LARGEST,
+    card: Callable[[str], str] | None = None,
 ) -> str:
-    """Writes config.json, model.safetensors and all that `text` says; gives the family's name.
+    """Writes config.json, the weights and all that `text` says; gives the family's name.
 
-    `dtype`: ``float32``, ``float16`` or ``bfloat16``; None = that of `params`. The folder appears whole or not at all,
-    and must not exist. Raises `UserError` for a model that the family cannot express, and for a place that cannot be
-    written.
+    `dtype`: ``float32``, ``float16`` or ``bfloat16``; None = that of `params`. `max_shard_size`: what one file may
+    hold. `card`: README.md, given the family. One tensor at a time is in memory beside `params`. The folder appears
+    whole or not at all, and must not exist. Raises `UserError` for a model that the family cannot express, and for a
+    place that cannot be written.
     """
-    from safetensors.numpy import save_file
-
     kind, hf = family_of(cfg, family)
+    shards.largest(max_shard_size)
     text = TextRecord() if text is None else text
-    arrays = tensors(cfg, params, kind)
     if dtype is None:
-        dtypes = {str(array.dtype) for array in arrays.values()}
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(params)}
         dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     nobody = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # not the default of the family's class
     hf |= {"dtype": dtype, "torch_dtype": dtype, **nobody, **text.config}
     with new_folder(folder) as swap:
         write_json(swap / "config.json", hf, indent=2, ascii_only=False)
-        arrays = {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
-        save_file(arrays, str(swap / "model.safetensors"), {"format": "pt"})
+        shards.write(swap, tensors(cfg, params, kind), dtype, max_shard_size)
         text.save(swap)
+        if card is not None:
+            write_text(swap / "README.md", card(kind))
     return kind

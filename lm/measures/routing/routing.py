@@ -204,11 +204,11 @@ class RoutingHistory(Measure):
         ids = _rows(subject, self.texts, self.length, self.rows, "measures.routing_history")
         flat = ids.reshape(-1, self.length)
         read = _reader(subject)
-        last = read(run.params(subject.config, steps[-1]), flat)[0]
+        last = read(run.params(subject.config, step=steps[-1]), flat)[0]
         E = int(last.max()) + 1
         overlaps, chances = [], []
         for n, step in enumerate(steps[:-1]):
-            then = read(run.params(subject.config, step), flat)[0]
+            then = read(run.params(subject.config, step=step), flat)[0]
             same = (then[..., :, None] == last[..., None, :]).any(-1)
             overlaps.append(float(same.mean()))
             loads = [

@@ -241,3 +241,26 @@ def test_large_seeds_are_seeds_of_their_own(folder: Path, capsys: pytest.Capture
         assert call(folder, "--prompt=ab", "--temperature=1.5", "--json", f"--seed={seed}", "--max-new-tokens=24") == 0
         texts.add(answers(capsys)[0]["text"])
     assert len(texts) == 4
+
+
+def test_other_types_and_several_devices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*args: str) -> dict[str, Any]:
+        assert call(folder, "--prompt=ab", "--json", *args) == 0
+        return answers(capsys)[0]
+
+    one = said()
+    assert said("--dtype=stored") == one == said("--dtype=float32")
+    half = said("--dtype=bfloat16")
+    assert half["logprob"] != one["logprob"] and half["logprob"] == pytest.approx(one["logprob"], rel=0.2)
+    for mesh in ("tensor=2,data=4", "fsdp=8"):
+        spread = said(f"--mesh={mesh}")
+        assert spread["text"] == one["text"] and spread["logprob"] == pytest.approx(one["logprob"], rel=1e-4)
+    assert said("--mesh=tensor=2,fsdp=4", "--surgery=int8")["text"] == said("--surgery=int8")["text"]
+    for args, words in (
+        (("--dtype=int8",), "--dtype: unknown name 'int8'; valid: bfloat16, float16, float32, stored"),
+        (("--mesh=tensor=two",), "--mesh: tensor: found 'two'; valid: a number, or -1"),
+        (("--mesh=tensor=8",), "does not divide by 8 (tensor 8)"),
+    ):
+        assert call(folder, "--prompt=ab", *args) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments import convert
 from lm import interop
@@ -297,6 +298,13 @@ def test_the_command_goes_both_ways(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["--to=new", "--family=lama"], "--family: unknown name 'lama' (did you mean 'llama'?)"),
         (["--to=new", "--family=gpt2"], "which gpt2 cannot express"),
         (["--to=new", "--as=onnx"], "--as: unknown name 'onnx'"),
+        (["--to=new", "--max-shard-size=5"], "--max-shard-size: found '5'; valid: a number with KB, MB, GB or TB"),
+        (["--to=new", "--mesh=tensr=2"], "--mesh: unknown name 'tensr' (did you mean 'tensor'?)"),
+        (["--to=new", "--mesh=tensor=3"], "--mesh: tensor 3 does not fit 8 devices"),
+        (["--to=new", "--mesh=tensor=8"], "does not divide by 8 (tensor 8); valid: 1, 2 devices"),
+        (["--to=new", "--mesh=stage=2"], "--mesh: unknown name 'stage'"),
+        (["--to=new", "--as=peft", "--adapter=x"], "--adapter: is one of PEFT's already"),
+        (["--to=new", "--adapter=x"], "--adapter: x: no adapter_config.json"),
         (["--to=new", "--as=run", "--family=llama"], "--family: a run's folder has none"),
         (["--to=file/new"], "file/new: cannot be written"),
         ([], "--to"),
@@ -323,3 +331,53 @@ def test_a_folder_that_only_looks_like_a_run(tmp_path: Path) -> None:
     (tmp_path / run_folder.FILE).write_text(json.dumps({"model": LLAMA}))
     with pytest.raises(UserError, match="no complete checkpoint yet"):
         interop.load(str(tmp_path))
+
+
+def test_shards_and_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg, weights = made("qwen2_moe")
+    to_huggingface.write(tmp_path / "whole", cfg, weights, TextRecord.of(ByteTokenizer()))
+    (tmp_path / "whole" / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+    args = [f"--checkpoint={tmp_path}/whole", f"--to={tmp_path}/cut", "--max-shard-size=50KB"]
+    assert convert.main(args) == 0
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    files = sorted(p.name for p in (tmp_path / "cut").glob("*.safetensors"))
+    assert files == sorted(set(index["weight_map"].values())) and len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert all((tmp_path / "cut" / f).stat().st_size < 60_000 for f in files)
+    held = {name: load_file(tmp_path / "cut" / file)[name] for name, file in index["weight_map"].items()}
+    want = load_file(tmp_path / "whole" / "model.safetensors")
+    assert {k: (v.tobytes(), v.shape) for k, v in held.items()} == {k: (v.tobytes(), v.shape) for k, v in want.items()}
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in want.values())
+    layers = [int(name.split(".")[2]) for name in index["weight_map"] if ".layers." in name]
+    assert layers == sorted(layers)  # a layer's tensors are together
+    back = interop.load(str(tmp_path / "cut"))
+    jax.tree.map(np.testing.assert_array_equal, back.params, weights)
+    said = (tmp_path / "cut" / "README.md").read_text()
+    whole = interop.reader(str(tmp_path / "whole"))
+    assert interop.licence(str(tmp_path / "cut")) == "mit" and whole.identity() in said
+    assert "written as qwen2_moe in float32" in said and '"n_layers": 4' in said
+
+
+def test_transformers_loads_shards_to_the_same_logits(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch has no build for this Python here")
+    transformers = pytest.importorskip("transformers")
+    cfg, weights = made("pythia")
+    to_huggingface.write(tmp_path / "out", cfg, weights, max_shard_size="20KB", dtype="bfloat16")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval()
+    with torch.no_grad():
+        want = theirs(torch.tensor([TEXT])).logits.numpy()
+    back = interop.load(str(tmp_path / "out"))
+    np.testing.assert_allclose(
+        DecoderModel(back.config).apply(back.params, Inputs(jnp.asarray([TEXT]))).logits_BTV, want, atol=2e-4
+    )
+
+
+def test_a_parameter_on_several_devices_is_written_as_on_one(tmp_path: Path) -> None:
+    for family in ("qwen3", "gpt2"):
+        cfg, weights = made(family)
+        to_huggingface.write(tmp_path / family, cfg, weights)
+        args = [f"--checkpoint={tmp_path}/{family}", f"--to={tmp_path}/{family}-2", "--mesh=tensor=2,fsdp=4"]
+        assert convert.main(args) == 0
+        one, two = (tmp_path / f / "model.safetensors" for f in (family, f"{family}-2"))
+        assert one.read_bytes() == two.read_bytes()

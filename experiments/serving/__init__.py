@@ -1,0 +1,1 @@
+"""An HTTP server for one checkpoint, in the protocol of OpenAI's API."""
