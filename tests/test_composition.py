@@ -24,7 +24,7 @@ PRODUCT = plugs.product_rows()
 
 def test_the_tables_name_every_plug() -> None:
     assert {p["name"] for p in PATTERNS} == set(table("lm.patterns"))
-    assert {p["name"] for p in FFN} == set(table("lm.ffn"))
+    assert {p["name"] for p in FFN} | {plugs.EXPERT} == set(table("lm.ffn"))
     assert {p["name"] for p in HEADS} == set(table("lm.heads"))
     assert {p["name"] for p in POSITIONS} == set(table("lm.positions"))
     assert {p["scaling"]["name"] for p in POSITIONS if "scaling" in p} == set(table("lm.positions.scaling"))

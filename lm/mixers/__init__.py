@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from lm.plug import Table
 
-TABLE = Table({"softmax": "lm.mixers.softmax:SoftmaxAttention"})
+TABLE = Table({"softmax": "lm.mixers.softmax:SoftmaxAttention", "mla": "lm.mixers.mla:MLA"})

@@ -7,16 +7,13 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from lm.attention.attend import attend
-from lm.attention.branches import Context, Keys
 from lm.caches.base import State
 from lm.errors import UserError
 from lm.layer import LayerInputs, LayerOut
+from lm.mixers.attended import attended
 from lm.mixers.base import Mixer
 from lm.plug import Model, bounded, later
-from lm.watch import tap
 from lm.weights.project import Project
 from lm.weights.weight import param
 
@@ -75,34 +72,18 @@ class _Attention(nn.Module):
     def __call__(self, x_BTD: jax.Array, layer: LayerInputs, cache: State | None = None) -> LayerOut:
         cfg, a = self.cfg, self.cfg.mixer
         D, H, K, d = cfg.d_model, cfg.n_heads, cfg.kv_heads, cfg.head_width
-        tokens, length, watch = layer.tokens, layer.length, layer.watch
+        watch = layer.watch
         q = Project((D, H, d), 1, a.qkv_bias, cfg, IN, name="q")(x_BTD, watch)
         k = Project((D, K, d), 1, a.qkv_bias, cfg, KV, name="k")(x_BTD, watch)
         v = Project((D, K, d), 1, a.qkv_bias, cfg, KV, name="v")(x_BTD, watch)
         if a.qk_norm:
             q, k = self._normed("q_norm", q, "heads"), self._normed("k_norm", k, "kv_heads")
-        positions = cfg.positions.bind(cfg)
-        new = Keys(k, v, tokens, new=tokens.index_BT.shape[1])
-        sources: tuple[Keys, ...] = (new,)
-        if cache is not None:
-            k = positions.rotate(k, cache.places(tokens)[:, :, None], length) if cache.rotated else k
-            new = Keys(k, v, tokens, cache.rotated)
-            cache, sources = cache.extend(new) if layer.commit else (cache, cache.read(new))
-        scale = a.scale if a.scale is not None else d**-0.5
-        ctx = Context(q, tokens, sources, positions, length, scale)
-        if cache is not None:
-            prepared, ctx = cache.prepare(ctx)
-            cache = prepared if layer.commit else cache
-        branches = cfg.pattern.branches(ctx)
-        if watch.taps:
-            for name, value in cfg.pattern.taps(ctx, branches).items():
-                tap(self, watch, name, value)
-        out, lse = attend(ctx, branches, softcap=a.softcap, backend=a.backend, block_q=a.block_q, block_k=a.block_k)
+        sink_H = None
         if a.sink_logits:
             sink_H = param(self, "sinks", nn.initializers.zeros, (H,), cfg.param_dtype, axes=("heads",))
-            out, lse = beside_sinks(out, lse, sink_H)
-        if cache is not None and layer.commit:
-            cache = cache.observe(ctx, out, lse)
+        scale = a.scale if a.scale is not None else d**-0.5
+        positions = cfg.positions.bind(cfg)
+        out, cache, new = attended(self, cfg, (q, k, v), positions, scale, layer, cache, a.softcap, sink_H)
         y = Project((H, d, D), 2, a.out_bias, cfg, OUT, name="o")(out.astype(x_BTD.dtype), watch)
         return LayerOut(y, cache, fresh=None if layer.commit else new)
 
@@ -113,11 +94,3 @@ class _Attention(nn.Module):
         flat = x_BTKd.reshape(*x_BTKd.shape[:2], -1) if whole else x_BTKd
         normed: jax.Array = norm(flat).reshape(x_BTKd.shape) if whole else norm(flat)
         return normed
-
-
-def beside_sinks(out_BTHd: jax.Array, lse_BTH: jax.Array, sink_H: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention's output and log-sum-exp with one more key per head, of logit `sink_H` and value 0: the output keeps
-    ``exp(lse) / (exp(lse) + exp(sink))`` of itself, whatever backend computed it."""
-    sink = sink_H.astype(jnp.float32)
-    kept_BTH1 = jax.nn.sigmoid(lse_BTH - sink)[..., None]
-    return (kept_BTH1 * out_BTHd.astype(jnp.float32)).astype(out_BTHd.dtype), jnp.logaddexp(lse_BTH, sink)

@@ -49,9 +49,18 @@ POSITIONS: list[Plug] = [
     {"name": "rope", "scaling": {"name": "llama3", "factor": 2.0}},
 ]
 POSITIONS += rest_of("lm.positions", POSITIONS)
+EXPERT = "clamped_swiglu"  # as experts alone: a row for every feed-forward layer is more than there are patterns
 FFN: list[Plug] = [
-    *({"name": name, "bias": i % 2 == 0} for i, name in enumerate(sorted(set(table("lm.ffn")) - {"moe"}))),
-    {"name": "moe", "experts": 3, "d_expert": 8, "shared": 8, "router": {"name": "topk", "k": 2}},
+    *({"name": name, "bias": i % 2 == 0} for i, name in enumerate(sorted(set(table("lm.ffn")) - {"moe", EXPERT}))),
+    {
+        "name": "moe",
+        "experts": 3,
+        "expert": EXPERT,
+        "expert_settings": {"bias": True},
+        "d_expert": 8,
+        "shared": 8,
+        "router": {"name": "topk", "k": 2, "offset": True},
+    },
 ]
 HEADS: list[Plug] = [
     {"name": "linear", "tie": True},
@@ -60,9 +69,16 @@ HEADS: list[Plug] = [
     {"name": "fourier", "frequencies": 4},
 ]
 HEADS += rest_of("lm.heads", HEADS)
-ATTENTION: list[Plug] = [{}, {"softcap": 5.0, "qk_norm": True}, {"qkv_bias": True, "out_bias": True}]
+ATTENTION: list[Plug] = [
+    {},
+    {"softcap": 5.0, "qk_norm": True, "qk_norm_over": "width"},
+    {"qkv_bias": True, "out_bias": True, "sink_logits": True},
+]
 REST: list[Plug] = [
-    {"norm": norm, "parallel_residual": parallel} for norm in sorted(table("lm.norms")) for parallel in (False, True)
+    {"norm": "layernorm", "parallel_residual": False},
+    {"norm": "layernorm", "parallel_residual": True, "norm_place": "output"},
+    {"norm": {"name": "rmsnorm", "unit_offset": True}, "parallel_residual": False, "norm_place": "both"},
+    {"norm": "rmsnorm", "parallel_residual": True},
 ]
 SOCKETS = (PATTERNS, POSITIONS, FFN, HEADS, ATTENTION, REST)
 

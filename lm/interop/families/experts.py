@@ -18,7 +18,7 @@ from lm.interop.families.table import Table, flip
 _MATRICES = ("gate", "up", "down")
 
 
-def _expert_rows(router: str, experts: str, matrices: Mapping[str, str]) -> Table:
+def expert_rows(router: str, experts: str, matrices: Mapping[str, str]) -> Table:
     """A router, and the matrices of every expert: our name -> the file's."""
     layer = "model.layers.{i}"
     return {
@@ -29,11 +29,11 @@ def _expert_rows(router: str, experts: str, matrices: Mapping[str, str]) -> Tabl
 
 MIXTRAL_TABLE: Table = {
     **TABLE,
-    **_expert_rows("block_sparse_moe.gate", "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
+    **expert_rows("block_sparse_moe.gate", "block_sparse_moe.experts", {"gate": "w1", "up": "w3", "down": "w2"}),
 }
 QWEN_TABLE: Table = {
     **TABLE,
-    **_expert_rows("mlp.gate", "mlp.experts", {n: f"{n}_proj" for n in _MATRICES}),
+    **expert_rows("mlp.gate", "mlp.experts", {n: f"{n}_proj" for n in _MATRICES}),
     **{f"ffn/shared/{n}/kernel": (f"model.layers.{{i}}.mlp.shared_expert.{n}_proj.weight", flip) for n in _MATRICES},
     "ffn/shared_gate/kernel": ("model.layers.{i}.mlp.shared_expert_gate.weight", flip),
 }

@@ -44,19 +44,21 @@ TOP = {
         "max_position_embeddings original_max_position_embeddings sliding_window max_window_layers "
         "n_embd n_layer n_head n_positions n_inner bos_token_id num_local_experts num_experts num_experts_per_tok "
         "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step "
-        "no_rope_layer_interval sliding_window_pattern"
+        "no_rope_layer_interval sliding_window_pattern q_lora_rank kv_lora_rank qk_rope_head_dim qk_nope_head_dim "
+        "qk_head_dim v_head_dim n_routed_experts n_shared_experts first_k_dense_replace n_group topk_group "
+        "moe_layer_freq"
     ),
     "a number": (
         "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_emb_base rotary_pct partial_rotary_factor "
         "router_aux_loss_coef router_jitter_noise query_pre_attn_scalar final_logit_softcapping "
-        "attn_logit_softcapping rope_local_base_freq swiglu_alpha swiglu_limit"
+        "attn_logit_softcapping rope_local_base_freq swiglu_alpha swiglu_limit routed_scaling_factor"
     ),
     "true or false": (
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual scale_attn_weights "
         "scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob qkv_bias "
-        "use_bidirectional_attention"
+        "use_bidirectional_attention rope_interleave"
     ),
-    "a string": "model_type hidden_act hidden_activation activation_function",
+    "a string": "model_type hidden_act hidden_activation activation_function scoring_func topk_method",
     "a list of strings": "layer_types",
     "a list of integers": "mlp_only_layers no_rope_layers",
     "an integer or a list of integers": "eos_token_id",

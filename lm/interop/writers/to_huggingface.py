@@ -33,7 +33,7 @@ _COMPUTED = "dtype param_dtype remat scan_layers init_std mixer.backend mixer.bl
 # Of a mixture of experts, what matters in training alone.
 _TRAINING = (
     "capacity capacity_counts_k min_capacity priority group balance_over dispatch implementation load_balance_loss "
-    "router_z_loss router.jitter"
+    "router_z_loss router.jitter router.bias_rate router.centre"
 ).split()
 
 

@@ -262,6 +262,42 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         40,
     ),
 }
+DEEPSEEK = {
+    **{k: v for k, v in SMALL.items() if k != "num_hidden_layers"},
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 9,
+    "kv_lora_rank": 7,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 5,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 12,
+    "n_routed_experts": 6,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "n_group": 3,
+    "topk_group": 2,
+    "rms_norm_eps": 1e-2,
+}
+CASES["deepseek-v3"] = ("DeepseekV3", DEEPSEEK, 48)
+CASES["deepseek-v3-yarn"] = (
+    "DeepseekV3",
+    {
+        **DEEPSEEK,
+        "q_lora_rank": None,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "v_head_dim": 13,  # wider than keys
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
+        **_rope("yarn", factor=4.0, mscale=0.7, mscale_all_dim=1.3, original_max_position_embeddings=32),
+    },
+    150,
+)
 TEXT = {"Gemma3"}  # whose class of configurations has this in its name
 
 
@@ -277,11 +313,14 @@ def _save(case: str, folder: Path, **kwargs: Any) -> Any:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             elif "mlp" in name and not parameter.any():  # so do the routers of some families
                 parameter.normal_(0, 0.3)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.normal_(0, 0.3)
     model.save_pretrained(folder, **kwargs)
     return model
 
 
-STEPPED = ("olmo2", "phi3", "smollm3-windows", "gemma2", "gemma3", "gpt-oss")
+STEPPED = ("olmo2", "phi3", "smollm3-windows", "gemma2", "gemma3", "gpt-oss", "deepseek-v3")
 
 
 def _stepped(checkpoint: interop.Checkpoint, ids: np.ndarray) -> np.ndarray:
@@ -399,6 +438,10 @@ UNREAD = {
     "gemma2": "original_max_position_embeddings",
     "gemma3_text": "original_max_position_embeddings partial_rotary_factor",
     "gpt_oss": "experts_per_token initial_context_length",
+    "deepseek_v3": (
+        "original_max_position_embeddings partial_rotary_factor aux_loss_alpha seq_aux ep_size "
+        "num_nextn_predict_layers num_mtp_layers"
+    ),
 }
 
 

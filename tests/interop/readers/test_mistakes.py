@@ -267,6 +267,12 @@ def test_configurations_that_cannot_be_expressed(tmp_path: Path, config: dict[st
             {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}},
             "weights quantised by 'mxfp4' are not read",
         ),
+        (
+            {"model_type": "deepseek_v3", "head_dim": None, "rope_interleave": False},
+            "rope_interleave: found False; valid",
+        ),
+        ({"model_type": "deepseek_v3", "head_dim": None, "scoring_func": "softmax"}, "scoring_func: found 'softmax'"),
+        ({"model_type": "deepseek_v3"}, "head_dim: found 4; valid: 64, in this model"),
         ({"model_type": "qwen2_moe", "num_experts": 4, "num_local_experts": 3}, "found 3 beside num_experts = 4"),
     ],
 )

@@ -190,6 +190,31 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_overrides": ({"layers": "0", "pattern": {"name": "sliding_window", "window": 8}},),
         },
     ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **LLAMA,
+            "n_layers": 3,
+            "n_kv_heads": 4,
+            "head_dim": 6,
+            "mixer": {
+                "name": "mla",
+                "kv_rank": 7,
+                "q_rank": 9,
+                "nope_dim": 5,
+                "v_dim": 8,
+                "latent_eps": 1e-6,
+            },
+            "ffn": {
+                "name": "moe",
+                "experts": 6,
+                "d_expert": 12,
+                "shared": 24,
+                "first_dense": 1,
+                "router": {"name": "deepseek_v3", "k": 3, "groups": 3, "keep_groups": 2, "bias_rate": 0.01},
+            },
+        },
+    ),
 }
 TEXT = [ord(c) for c in "Once upon a time"]
 
