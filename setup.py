@@ -94,10 +94,20 @@ EXTRAS = {
         # are used, which no minor release since 0.20 has moved.
         "uvicorn>=0.54,<1",
     ],
-    # TensorBoard files of training runs (`train.tensorboard = True`); `metrics.jsonl` is written without it.
+    # TensorBoard files of training runs (`train.tracker = "tensorboard"`); `metrics.jsonl` is written without it.
     "tensorboard": [
         # Writes event files without TensorFlow. 2.6 is the release tested.
         "tensorboardX>=2.6,<3",
+    ],
+    # `train.tracker = "wandb"`: pages on a server, or files in the run's folder.
+    "wandb": [
+        # 0.31 is the release tried, offline; minor ones before 1.0 may break.
+        "wandb>=0.19,<0.32",
+    ],
+    # `train.tracker = "trackio"`: pages on this machine, or in a Hugging Face Space.
+    "trackio": [
+        # 0.43 is the release tried.
+        "trackio>=0.10,<0.44",
     ],
     # Sweeps on a Slurm cluster.
     "slurm": [

@@ -17,6 +17,9 @@ from lm.plug import bounded, check_bounds, socket, table
 from lm.positions.augmentation import Augmentation
 from lm.sharding.layout import Layout
 from lm.surgery.base import Surgery
+from lm.train.samples import Samples
+from lm.train.trackers.base import Tracker
+from lm.train.trackers.tensorboard import TensorBoard
 
 
 class Frozen(dict[str, str]):
@@ -68,8 +71,10 @@ class TrainConfig:
     Evaluations of `eval_rows` held-out rows come before the first step, every `eval_every` steps (0 = never), and over
     all held-out rows (at most `final_rows`) at the end. Checkpoints come every `save_every` steps and at the end; the
     newest `keep_last` stay, and every multiple of `keep_every` (0 = none). `max_skipped`: as many non-finite steps in a
-    row end the run. `profile`: (first, last) step of a profiler window. `mesh`: how state and batches lie on the
-    devices; the result does not depend on it beyond the order of additions (but for ``mesh.exchange``).
+    row end the run. `tracker`: who is told of the numbers beside ``metrics.jsonl``; `tensorboard`: that one too.
+    `samples`: what the model writes meanwhile. `profile`: (first, last) step of a profiler window. `mesh`: how state
+    and batches lie on the devices; the result does not depend on it beyond the order of additions (but for
+    ``mesh.exchange``).
     """
 
     steps: int = bounded(1000, at_least=1)
@@ -93,6 +98,8 @@ class TrainConfig:
     max_skipped: int = bounded(10, at_least=1)
     log_every: int = bounded(1, at_least=1)
     tensorboard: bool = False
+    tracker: Tracker = socket("lm.train.trackers", "none", later=True)
+    samples: Samples = field(default_factory=Samples, metadata={"later": True})
     profile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -130,7 +137,16 @@ class TrainConfig:
         self.surgery.check(cfg)
         self.schedule.factor(self.steps)
         self.augmentation.check(cfg, self.data.seq_len)
+        self.samples.check(cfg)
+        for tracker in self.trackers:
+            tracker.check()
         self.mesh.check_rules(params.axes(cfg).used())
+
+    @property
+    def trackers(self) -> tuple[Tracker, ...]:
+        """All who are told."""
+        board = TensorBoard()
+        return (board, self.tracker) if self.tensorboard and self.tracker != board else (self.tracker,)
 
     @property
     def tokens_per_step(self) -> int:
@@ -140,7 +156,7 @@ class TrainConfig:
         """All settings that the resulting parameters depend on, JSON-ready: not how often a run looks and saves."""
         out: dict[str, Any] = to_dict(self)
         for name in _BESIDE:
-            del out[name]
+            out.pop(name, None)
         for name, default in _ABSENT.items():  # runs from before there was such a setting keep their identity
             if out[name] == default:
                 del out[name]
@@ -156,6 +172,8 @@ _BESIDE = (
     "keep_every",
     "log_every",
     "tensorboard",
+    "tracker",
+    "samples",
     "profile",
     "mesh",
 )

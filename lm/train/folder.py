@@ -7,6 +7,7 @@ from pathlib import Path
 ABOUT = "run.json"  # what the run is
 PARAMETERS = "parameters.txt"  # what is trained, for people
 METRICS = "metrics.jsonl"  # one line per logged step
+SAMPLES = "samples.jsonl"  # what the model wrote meanwhile
 GOODPUT = "goodput.json"  # where the time went, one entry per session
 CHECKPOINTS = "checkpoints"  # one folder per step that was saved
 

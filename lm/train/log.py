@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from lm.errors import UserError
 from lm.files import write_json, write_text
-from lm.train.folder import GOODPUT, METRICS
+from lm.train.folder import GOODPUT, METRICS, SAMPLES
+from lm.train.trackers.base import Session, Tracker
 
+Tell = Callable[[str], None]
 KINDS = ("init", "compile", "step", "data", "eval", "save", "idle")
 
 
@@ -46,44 +47,82 @@ class Ledger:
 
 
 class Log:
-    """``metrics.jsonl``: one object per line, in the order of steps, and TensorBoard files beside it when asked."""
+    """``metrics.jsonl``: one object per line, in the order of steps; ``samples.jsonl`` likewise; and trackers."""
 
-    def __init__(self, folder: Path, after: int | None, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, after: int | None, trackers: Sequence[Tracker], about: Mapping[str, Any], tell: Tell = print
+    ) -> None:
         """Keeps the lines of steps up to `after` (None = none): a resumed run's log is that of an unbroken one."""
-        self.path = folder / METRICS
-        before = [] if after is None else [line for line in read(self.path) if line["step"] <= after]
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in before))
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board: Any = None
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise UserError(
-                    "train.tensorboard: needs a package that is not here; get it with: pip install "
-                    "'decoder-lab[tensorboard]', or set train.tensorboard = False"
-                ) from None
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=None if after is None else after + 1)
+        self.tell, self.sessions = tell, list[Session]()
+        self.metrics, self.texts = (_continued(folder / name, after) for name in (METRICS, SAMPLES))
+        for tracker in trackers:
+            with self._safely(None):
+                self.sessions.append(tracker.open(folder, about, after))
 
     def write(self, step: int, **values: Any) -> None:
         """One line: `step` and `values` (numbers)."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(name, value, step)
+        self.metrics.add(step, values)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for session in list(self.sessions):
+            with self._safely(session):
+                session.numbers(step, numbers)
+
+    def sample(self, step: int, prompt: str, text: str, **values: Any) -> None:
+        """What the model writes behind `prompt` with the parameters of that step."""
+        self.texts.add(step, {"prompt": prompt, "text": text, **values})
+        for session in list(self.sessions):
+            with self._safely(session):
+                session.text(step, f"samples/{prompt}", text)
+
+    @contextlib.contextmanager
+    def _safely(self, session: Session | None) -> Iterator[None]:
+        """Whatever a foreign library raises ends its part, and not the training."""
+        try:
+            yield
+        except Exception as e:
+            self.sessions = [other for other in self.sessions if other is not session]
+            self.tell(f"train.tracker: fails ({type(e).__name__}: {e}); the training goes on without it")
 
     def close(self) -> None:
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        self.metrics.close()
+        self.texts.close()
+        for session in list(self.sessions):
+            with self._safely(session):
+                session.close()
+
+
+class _Lines:
+    """A file of JSON lines that is made when its first line comes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file: TextIO | None = None
+
+    def add(self, step: int, values: Mapping[str, Any]) -> None:
+        if self.file is None:
+            self.file = self.path.open("a", encoding="utf-8")
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _continued(path: Path, after: int | None) -> _Lines:
+    """The file with the lines of steps up to `after` alone."""
+    if path.is_file() or path.name == METRICS:
+        before = [] if after is None else [line for line in read(path) if line["step"] <= after]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in before))
+    return _Lines(path)
 
 
 class NoLog:
     """What the other processes of a run write: nothing."""
 
     def write(self, step: int, **values: Any) -> None: ...
+
+    def sample(self, step: int, prompt: str, text: str, **values: Any) -> None: ...
 
     def close(self) -> None: ...
 

@@ -65,6 +65,7 @@ def run(
     """
     this = Run(cfg, train, data, folder, seed, Start() if start is None else start, models or {})
     train.check(cfg)
+    train.samples.ids(cfg, data.text)
     # One process writes the log; checkpoints are written by all.
     with alone(folder) if jax.process_index() == 0 else contextlib.nullcontext():
         loop = Loop(this, report, tell)
@@ -117,10 +118,13 @@ class Loop:
         return any("final_nll" in line for line in read(self.run.folder / METRICS))
 
     def _trained(self, state: State) -> Trained:
+        return Trained(self._params(state), int(state["skipped"]), self.run.folder)
+
+    def _params(self, state: State) -> Any:
+        """The whole model's parameters, adapters merged."""
         surgery = self.run.train.surgery
         merge = jax.jit(lambda base, trained: surgery.merge(self.run.cfg, base, trained))
-        params = merge(self.beside.base, state["params"]) if surgery.adds else state["params"]
-        return Trained(params, int(state["skipped"]), self.run.folder)
+        return merge(self.beside.base, state["params"]) if surgery.adds else state["params"]
 
     def _open(self, state: State, done: int) -> None:
         """The log, and the files that say what the run is."""
@@ -129,7 +133,7 @@ class Loop:
         peak, source = flops.peak(run.cfg.dtype)
         self.meter = Meter(run, per_token, peak)
         if jax.process_index() == 0:
-            self.log = Log(run.folder, done - 1 if done else None, run.train.tensorboard)
+            self.log = Log(run.folder, done - 1 if done else None, run.train.trackers, run.about, self.tell)
             describe(run, state["params"], self.beside.base, source, per_token)
 
     def _steps(self, state: State, done: int) -> State:
@@ -175,6 +179,9 @@ class Loop:
         if evaluates and done < self.run.train.steps:  # the last evaluation is the final one
             self._evaluate(state, done, self.run.train.eval_rows, "held_out")
             self.meter.restart()
+        if self.run.train.samples.due(done, self.run.train.steps):
+            self._sample(state, done)
+            self.meter.restart()
         if saves:
             with self.ledger.during("save"):
                 self.checkpoints.save(done, state, self.run.about)
@@ -214,6 +221,13 @@ class Loop:
             with self.ledger.during("eval"):
                 values = self.evaluation(state["params"], rows, self.beside)
                 self.log.write(done - 1, **{f"{name}_{k}": plain(v) for k, v in values.items()})
+
+    def _sample(self, state: State, done: int) -> None:
+        """Logs what the model writes, at the step whose parameters these are."""
+        run = self.run
+        with self.ledger.during("eval"):
+            for prompt, text, about in run.train.samples.written(run.cfg, self._params(state), run.data.text):
+                self.log.sample(done - 1, prompt, text, **about)
 
     def _profile(self, i: int) -> None:
         if self.run.train.profile:
