@@ -50,7 +50,7 @@ def family_of(cfg: ModelConfig, name: str | None = None) -> tuple[str, dict[str,
         lost[family] = _differences(cfg, hf, family)
         if not lost[family]:
             return family, hf
-    nearest = min(lost, key=lambda f: len(lost[f]))
+    nearest = min(lost, key=lambda f: (not lost[f][0].startswith("model."), len(lost[f])))  # one that refuses is far
     valid = ", ".join(FAMILIES)
     raise UserError(f"export: {lost[nearest][0]}, which {nearest} cannot express; valid families: {valid}")
 
