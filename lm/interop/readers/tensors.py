@@ -95,7 +95,7 @@ class _Tensors:
         try:
             value = np.asarray(turn(tensor, self.cfg)).reshape(shape)
         except (ValueError, IndexError):
-            raise self._misfit(name, tensor.shape, ours, memory) from None
+            raise self._misfit(name, tensor.shape, ours, shape) from None
         if changes:
             value = value.astype(np.float32)
             for single, within in changes:
@@ -121,15 +121,15 @@ class _Tensors:
         for first, some in cut:
             rows = first + len(some)
             if some.shape[1:] != wanted[1:] or rows > wanted[0]:
-                raise self._misfit(name, (rows, *some.shape[1:]), ours, memory)
+                raise self._misfit(name, self.source.read(name).shape, ours, shape)
             some = some.astype(memory.dtype)  # faster than on the way to other strides
             memory.put(at, some.T if flipped else some, (0, first) if flipped else (first, 0))
         if rows != wanted[0]:
-            raise self._misfit(name, (rows, *wanted[1:]), ours, memory)
+            raise self._misfit(name, (rows, *wanted[1:]), ours, shape)
 
-    def _misfit(self, name: str, shape: tuple[int, ...], ours: str, memory: Memory) -> UserError:
+    def _misfit(self, name: str, found: tuple[int, ...], ours: str, shape: tuple[int, ...]) -> UserError:
         return UserError(
-            f"{self.file}: tensor {name!r} has shape {tuple(shape)}, which does not give {ours} of shape {memory.shape}"
+            f"{self.file}: tensor {name!r} has shape {tuple(found)}, which does not give {ours} of shape {shape}"
         )
 
     def foreign(self) -> list[str]:

@@ -39,7 +39,7 @@ def refused(lab: Lab, capsys: pytest.CaptureFixture[str], names: tuple[str, ...]
 LINES = {
     "unknown key": (
         ("--config.modle=3",),
-        ("config.modle: unknown key", "did you mean 'model'", "valid: architecture, arms,"),
+        ("config.modle: unknown key", "did you mean 'model'", "valid: adapter, architecture, arms,"),
     ),
     "unknown model key": (("--config.model.n_head=2",), ("model.n_head: unknown key", "'n_heads'")),
     "key below a number": (("--config.model.d_ff.x=2",), ("model.d_ff.x: unknown key",)),
