@@ -34,6 +34,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "certificates": ("certificates/kept.py",),
 }
 HERE = Path(__file__).parent
+REPOSITORY = HERE.parent / "configs" / "bases"  # no wheel has it
+THERE = ("new_method", "results_page", "certificates")  # what they write is part of the repository
 
 
 def about(name: str) -> str:
@@ -71,6 +73,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise unknown("lab", name, (*COMMANDS, "completion"))
+    if name in THERE and not REPOSITORY.is_dir():
+        raise UserError(f"lab {name}: writes into the repository; valid: in a checkout, installed by pip install -e .")
     sys.argv = [f"lab {name}", *rest]
     runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
     return 0

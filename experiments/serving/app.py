@@ -16,9 +16,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from experiments.serving.asked import Asked, Reader
-from experiments.serving.engine import Engine, Event, Failed, Job
+from experiments.serving.engine import Engine, Event, Failed, Job, Scored
 from experiments.serving.refusal import Refused
-from experiments.serving.replies import Reply
+from experiments.serving.replies import Reply, Token
 
 BODY = 4 * 2**20  # bytes of a request
 GONE = 499  # the client has left: nobody reads the status
@@ -105,11 +105,16 @@ class Api:
                     return Response(status_code=GONE)
                 if isinstance(event, Failed):
                     raise Refused(event.why, status=event.status, code="failed")
-                reply.add(i, event)
+                await _added(reply, i, event)
             return JSONResponse(reply.whole())
         finally:
             watch.cancel()
             _cancel(jobs)
+
+
+async def _added(reply: Reply, i: int, event: Event) -> tuple[int, str, list[Token]]:
+    """A long prompt takes a while to spell; others are served meanwhile."""
+    return await asyncio.to_thread(reply.add, i, event) if isinstance(event, Scored) else reply.add(i, event)
 
 
 def _cancel(jobs: list[Job]) -> None:
@@ -135,7 +140,7 @@ async def _stream(reply: Reply, jobs: list[Job], events: Events) -> AsyncIterato
                 yield _sent(Refused(event.why, status=event.status, code="failed").body())
                 return
             assert event is not None
-            new = reply.add(i, event)
+            new = await _added(reply, i, event)
             if new[1] or new[2] or reply.choices[i].finish:
                 yield _sent(reply.piece(*new))
         if reply.asked.usage:

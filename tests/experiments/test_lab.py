@@ -62,6 +62,15 @@ def test_mistakes(words: list[str], says: str, capsys: pytest.CaptureFixture[str
     assert says in err and err.count("\n") == 1 and out == ""
 
 
+def test_a_wheel_refuses_what_writes_into_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lab, "REPOSITORY", tmp_path / "none")
+    for name in lab.THERE:
+        assert lab.main([name]) == 2
+        assert f"lab {name}: writes into the repository" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", lab.COMMANDS)
 def test_a_command_is_what_python_m_runs_and_completes_what_it_takes(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
