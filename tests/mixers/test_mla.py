@@ -14,11 +14,11 @@ from cases.model import BASE, Params
 from lm import caches
 from lm.errors import UserError
 
-TURNS, REST, VALUES, RANK = 4, 6, 5, 7
+TURNS, REST, VALUES, RANK, EPS = 4, 6, 5, 7, 0.3
 
 
 def _normed(x: np.ndarray, scale: np.ndarray) -> Any:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * scale
 
 
 class TestMLA(MixerCase):
@@ -34,7 +34,7 @@ class TestMLA(MixerCase):
             "nope_dim": REST,
             "v_dim": VALUES,
             "bias": True,
-            "latent_eps": 1e-6,
+            "latent_eps": EPS,
             "backend": "dense",
         },
     }
