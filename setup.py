@@ -38,7 +38,7 @@ BASE = [
     # GGUF weights, dequantised with NumPy. Metadata is read with `ReaderField.contents()`, present in 0.17.
     "gguf>=0.17,<1",
     # Checkpoints by name from the Hub (`hf:OWNER/NAME`), with its cache, tokens and offline rules; tokenizers depends
-    # on it anyway, below 3. 1.0 was rewritten (another HTTP client, other errors); 2.4 is the release tested.
+    # on it anyway, below 3. 1.0 was rewritten (another HTTP client, other errors); 1.0 and 2.4 were tested.
     "huggingface-hub>=1.0,<3",
     # Chat templates of checkpoints, rendered in its sandbox. Any 3.x since 3.1 has the parts they use.
     "jinja2>=3.1,<4",
