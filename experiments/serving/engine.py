@@ -182,9 +182,9 @@ class Engine:
                 rows, stop=self.model.stop, top=self._top(jobs), stride=STRIDE, unwanted=unwanted
             ):
                 fresh = answers[piece.row].add(piece)
-                jobs[piece.row].send(fresh)
                 if fresh.finish:
                     unwanted.add(piece.row)
+                jobs[piece.row].send(fresh)
                 unwanted |= {i for i, job in enumerate(jobs) if job.cancelled.is_set()}
         except UserError as e:  # before the first piece
             if len(jobs) == 1:

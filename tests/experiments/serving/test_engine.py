@@ -181,7 +181,7 @@ def test_rows_that_do_not_fit_together_run_alone(engine: Engine, speaker: Speake
 def test_an_end_is_told_to_everybody(engine: Engine, speaker: Speaker) -> None:
     first, second = busy(engine, speaker), Told()
     engine.submit([second.job])
-    threading.Timer(0.0, speaker.go.set).start()
+    threading.Thread(target=lambda: first.done.wait(WAIT) and speaker.go.set()).start()  # the batch goes on, then ends
     engine.close()
     assert [told.events[0] for told in (first, second)] == [Failed("the server is ending", 503)] * 2
     with pytest.raises(Refused, match="the server is ending"):
