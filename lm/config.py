@@ -224,6 +224,10 @@ def _show(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
 class Dotted(dict[str, Any]):
     """The change of one dotted key as nested mappings of one key each; a plug that it names starts over."""
 
@@ -342,7 +346,7 @@ def to_dict(cfg: object, options: Table | None = None) -> Any:
             out["name"] = options.name_of(type(cfg))
         for f in dataclasses.fields(cfg):
             value, module = vars(cfg)[f.name], f.metadata.get("socket")
-            if f.metadata.get("later") and value == (table(module)[f.metadata["default"]]() if module else {}):
+            if f.metadata.get("later") and value == _default(f):
                 continue
             out[f.metadata.get("saved", f.name)] = to_dict(value, table(module) if module else None)
         return out
