@@ -225,6 +225,10 @@ def _show(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
 class Dotted(dict[str, Any]):
     """The change of one dotted key as nested mappings of one key each; a plug that it names starts over."""
 

@@ -6,11 +6,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +23,58 @@ from lm.errors import UserError
 
 _VERSION = 2  # raise when the format or the way of tokenizing changes
 _FILES = ("tokens", "offsets", "n_bytes")
+_PIECE = 2**22  # characters that are tokenized at a time
+_PATIENCE = 5.0  # seconds between two lines of progress
+
+
+class Encoded(NamedTuple):
+    """A document's ids, its UTF-8 bytes, and which of its tokens are to be predicted (None = all)."""
+
+    ids: Sequence[int]
+    n_bytes: int
+    answers: Sequence[bool] | None = None
+
+
+class Encoder(Protocol):
+    """From documents to ids. `identity` is a line that names all that decides them; `answers` says whether only some
+    tokens of a document are to be predicted."""
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def answers(self) -> bool: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, documents: Sequence[Document]) -> Sequence[Encoded]: ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Every document as its tokenizer begins and ends it."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def identity(self) -> str:
+        t = self.tokenizer
+        around = f" {t.before} {t.after}" if t.before or t.after else ""
+        return f"{t.identity} {t.eos_id}{around}"
+
+    @property
+    def answers(self) -> bool:
+        return False
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+        ids = self.tokenizer.encode_documents([d.text for d in documents])
+        sizes = (len(d.text.encode("utf-8", "surrogatepass")) for d in documents)
+        return [Encoded(i, n) for i, n in zip(ids, sizes, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +82,15 @@ class Corpus:
     """`tokens`: uint16 or uint32, all documents in order, each begun and ended as its
     tokenizer does (`Tokenizer.encode_document`).
     Document i is ``tokens[offsets[i]:offsets[i + 1]]`` (int64 ``[n + 1]``), of ``n_bytes[i]`` UTF-8 bytes (int64
-    ``[n]``). `identity` hashes documents, tokenizer and, of a part, how it was chosen."""
+    ``[n]``). `identity` hashes documents, tokenizer and, of a part, how it was chosen. `answers`: uint8 as `tokens`, 1
+    for tokens that are to be predicted; None = all."""
 
     tokens: np.ndarray
     offsets: np.ndarray
     n_bytes: np.ndarray
     names: tuple[str, ...]
     identity: str
+    answers: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -43,18 +100,17 @@ class Corpus:
         return int(self.offsets[-1])
 
 
-def tokenize(documents: Sequence[Document], tokenizer: Tokenizer, cache: Path) -> Corpus:
+def tokenize(documents: Sequence[Document], by: Tokenizer | Encoder, cache: Path) -> Corpus:
     """The corpus of `documents`; made once per content and tokenizer, and again if the copy on disk is damaged.
 
-    Raises `UserError` when the cache cannot be written.
+    Documents are tokenized and written piece by piece. Raises `UserError` when the cache cannot be written.
     """
-    around = f" {tokenizer.before} {tokenizer.after}" if tokenizer.before or tokenizer.after else ""
-    about = f"{_VERSION} {tokenizer.identity} {tokenizer.eos_id}{around} {identity(documents)}"
-    mark = _hash(about)
+    encoder = Plain(by) if isinstance(by, Tokenizer) else by
+    mark = _hash(f"{_VERSION} {encoder.identity} {identity(documents)}")
     folder = cache / "tokens" / mark
     found = _read(folder, mark)
     if found is None:
-        _write(folder, mark, documents, tokenizer)
+        _write(folder, mark, documents, encoder)
         found = _read(folder, mark)
     if found is None:
         raise UserError(f"{folder}: what was just written cannot be read back; valid: a working disk for the cache")
@@ -65,23 +121,13 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _write(folder: Path, mark: str, documents: Sequence[Document], tokenizer: Tokenizer) -> None:
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    parts = [np.array(tokenizer.encode_document(d.text), dtype) for d in documents]
-    arrays = {
-        "tokens": np.concatenate(parts) if parts else np.zeros(0, dtype),
-        "offsets": _offsets([len(p) for p in parts]),
-        "n_bytes": np.array([len(d.text.encode("utf-8", "surrogatepass")) for d in documents], np.int64),
-    }
-    about = {"names": [d.name for d in documents], "sums": {n: _sum(a) for n, a in arrays.items()}}
+def _write(folder: Path, mark: str, documents: Sequence[Document], encoder: Encoder) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as above:
             swap = Path(above) / mark
             swap.mkdir()
-            for name, array in arrays.items():
-                np.save(swap / f"{name}.npy", array)
-            (swap / "about.json").write_text(json.dumps(about), encoding="utf-8")
+            _fill(swap, documents, encoder)
             if _read(folder, mark) is None:  # else another process was faster
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(swap, folder)
@@ -90,15 +136,79 @@ def _write(folder: Path, mark: str, documents: Sequence[Document], tokenizer: To
             raise UserError(f"{folder}: cannot be written ({e.strerror or e})") from None
 
 
+def _fill(folder: Path, documents: Sequence[Document], encoder: Encoder) -> None:
+    """All files of a corpus; no more than a piece of its tokens is in memory."""
+    lengths, n_bytes, names = list[int](), list[int](), list[str]()
+    tokens = _Growing(folder / "tokens.npy", np.uint16 if encoder.vocab_size <= 2**16 else np.uint32)
+    answers = _Growing(folder / "answers.npy", np.uint8) if encoder.answers else None
+    told = time.monotonic()
+    for piece in _pieces(documents):
+        for document, made in zip(piece, encoder.encode(piece), strict=True):
+            tokens.add(made.ids)
+            if answers is not None:
+                answers.add([True] * len(made.ids) if made.answers is None else made.answers)
+            lengths.append(len(made.ids))
+            n_bytes.append(made.n_bytes)
+            names.append(document.name)
+        if time.monotonic() - told > _PATIENCE:
+            told = time.monotonic()
+            print(f"tokenizing: {len(names):,} of {len(documents):,} documents", file=sys.stderr)
+    tokens.close()
+    if answers is not None:
+        answers.close()
+    np.save(folder / "offsets.npy", _offsets(lengths))
+    np.save(folder / "n_bytes.npy", np.array(n_bytes, np.int64))
+    files = (*_FILES, "answers") if encoder.answers else _FILES
+    sums = {n: _sum(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in files}
+    about = {"names": names, "sums": {**sums, "names": _sum_of(names)}}
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def _pieces(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents in order, as many at a time as have `_PIECE` characters, at least one."""
+    piece, size = list[Document](), 0
+    for document in documents:
+        piece.append(document)
+        size += len(document.text)
+        if size >= _PIECE:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
+
+
+class _Growing:
+    """A one-dimensional ``.npy`` file that is written from front to back."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.file, self.dtype, self.n = path.open("w+b"), np.dtype(dtype), 0
+        self._header()
+
+    def _header(self) -> None:
+        about = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.n,)}
+        np.lib.format.write_array_header_1_0(self.file, about)  # NumPy leaves room for a longer shape
+
+    def add(self, values: Sequence[int] | Sequence[bool]) -> None:
+        self.file.write(np.asarray(values, self.dtype).tobytes())
+        self.n += len(values)
+
+    def close(self) -> None:
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+
+
 def _read(folder: Path, mark: str) -> Corpus | None:
     """None when the copy is missing, cut short or changed."""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in _FILES}
-        if about["sums"] != {n: _sum(a) for n, a in arrays.items()}:
+        files = (*_FILES, "answers") if "answers" in about["sums"] else _FILES
+        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in files}
+        sums = {n: _sum(a) for n, a in arrays.items()}
+        if about["sums"] != {**sums, "names": _sum_of(about["names"])}:
             return None
         offsets, n_bytes = np.array(arrays["offsets"]), np.array(arrays["n_bytes"])
-        return Corpus(arrays["tokens"], offsets, n_bytes, tuple(about["names"]), mark)
+        return Corpus(arrays["tokens"], offsets, n_bytes, tuple(about["names"]), mark, arrays.get("answers"))
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
@@ -106,6 +216,11 @@ def _read(folder: Path, mark: str) -> Corpus | None:
 def _sum(array: np.ndarray) -> list[int]:
     """Size in bytes, and a checksum (over 1 GB/s, so that a start stays quick)."""
     return [array.nbytes, zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)]
+
+
+def _sum_of(names: Sequence[str]) -> list[int]:
+    data = json.dumps(names).encode()
+    return [len(data), zlib.crc32(data)]
 
 
 def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus | None]:
@@ -118,8 +233,8 @@ def split(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus | 
         return corpus, None
     held = held_out(corpus.names, fraction, seed)
     return (
-        _take(corpus, np.flatnonzero(~held), f"train {fraction} {seed}"),
-        _take(corpus, np.flatnonzero(held), f"held out {fraction} {seed}"),
+        take(corpus, np.flatnonzero(~held), f"train {fraction} {seed}"),
+        take(corpus, np.flatnonzero(held), f"held out {fraction} {seed}"),
     )
 
 
@@ -148,11 +263,16 @@ def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 
-def _take(corpus: Corpus, which: np.ndarray, how: str) -> Corpus:
+def take(corpus: Corpus, which: np.ndarray, how: str) -> Corpus:
+    """The documents `which` (their numbers, in order); `how` says how they were chosen, for the identity."""
     parts = [corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]] for i in which]
     names = tuple(corpus.names[i] for i in which)
     offsets = _offsets([len(p) for p in parts])
-    return Corpus(np.concatenate(parts), offsets, corpus.n_bytes[which], names, _hash(f"{corpus.identity} {how}"))
+    answers = None
+    if corpus.answers is not None:
+        answers = np.concatenate([corpus.answers[corpus.offsets[i] : corpus.offsets[i + 1]] for i in which])
+    mark = _hash(f"{corpus.identity} {how}")
+    return Corpus(np.concatenate(parts), offsets, corpus.n_bytes[which], names, mark, answers)
 
 
 def join(corpora: Sequence[Corpus]) -> Corpus:
@@ -165,4 +285,11 @@ def join(corpora: Sequence[Corpus]) -> Corpus:
         np.concatenate([c.n_bytes for c in corpora]),
         tuple(name for c in corpora for name in c.names),
         _hash(" ".join(c.identity for c in corpora)),
+        _join_answers(corpora),
     )
+
+
+def _join_answers(corpora: Sequence[Corpus]) -> np.ndarray | None:
+    if all(c.answers is None for c in corpora):
+        return None
+    return np.concatenate([np.ones(c.n_tokens, np.uint8) if c.answers is None else c.answers for c in corpora])

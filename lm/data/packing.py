@@ -45,15 +45,20 @@ class Packed:
         return len(self._first) - 1
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        """Row `i`; of a corpus with answers also ``answers``, float32, 1 for tokens to be predicted."""
         if not 0 <= i < len(self):
             raise IndexError(i)
         size = self.seq_len + 1
         tokens, segments, at = np.zeros(size, np.int32), np.zeros(size, np.int32), 0
+        answers = None if self.corpus.answers is None else np.zeros(size, np.float32)
         for n, (start, stop) in enumerate(self._pieces[self._first[i] : self._first[i + 1]]):
             tokens[at : at + stop - start] = self.corpus.tokens[start:stop]
             segments[at : at + stop - start] = n + 1
+            if answers is not None and self.corpus.answers is not None:
+                answers[at : at + stop - start] = self.corpus.answers[start:stop]
             at += stop - start
-        return {"tokens": tokens, "segments": segments}
+        row = {"tokens": tokens, "segments": segments}
+        return row if answers is None else {**row, "answers": answers}
 
     @property
     def n_bytes(self) -> float:
@@ -130,15 +135,19 @@ def _rows_of(lengths: Iterable[int], size: int) -> list[int]:
 
 def split_row(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What the objective takes, each ``[T]``: int32 `inputs`, `targets` (the next token), `segments` and `index` (from
-    0 in every segment, -1 for padding); float32 `weights`, 1 where input and target are of one document."""
+    0 in every segment, -1 for padding); float32 `weights`, 1 where input and target are of one document, but 0 for a
+    target that is not to be predicted."""
     tokens, segments = row["tokens"], row["segments"]
     at = np.arange(len(tokens), dtype=np.int32)
     new = np.concatenate([[True], segments[1:] != segments[:-1]])
     index = np.where(segments > 0, at - np.maximum.accumulate(np.where(new, at, 0)), -1).astype(np.int32)
+    weights = ((segments[1:] == segments[:-1]) & (segments[1:] > 0)).astype(np.float32)
+    if "answers" in row:
+        weights = weights * row["answers"][1:]
     return {
         "inputs": tokens[:-1],
         "targets": tokens[1:],
-        "weights": ((segments[1:] == segments[:-1]) & (segments[1:] > 0)).astype(np.float32),
+        "weights": weights,
         "segments": segments[:-1],
         "index": index[:-1],
     }

@@ -35,7 +35,9 @@ class DataConfig:
 
     `tokenizer`: ``bytes``, ``bpe:SIZE`` (trained on the texts), a ``tokenizer.json``, a SentencePiece model, or ``""``:
     the checkpoint's own. `seq_len`: tokens per row. `packing`: ``concat`` cuts one stream of documents, ``best_fit``
-    keeps pieces whole. `held_out`: fraction of documents never trained on, chosen by `split_seed`.
+    keeps pieces whole. `held_out`: fraction of documents never trained on, chosen by `split_seed`. `kind`: ``text``, or
+    ``chat`` for rows with ``messages``, of which the assistant's answers alone are learned. `template`: how they become
+    text, ``""`` for the checkpoint's own template, else one of its names, ``chatml``, or a ``.jinja`` file.
     """
 
     texts: tuple[str, ...] = ("kjv",)
@@ -45,11 +47,15 @@ class DataConfig:
     packing: Literal["concat", "best_fit"] = "concat"
     held_out: float = 0.05
     split_seed: int = 0
+    kind: Literal["text", "chat"] = field(default="text", metadata={"later": True})
+    template: str = field(default="", metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_bounds(self, "train.data")
         if not self.texts:
             raise UserError("train.data.texts: is empty; valid: one or more texts, python -m lm.data.texts lists them")
+        if self.template and self.kind != "chat":
+            raise UserError(f"train.data.template: {self.template!r} is for train.data.kind = chat, found {self.kind}")
         if not 0 <= self.held_out < 1:
             raise UserError(f"train.data.held_out: must lie in [0, 1), found {self.held_out}")
         if self.weights and len(self.weights) != len(self.texts):

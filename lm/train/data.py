@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm.data import corpus, record, texts
+from lm.data import conversations, corpus, record, texts
 from lm.data.loader import Loader
 from lm.data.packing import Packed
 from lm.data.record import TextRecord
@@ -56,7 +56,8 @@ def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> 
     one that has no end of a document.
     """
     d = train.data
-    sources = [_documents(spec) for spec in d.texts]
+    chat = d.kind == "chat"
+    sources = [_documents(spec, chat) for spec in d.texts]
     if not d.weights:  # then all texts are one source, so that texts of one document each can be split as well
         sources = [[doc for docs in sources for doc in docs]]
     if d.tokenizer or text is None or text.tokenizer is None:
@@ -64,12 +65,16 @@ def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> 
             d.tokenizer or "bytes", lambda: [x for docs in sources for x in _trained_on(docs, d)], cache
         )
     tokenizer = text.needs_tokenizer("train.data.tokenizer")
-    if tokenizer.eos_id is None and tokenizer.ends_documents:
+    if tokenizer.eos_id is None and tokenizer.ends_documents and not chat:
         raise UserError(
             f"train.data.tokenizer: {d.tokenizer or text.source} names no end of a document, and documents would run "
             "into each other; valid: a folder whose config.json or tokenizer_config.json names eos"
         )
-    whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
+    if chat:
+        text = conversations.with_template(text, d.template)
+        whole = [conversations.tokenize(docs, text, d.template, d.seq_len, cache) for docs in sources]
+    else:
+        whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
     halves = [corpus.split(c, d.held_out, d.split_seed) for c in whole]
     trained = tuple(Packed(half[0], d.seq_len, d.packing) for half in halves)
     rest = [half[1] for half in halves if half[1] is not None]
@@ -87,8 +92,8 @@ def _trained_on(documents: list[Document], d: DataConfig) -> list[Document]:
     return [doc for doc, out in zip(documents, held, strict=True) if not out]
 
 
-def _documents(spec: str) -> list[Document]:
+def _documents(spec: str, chat: bool) -> list[Document]:
     try:
-        return texts.documents(spec)
+        return conversations.documents(spec) if chat else texts.documents(spec)
     except UserError as e:
         raise UserError(f"train.data.{e}" if str(e).startswith("texts") else f"train.data.texts: {e}") from None

@@ -17,14 +17,15 @@ the table, ``python -m lm.data.texts SPEC`` the documents of a spec.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lm.data.texts import files
+from lm.data.texts import files, hf_datasets
 from lm.data.texts.document import Document, identity
 from lm.data.texts.sources import SOURCES, Source
 from lm.errors import UserError, nearest
 
-__all__ = ["SOURCES", "Document", "Source", "documents", "identity"]
+__all__ = ["SOURCES", "Document", "Source", "documents", "identity", "records"]
 
 
 def documents(spec: str, *, min_chars: int = 0) -> list[Document]:
@@ -45,6 +46,21 @@ def documents(spec: str, *, min_chars: int = 0) -> list[Document]:
             f"texts: no document of {spec!r} has {min_chars} characters; the longest of {len(found)} has {longest}"
         )
     return kept
+
+
+def records(spec: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """(name, place, object) of the rows of `spec`, a file or glob of JSON lines, JSON or Parquet, or ``hf:NAME``.
+
+    Of each at least ``columns[0]`` where the format has columns. Raises `UserError` as `documents`.
+    """
+    for part in _parts(spec):
+        name, _, member = part.partition(":")
+        if name == "hf":
+            yield from hf_datasets.records(member, columns)
+        elif name in SOURCES:
+            raise UserError(f"texts: {part!r} is text, not conversations; valid: {', '.join(files.FIELDS)}, hf:NAME")
+        else:
+            yield from files.records(part, columns)
 
 
 def _parts(spec: str) -> list[str]:

@@ -11,7 +11,7 @@ import importlib.util
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm.data.texts.document import Document
@@ -135,8 +135,8 @@ def _json(text: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield number, record
 
 
-def _parquet(path: Path, field: str) -> Iterator[tuple[int, dict[str, object]]]:
-    """(row, its fields), of the column that `field` begins with."""
+def _parquet(path: Path, field: str, more: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, object]]]:
+    """(row, its fields), of the column that `field` begins with, and of those of `more` that there are."""
     if importlib.util.find_spec("pyarrow") is None:
         raise UserError(f"{path}: reading it needs the library pyarrow; get it with: pip install 'decoder-lab[data]'")
     import pyarrow
@@ -150,23 +150,47 @@ def _parquet(path: Path, field: str) -> Iterator[tuple[int, dict[str, object]]]:
             raise UserError(
                 f"{path}: field {field!r} is missing{nearest(column, names)}; fields present: {', '.join(names[:12])}"
             )
-        rows = (row for batch in file.iter_batches(columns=[column]) for row in batch.to_pylist())
+        columns = [column, *(name for name in more if name in names)]
+        rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
         yield from enumerate(rows, 1)
     except pyarrow.ArrowException as e:
         raise UserError(f"{path}: not a Parquet file ({str(e).splitlines()[0]})") from None
 
 
-def _rows(path: Path, name: str, field: str) -> list[Document]:
-    """A document for every object of a file that has a text in `field`."""
+def _objects(path: Path, field: str, more: Sequence[str] = ()) -> Iterator[tuple[int, str, dict[str, object]]]:
+    """(number, place, object) of every object in a file of such."""
     kind = _suffix(path)
     if kind == PARQUET:
-        found, unit = _parquet(path, field), "row"
+        found, unit = _parquet(path, field, more), "row"
     elif kind == JSON:
         found, unit = _json(_read(path), path), "entry"
     else:
         found, unit = _json_lines(_read(path), path), "line"
-    texts = ((number, field_of(record, field, f"{path} {unit} {number}")) for number, record in found)
+    return ((number, f"{path} {unit} {number}", record) for number, record in found)
+
+
+def _rows(path: Path, name: str, field: str) -> list[Document]:
+    """A document for every object of a file that has a text in `field`."""
+    texts = ((number, field_of(record, field, where)) for number, where, record in _objects(path, field))
     return [Document(f"{name}:{number}", text, str(path), LICENCE) for number, text in texts if text]
+
+
+def records(spec: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """(name, place, object) of the rows of a file or glob; of Parquet `columns` alone, whose first must be there.
+
+    Raises `UserError` for a missing or damaged file, and for one that has no rows.
+    """
+    path = Path(spec).expanduser()
+    found = [path] if path.is_file() else []
+    if not found and glob.has_magic(spec):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+    if not found:
+        raise UserError(f"texts: {spec!r} is no file with conversations; valid: FILE or GLOB of {', '.join(FIELDS)}")
+    for file in found:
+        if _suffix(file) not in FIELDS:
+            raise UserError(f"{file}: holds no rows with fields; valid: {', '.join(FIELDS)}")
+        for number, where, record in _objects(file, columns[0], columns[1:]):
+            yield f"{file.name if len(found) == 1 else file.as_posix()}:{number}", where, record
 
 
 def _file(path: Path, name: str, field: str | None) -> list[Document]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,9 @@ def read(member: str | None) -> list[Document]:
     Hub: the library takes it from its own cache, else downloads it, except where ``HF_DATASETS_OFFLINE`` is set.
     Raises `UserError` when the library, the dataset, the split or the field is absent.
     """
-    parsed = _SPEC.fullmatch(member or "")
-    if parsed is None:
-        raise UserError(f"texts: 'hf:{member or ''}' is not a dataset; {_VALID}")
-    if not installed():
-        raise UserError(f"texts: 'hf:{member}' needs a package that is not here; get it with: {HOW_TO_GET}")
-    name, split = parsed["name"], parsed["split"] or "train"
-    where = f"hf:{name}:{split}"
-    rows = _folder(name, split, where) if name[0] in "./~" else _hub(name, split, where)
+    rows, where, asked = _open(member)
     names = list(rows.column_names)
-    field = parsed["field"] or _default_field(rows.features, where)
+    field = asked or _default_field(rows.features, where)
     column = field if field in names else field.partition(".")[0]
     if column not in names:
         raise UserError(f"texts: {where} has no field {field!r}{nearest(column, names)}; fields: {', '.join(names)}")
@@ -58,6 +51,32 @@ def read(member: str | None) -> list[Document]:
     if not out:
         raise UserError(f"texts: {where}: field {field!r} of all {len(rows)} examples is empty")
     return out
+
+
+def records(member: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[str, object]]]:
+    """(name, place, example) of every example, with those of `columns` that there are; the first must be there."""
+    rows, where, field = _open(member)
+    names = list(rows.column_names)
+    if field is not None:
+        raise UserError(f"texts: {where}: '#{field}' names a field; conversations are in {columns[0]!r}")
+    if columns[0] not in names:
+        raise UserError(
+            f"texts: {where} has no field {columns[0]!r}{nearest(columns[0], names)}; fields: {', '.join(names)}"
+        )
+    for i, row in enumerate(rows.select_columns([name for name in columns if name in names])):
+        yield f"{where}[{i}]", f"{where}[{i}]", dict(row)
+
+
+def _open(member: str | None) -> tuple[Any, str, str | None]:
+    """The examples of a spec, their place, and the field it names."""
+    parsed = _SPEC.fullmatch(member or "")
+    if parsed is None:
+        raise UserError(f"texts: 'hf:{member or ''}' is not a dataset; {_VALID}")
+    if not installed():
+        raise UserError(f"texts: 'hf:{member}' needs a package that is not here; get it with: {HOW_TO_GET}")
+    name, split = parsed["name"], parsed["split"] or "train"
+    where = f"hf:{name}:{split}"
+    return (_folder if name[0] in "./~" else _hub)(name, split, where), where, parsed["field"]
 
 
 def _hub(name: str, split: str, where: str) -> Any:

@@ -56,6 +56,36 @@ class Tokenizer(abc.ABC):
         ids = self.encode_text(text)
         return ids if self.eos_id is None or ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each, in parallel where the library can."""
+        return [self.encode(text) for text in texts]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_document` of each."""
+        out = []
+        for inner in self.encode_all(texts):
+            ids = [*self.before, *inner, *self.after]
+            out.append(ids if self.eos_id is None or ids[-1:] == [self.eos_id] else [*ids, self.eos_id])
+        return out
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of `text`, and for each range of its characters the range of tokens that hold any of it.
+
+        Here by the tokens that a text and its beginning share; tokenizers that know their tokens' places use those.
+        """
+        ids = self.encode(text)
+
+        def before(at: int) -> tuple[int, bool]:
+            head = self.encode(text[:at])
+            n = same_start(head, ids)
+            return n, n == len(head)
+
+        ranges = []
+        for a, b in spans:
+            stop, whole = before(b)
+            ranges.append((before(a)[0], stop if whole else stop + 1))
+        return ids, ranges
+
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str: ...
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lm.data.tokenizers.base import Tokenizer
 from lm.errors import UserError
 
@@ -44,6 +46,19 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return list(self.inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(made.ids) for made in self.inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        made = self.inner.encode(text, add_special_tokens=False)
+        start, stop = np.array(made.offsets, np.int64).reshape(-1, 2).T
+        ranges = []
+        for a, b in spans:
+            # White space alone may have been trimmed to nothing, behind where it was.
+            held = np.flatnonzero(np.where(start == stop, (start > a) & (start <= b), (start < b) & (stop > a)))
+            ranges.append((int(held[0]), int(held[-1]) + 1) if len(held) else (0, 0))
+        return list(made.ids), ranges
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.inner.decode(list(ids), skip_special_tokens=False))

@@ -1,0 +1,187 @@
+"""Conversations as documents of which only the assistant's answers are learned."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lm.data import corpus, texts
+from lm.data.chat import Rendered, choose
+from lm.data.corpus import Corpus, Encoded
+from lm.data.record import TextRecord
+from lm.data.texts import Document
+from lm.errors import UserError, unknown
+
+COLUMNS = ("messages", "tools")
+KEY = "train.data.template"
+TEMPLATES = {
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+    "{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+}
+_MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+_VERSION = 1  # raise when other tokens count as answers
+
+
+def documents(spec: str) -> list[Document]:
+    """The conversations of `spec` (`lm.data.texts.records`): a document's text is its messages and tools as JSON.
+
+    Raises `UserError` naming the row whose ``messages`` is no list of messages, or whose ``tools`` is no list.
+    """
+    out = []
+    for name, where, row in texts.records(spec, COLUMNS):
+        said = {key: value for key, value in _checked(row, where).items() if value}
+        out.append(Document(name, json.dumps(said, ensure_ascii=True), where, "the user's own; not known"))
+    if not out:
+        raise UserError(f"texts: {spec!r} has no conversations; valid: rows with 'messages'")
+    return out
+
+
+def _checked(row: Mapping[str, object], where: str) -> dict[str, Any]:
+    if "messages" not in row:
+        raise UserError(
+            f"{where}: field 'messages' is missing; fields present: {', '.join(sorted(row)[:12]) or 'none'}"
+        )
+    messages, tools = _whole(row["messages"]), row.get("tools")
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages
+    ):
+        raise UserError(f"{where}: field 'messages': valid: a list of objects with 'role' and 'content'")
+    if isinstance(tools, str):  # columns of one type keep them as JSON
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except ValueError:
+            raise UserError(f"{where}: field 'tools': text that is no JSON; valid: a list of objects") from None
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f"{where}: field 'tools': found {type(tools).__name__}; valid: a list of objects")
+    return {"messages": messages, "tools": _whole(tools)}
+
+
+def _whole(value: object) -> Any:
+    """Without keys that hold None: a table's columns give every object the keys of all others."""
+    if isinstance(value, dict):
+        return {k: _whole(v) for k, v in value.items() if v is not None}
+    return [_whole(v) for v in value] if isinstance(value, list) else value
+
+
+def with_template(text: TextRecord, template: str) -> TextRecord:
+    """The record with a template that it did not come with, as its first choice; raises `UserError` where none is."""
+    if template.endswith(".jinja"):
+        path = Path(template).expanduser()
+        try:
+            return dataclasses.replace(text, templates={"default": path.read_text(encoding="utf-8")})
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"{KEY}: {template}: cannot be read ({e}); valid: a file of UTF-8 text") from None
+    if template in text.templates:
+        return text
+    if template in TEMPLATES:
+        return dataclasses.replace(text, templates={"default": TEMPLATES[template]})
+    if template:
+        raise unknown(KEY, template, [*text.templates, *TEMPLATES, "FILE.jinja"])
+    if not text.templates:
+        raise UserError(
+            f"{KEY}: {text.source} has no chat template; valid: {', '.join(TEMPLATES)}, a .jinja file, or a checkpoint "
+            "tuned to converse"
+        )
+    return text
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations by the template `name` of `text` (empty = its first choice), as an encoder of a corpus."""
+
+    text: TextRecord
+    name: str | None = None
+
+    @property
+    def identity(self) -> str:
+        t = self.text
+        said = [_VERSION, t.needs_tokenizer(KEY).identity, dict(t.templates), self.name, dict(t.words), t.stop_ids]
+        return "chat " + json.dumps(said, sort_keys=True)
+
+    @property
+    def answers(self) -> bool:
+        return True
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text.needs_tokenizer(KEY).vocab_size
+
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+        stops = self.text.stop_ids
+        return [self._one(doc, stops) for doc in documents]
+
+    def _one(self, doc: Document, stops: Sequence[int]) -> Encoded:
+        said = json.loads(doc.text)
+        if not any(m["role"] == "assistant" for m in said.get("messages", [])):
+            return Encoded([], 0, [])  # nothing to learn; left out by `tokenize`
+        try:
+            made, marked = self._spans(said["messages"], said.get("tools"))
+        except UserError as e:
+            found = re.sub(r"^--(chat|template): ", "", str(e))
+            raise UserError(f"train.data.texts: {doc.source}: {found}") from None
+        ids, ranges = self.text.needs_tokenizer(KEY).encode_spans(made.text, made.answers)
+        learned = np.zeros(len(ids), bool)
+        for a, b in ranges:
+            if marked:  # the mark that ends the turn is part of it, also where the template leaves it out
+                b += b > a and b < len(ids) and ids[b] in stops and (b == 0 or ids[b - 1] not in stops)
+            else:  # and what stands behind that mark is not
+                b = next((i + 1 for i in range(b - 1, a - 1, -1) if ids[i] in stops), b)
+            learned[a:b] = True
+        return Encoded(ids, len(made.text.encode("utf-8", "surrogatepass")), learned.tolist())
+
+    def _spans(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[Rendered, bool]:
+        """The text with the ranges of its answers, and whether the template marks them itself."""
+
+        def render(n: int, prompt: bool) -> Rendered:
+            return self.text.render(messages[:n], template=self.name, tools=tools, add_generation_prompt=prompt)
+
+        whole = render(len(messages), False)
+        if _MARKS.search(choose(self.text.templates, self.name, tools is not None, self.text.source)):
+            return whole, True
+        spans = []
+        for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
+            before, upto = render(i, True).text if i else "", render(i + 1, False).text
+            if not (upto.startswith(before) and whole.text.startswith(upto)):
+                raise UserError(
+                    f"the template of {self.text.source} writes message {i + 1} differently once others follow, and "
+                    "does not mark answers; valid: a template with {% generation %}, or one turn a conversation"
+                )
+            spans.append((len(before), len(upto)))
+        return Rendered(whole.text, tuple(spans)), False
+
+
+def tokenize(found: Sequence[Document], text: TextRecord, template: str, seq_len: int, cache: Path) -> Corpus:
+    """The corpus of conversations; those without an answer are left out, and said, as are those longer than a row.
+
+    Raises `UserError` for a conversation that the template refuses, and where no answer is left.
+    """
+    made = corpus.tokenize(found, Conversations(text, template if template in text.templates else None), cache)
+    assert made.answers is not None
+    # A first token has nothing to be predicted from.
+    targets = [int(made.answers[a + 1 : b].sum()) for a, b in zip(made.offsets[:-1], made.offsets[1:], strict=True)]
+    answered = np.array(targets) > 0
+    _tell(
+        "has no answer of the assistant and is left out", [d for d, ok in zip(found, answered, strict=True) if not ok]
+    )
+    if not answered.any():
+        raise UserError(f"train.data.texts: none of {len(found)} conversations has an answer of the assistant")
+    long = answered & (np.diff(made.offsets) > seq_len + 1)
+    said = f"is longer than train.data.seq_len = {seq_len} tokens: its pieces do not see each other"
+    _tell(said, [d for d, is_long in zip(found, long, strict=True) if is_long])
+    return made if answered.all() else corpus.take(made, np.flatnonzero(answered), "answered")
+
+
+def _tell(what: str, rows: Sequence[Document]) -> None:
+    if rows:
+        more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
+        print(f"note: {rows[0].source}: the conversation {what}{more}", file=sys.stderr)
