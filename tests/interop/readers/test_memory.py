@@ -21,18 +21,22 @@ ROOT = Path(__file__).resolve().parents[3]
 # As many tensors as a Llama of 7B has, and a tenth of its width.
 WIDTH, HIDDEN, LAYERS, VOCAB = 640, 1728, 32, 8000
 MOST = 1.15  # times the checkpoint's bytes
+# The peak of this very program: `ru_maxrss` begins with that of the process that started it.
 MEASURE = """
-import resource, sys
+import sys
 import jax
 from lm import interop
-from lm.interop.readers import huggingface, stored, tensors
+from lm.model import params
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = open("/proc/self/status").read().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
-jax.devices()
+change = {"scan_layers": sys.argv[3] == "stacked"}
+header = interop.load(sys.argv[1], dtype=sys.argv[2], overrides=change, load_params=False)
+params.abstract(header.config)  # the model's plugs are imported by now
 before = peak()
-found = interop.load(sys.argv[1], dtype=sys.argv[2], overrides={"scan_layers": sys.argv[3] == "stacked"})
+found = interop.load(sys.argv[1], dtype=sys.argv[2], overrides=change)
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.params))
 print((peak() - before) / size, size)
 """
