@@ -338,10 +338,6 @@ def saved_names(cls: type) -> dict[str, str]:
     return {f.metadata["saved"]: f.name for f in dataclasses.fields(cls) if "saved" in f.metadata}
 
 
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
 def to_dict(cfg: object, options: Table | None = None, whole: bool = False) -> Any:
     """The inverse of `build`: plain nested dicts, plugs as ``{"name": …}``; JSON-ready and hashable by content. Fields
     are written under their saved names, so that what is addressed by its content keeps its address; fields that came
