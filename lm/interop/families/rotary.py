@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ModelConfig, to_dict
-from lm.errors import UserError, unknown
+from lm.errors import UserError, nearest, unknown
 from lm.interop.families.common import Hf
 from lm.plug import table
 from lm.positions.base import Positions
@@ -29,6 +29,13 @@ NEEDED = {
 }
 
 
+_KNOWN = {
+    *(key for keys in KEYS.values() for key in keys),
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+    "finetuned",  # of YaRN's authors: how the weights were made
+}
+
+
 def read(hf: Hf, theta: float = 10000.0) -> dict[str, Any]:
     """The rotary plug of a config.json, `theta` being the family's default; what stands in ``rope_scaling`` replaces
     ``rope_parameters``, as in transformers 5. Raises `UserError` for a scaling that is unknown or lacks a key."""
@@ -40,6 +47,9 @@ def read(hf: Hf, theta: float = 10000.0) -> dict[str, Any]:
     kind = _first(rp.get("rope_type"), rp.get("type"), "default")
     if "mrope_section" in rp or kind not in KEYS:
         raise unknown("config.json rope_type", "mrope" if "mrope_section" in rp else kind, KEYS)
+    for key, value in rp.items():  # of another kind of scaling, transformers passes them over
+        if key not in _KNOWN and value is not None:
+            raise UserError(f"config.json rope_parameters.{key}: found {value!r}, unknown{nearest(key, _KNOWN)}")
     for key in NEEDED.get(kind, ()):
         if rp.get(key) is None:
             raise UserError(f"config.json rope_parameters.{key}: missing; rope_type {kind!r} needs it")

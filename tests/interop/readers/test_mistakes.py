@@ -346,6 +346,8 @@ def test_values_of_another_type_are_named(tmp_path: Path, family: str) -> None:
         ({"rope_type": "longrope", "short_factor": [1.0, 1.0]}, ("long_factor", "'longrope' needs it")),
         ({"rope_type": "linear", "factor": "x"}, ("rope_parameters factor", "a number", "'x'")),
         ({"rope_theta": "x"}, ("rope_parameters rope_theta", "a number")),
+        ({"rope_type": "default", "rope_thetta": 5.0}, ("rope_parameters.rope_thetta", "did you mean 'rope_theta'")),
+        ({"rope_type": "default", "short_mscale": 1.1}, ("rope_parameters.short_mscale: found 1.1, unknown",)),
         ({"rope_theta": 0}, ("theta", "must exceed 1")),
         ({"rope_type": ["x"]}, ("rope_type", "a string")),
         ({"partial_rotary_factor": 0.0}, ("fraction", "rotary width")),
