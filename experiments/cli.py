@@ -9,10 +9,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NoReturn
 
-from lm.errors import Terminated, TrainingStopped, UserError, nearest
+from lm.errors import Terminated, TrainingStopped, UserError, nearest, unknown
 
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
 
@@ -36,6 +36,20 @@ class Parser(argparse.ArgumentParser):
             flag = word.partition("=")[0]
             valid = sorted(o for a in self._actions for o in a.option_strings)
             raise UserError(f"{flag}: unknown argument{nearest(flag, valid)}; valid: {', '.join(valid)}")
+
+
+def axes(text: str, valid: Collection[str]) -> dict[str, int]:
+    """``{"fsdp": 8, "tensor": -1}`` of ``--mesh=fsdp=8,tensor=-1``. Raises `UserError` for an axis that is none of
+    `valid`, and for what is no number."""
+    out = {}
+    for part in text.split(","):
+        name, _, n = part.strip().partition("=")
+        if name not in valid:
+            raise unknown("--mesh", name, valid)
+        if not n.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh: {name}: found {n!r}; valid: a number, or -1 for what is left")
+        out[name] = int(n)
+    return out
 
 
 def main(fn: Command, argv: Sequence[str] | None = None) -> int:

@@ -18,16 +18,21 @@ from lm.errors import UserError, unknown
 
 # The one table of commands: where each declares its arguments, as FILE or FILE:FUNCTION below this folder.
 GENERATE = "commands/generate.py"
+CHECKPOINT = ("commands/source.py:add", "commands/source.py:add_dtype")
 COMMANDS: dict[str, tuple[str, ...]] = {
     "run": ("running/command.py",),
     "sweep": ("sweeps/command.py",),
     "report": ("reports/command.py",),
     "list": ("commands/listing.py",),
-    "generate": (GENERATE,),
-    "chat": ("commands/chat.py", *(f"{GENERATE}:{part}_arguments" for part in ("model", "drawing", "template"))),
-    "serve": ("serving/command.py", f"{GENERATE}:model_arguments"),
-    "evaluate": ("commands/evaluate.py",),
-    "convert": ("commands/convert.py",),
+    "generate": (GENERATE, *CHECKPOINT),
+    "chat": (
+        "commands/chat.py",
+        *(f"{GENERATE}:{part}_arguments" for part in ("model", "drawing", "template")),
+        *CHECKPOINT,
+    ),
+    "serve": ("serving/command.py", f"{GENERATE}:model_arguments", *CHECKPOINT),
+    "evaluate": ("commands/evaluate.py", *CHECKPOINT),
+    "convert": ("commands/convert.py", CHECKPOINT[0]),
     "compile": ("certificates/command.py",),
     "new_method": ("commands/new_method.py",),
     "results_page": ("reports/page.py",),

@@ -1,8 +1,9 @@
-"""Nested settings (dicts of dicts): where two of them differ, and all of one under dotted keys."""
+"""Nested dicts: where two of them differ, and their leaves under keys that name the way."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 def difference(a: object, b: object, key: str, absent: object = None) -> tuple[str, object, object]:
@@ -23,4 +24,16 @@ def flat(tree: Mapping[str, object], head: str = "") -> dict[str, object]:
     out: dict[str, object] = {}
     for k, v in tree.items():
         out |= flat(v, f"{head}{k}.") if isinstance(v, dict) else {f"{head}{k}": v}
+    return out
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"a/b": leaf}`` -> ``{"a": {"b": leaf}}``: a tree of parameters by their names."""
+    out: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *parents, last = name.split("/")
+        node = out
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
     return out

@@ -35,6 +35,7 @@ PLUG_SOCKETS = (
     "lm.positions.augmentation",
     "lm.positions.scaling",
     "lm.surgery",
+    "lm.trackers",
 )
 # Plug names that are also plain words a description of any decoder may use.
 GENERIC = {

@@ -138,21 +138,8 @@ def trained(arm: Arm, mesh: str | None) -> tuple[ModelConfig, TrainConfig]:
     assert arm.trained is not None and arm.train is not None
     if mesh is None:
         return arm.trained, arm.train
-    sizes = dict.fromkeys(AXES, 1) | axes(mesh)
+    sizes = dict.fromkeys(AXES, 1) | cli.axes(mesh, AXES)
     return arm.trained, dataclasses.replace(arm.train, mesh=arm.train.mesh.resized(sizes))
-
-
-def axes(text: str) -> dict[str, int]:
-    """``{"fsdp": 8, "tensor": -1}`` of ``"fsdp=8,tensor=-1"``."""
-    out = {}
-    for part in text.split(","):
-        name, _, n = part.strip().partition("=")
-        if name not in AXES:
-            raise unknown("--mesh", name, AXES)
-        if not n.lstrip("-").isdigit():
-            raise UserError(f"--mesh: {name}: found {n!r}; valid: a number, or -1 for what is left")
-        out[name] = int(n)
-    return out
 
 
 def serve(args: argparse.Namespace, arm: Arm) -> serving.Serve:
@@ -160,7 +147,7 @@ def serve(args: argparse.Namespace, arm: Arm) -> serving.Serve:
     if args.weights not in WEIGHTS:
         raise unknown("--weights", args.weights, WEIGHTS)
     longest = [arm.config.max_positions, *(measure.longest for measure in arm.measures.values())]
-    mesh = {"data": 1, "tensor": -1} if args.mesh is None else {"data": 1, **axes(args.mesh)}
+    mesh = {"data": 1, "tensor": -1} if args.mesh is None else {"data": 1, **cli.axes(args.mesh, AXES)}
     length = args.length if args.length is not None else max(longest)
     batch = 1 if args.batch is None else args.batch
     return serving.Serve(batch, length, args.quantize, WEIGHTS[args.weights], Layout().resized(mesh))

@@ -34,6 +34,7 @@ SOCKETS = {  # config key -> where its plugs are
     "train.schedule": "lm.optimizers.schedules",
     "train.augmentation": "lm.positions.augmentation",
     "train.surgery": "lm.surgery",
+    "train.tracker": "lm.trackers",
     "measures": "lm.measures",
 }
 

@@ -7,7 +7,7 @@ import argparse
 from experiments import cli
 from lm import interop
 from lm.decoding.spread import SERVING, Spread
-from lm.errors import UserError, unknown
+from lm.errors import unknown
 
 CHECKPOINTS = "a name, a Hugging Face folder, hf:OWNER/NAME[@REVISION], a GGUF file, a run's folder"
 DTYPES = ("float32", "float16", "bfloat16")
@@ -42,12 +42,4 @@ def spread(args: argparse.Namespace) -> Spread | None:
     not fit."""
     if args.mesh is None:
         return None
-    sizes = {}
-    for part in args.mesh.split(","):
-        axis, _, n = part.strip().partition("=")
-        if axis not in SERVING:
-            raise unknown("--mesh", axis, SERVING)
-        if not n.removeprefix("-").isdecimal():
-            raise UserError(f"--mesh: {axis}: found {n!r}; valid: a number, or -1 for what is left")
-        sizes[axis] = int(n)
-    return Spread.of(sizes)
+    return Spread.of(cli.axes(args.mesh, SERVING))

@@ -29,6 +29,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 }
 _MARKS = re.compile(r"\{%[-+]?\s*generation\b")
+_REMARKS = re.compile(r"\{#.*?#\}", re.DOTALL)
 _VERSION = 1  # raise when other tokens count as answers
 
 
@@ -146,11 +147,12 @@ class Conversations:
             return self.text.render(messages[:n], template=self.name, tools=tools, add_generation_prompt=prompt)
 
         whole = render(len(messages), False)
-        if _MARKS.search(choose(self.text.templates, self.name, tools is not None, self.text.source)):
+        source = choose(self.text.templates, self.name, tools is not None, self.text.source)
+        if _MARKS.search(_REMARKS.sub("", source)):
             return whole, True
         spans = []
         for i in (i for i, m in enumerate(messages) if m["role"] == "assistant"):
-            before, upto = render(i, True).text if i else "", render(i + 1, False).text
+            before, upto = render(i, True).text, render(i + 1, False).text
             if not (upto.startswith(before) and whole.text.startswith(upto)):
                 raise UserError(
                     f"the template of {self.text.source} writes message {i + 1} differently once others follow, and "

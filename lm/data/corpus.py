@@ -23,7 +23,7 @@ from lm.errors import UserError
 
 _VERSION = 2  # raise when the format or the way of tokenizing changes
 _FILES = ("tokens", "offsets", "n_bytes")
-_PIECE = 2**22  # characters that are tokenized at a time
+_PIECE = 2**20  # characters that are tokenized at a time
 _PATIENCE = 5.0  # seconds between two lines of progress
 
 
@@ -159,7 +159,7 @@ def _fill(folder: Path, documents: Sequence[Document], encoder: Encoder) -> None
     np.save(folder / "offsets.npy", _offsets(lengths))
     np.save(folder / "n_bytes.npy", np.array(n_bytes, np.int64))
     files = (*_FILES, "answers") if encoder.answers else _FILES
-    sums = {n: _sum(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in files}
+    sums = {n: _sum(folder / f"{n}.npy") for n in files}
     about = {"names": names, "sums": {**sums, "names": _sum_of(names)}}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -204,7 +204,7 @@ def _read(folder: Path, mark: str) -> Corpus | None:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         files = (*_FILES, "answers") if "answers" in about["sums"] else _FILES
         arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in files}
-        sums = {n: _sum(a) for n, a in arrays.items()}
+        sums = {n: _sum(folder / f"{n}.npy") for n in files}
         if about["sums"] != {**sums, "names": _sum_of(about["names"])}:
             return None
         offsets, n_bytes = np.array(arrays["offsets"]), np.array(arrays["n_bytes"])
@@ -213,9 +213,16 @@ def _read(folder: Path, mark: str) -> Corpus | None:
         return None
 
 
-def _sum(array: np.ndarray) -> list[int]:
-    """Size in bytes, and a checksum (over 1 GB/s, so that a start stays quick)."""
-    return [array.nbytes, zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)]
+def _sum(path: Path) -> list[int]:
+    """Size in bytes, and a checksum (over 1 GB/s, so that a start stays quick) of the array in a file, which is read in
+    pieces: pages of a memory map would stay in memory."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        size, check = 0, 0
+        while data := file.read(2**22):
+            size, check = size + len(data), zlib.crc32(data, check)
+    return [size, check]
 
 
 def _sum_of(names: Sequence[str]) -> list[int]:

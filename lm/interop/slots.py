@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lm.config import ModelConfig
 from lm.interop.families.table import Table
 from lm.model import params as params_lib
@@ -32,15 +30,3 @@ def _of(name: str, shape: tuple[int, ...], stacked: int, table: Table | None) ->
     if stacked == first or (table is not None and "{e}" not in table[rest][0]):
         return [((rest, i, None), at) for i, at in layers]
     return [((rest, i, e), (*at, e)) for i, at in layers for e in range(shape[first])]
-
-
-def nested(flat: dict[str, Any]) -> dict[str, Any]:
-    """``{"a/b": leaf}`` as a tree."""
-    out: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = out
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return out

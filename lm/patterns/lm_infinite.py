@@ -15,6 +15,7 @@ from lm.attention.masks import Causal, Mask, Sinks, Window
 from lm.errors import UserError
 from lm.patterns.base import Pattern
 from lm.plug import bounded
+from lm.positions.base import largest_of_text
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,7 @@ class LMInfinite(Pattern):
             return min(wanted, T)
         index, slots = queries.index_BT, jnp.arange(T, dtype=jnp.int32)
         if queries.segments_BT is not None:  # as many texts as there are segments, anywhere
-            own = queries.segments_BT[:, :, None] == queries.segments_BT[:, None, :]
-            last_BT = jnp.where(own, index[:, None, :], -1).max(-1)
+            last_BT = largest_of_text(index, queries.segments_BT)
             return jnp.where((index >= 0) & (index > last_BT - wanted), slots, -1)
         ends_B = index.max(1) + 1 if queries.ends_B is None else queries.ends_B
         at = index.argmax(1).astype(jnp.int32)[:, None] - slots[: min(wanted, T)]

@@ -6,9 +6,19 @@ from typing import ClassVar, Self
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from lm.errors import UserError
 from lm.plug import Model, Plug
+
+
+def largest_of_text(x_BT: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
+    """For each token the largest `x` of its own text ``[B, T]``: of its row, or of its segment of a packed row."""
+    if segments_BT is None:
+        return jnp.broadcast_to(x_BT.max(1, keepdims=True), x_BT.shape)
+    new_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
+    number_BT, T = jnp.cumsum(new_BT, axis=1), x_BT.shape[1]
+    return jax.vmap(lambda x, at: jax.ops.segment_max(x, at, T)[at])(x_BT, number_BT)
 
 
 class Positions(Plug):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lm.errors import UserError
 from lm.plug import Model, bounded, socket
-from lm.positions.base import Positions
+from lm.positions.base import Positions, largest_of_text
 from lm.positions.scaling import Scaling
 
 
@@ -74,12 +74,7 @@ class Rope(Positions):
         end_BT = jnp.where(index_BT >= 0, positions_BT, 0.0) + 1.0
         if length_B is not None:
             return jnp.broadcast_to(length_B.astype(jnp.float32)[:, None], end_BT.shape)
-        if segments_BT is None:
-            return jnp.broadcast_to(end_BT.max(1, keepdims=True), end_BT.shape)
-        new_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)))
-        number_BT = jnp.cumsum(new_BT, axis=1)
-        T = end_BT.shape[1]
-        return jax.vmap(lambda end, at: jax.ops.segment_max(end, at, T)[at])(end_BT, number_BT)
+        return largest_of_text(end_BT, segments_BT)
 
     def frequencies(self, head_dim: int, length: jax.Array | float) -> jax.Array:
         """Radians per position of every rotated pair, ``[width / 2]``."""

@@ -16,6 +16,7 @@ from lm import weights
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
 from lm.model import params as params_lib
+from lm.nested import nested
 from lm.plug import bounded
 from lm.surgery.base import Params, Surgery
 
@@ -116,7 +117,7 @@ class LoRA(Surgery):
             a = jax.random.uniform(jax.random.fold_in(rng, i), (*stack, fan_in, self.rank), jnp.float32, -bound, bound)
             flat[f"{name}/lora_a"] = a
             flat[f"{name}/lora_b"] = jnp.zeros((*stack, self.rank, fan_out), jnp.float32)
-        return _nest(flat)
+        return nested(flat)
 
     def attach(self, cfg: ModelConfig, params: Params, trained: Params, rng: jax.Array | None = None) -> Params:
         """`params` with `lm.weights.LowRank` in the place of targets that linear layers and tables read, and with
@@ -151,17 +152,6 @@ def _matching(patterns: tuple[str, ...], names: Collection[str], key: str) -> li
             )
         out |= dict.fromkeys(found)
     return list(out)
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *place, last = name.split("/")
-        at = out
-        for part in place:
-            at = at.setdefault(part, {})
-        at[last] = leaf
-    return out
 
 
 def _replaced(params: Params, trained: Params, low_rank: Callable[..., Any], at: str = "") -> Params:

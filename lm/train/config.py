@@ -17,9 +17,9 @@ from lm.plug import bounded, check_bounds, socket, table
 from lm.positions.augmentation import Augmentation
 from lm.sharding.layout import Layout
 from lm.surgery.base import Surgery
+from lm.trackers.base import Tracker
+from lm.trackers.tensorboard import TensorBoard
 from lm.train.samples import Samples
-from lm.train.trackers.base import Tracker
-from lm.train.trackers.tensorboard import TensorBoard
 
 
 class Frozen(dict[str, str]):
@@ -104,7 +104,7 @@ class TrainConfig:
     max_skipped: int = bounded(10, at_least=1)
     log_every: int = bounded(1, at_least=1)
     tensorboard: bool = False
-    tracker: Tracker = socket("lm.train.trackers", "none", later=True)
+    tracker: Tracker = socket("lm.trackers", "none", later=True)
     samples: Samples = field(default_factory=Samples, metadata={"later": True})
     profile: tuple[int, ...] = ()
 

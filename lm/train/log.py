@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lm.files import write_json, write_text
+from lm.trackers.base import Session, Tracker
 from lm.train.folder import GOODPUT, METRICS, SAMPLES
-from lm.train.trackers.base import Session, Tracker
 
 Tell = Callable[[str], None]
 KINDS = ("init", "compile", "step", "data", "eval", "save", "idle")

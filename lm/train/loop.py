@@ -21,7 +21,7 @@ from lm.train.data import Data
 from lm.train.describe import describe
 from lm.train.evaluate import Evaluation
 from lm.train.folder import CHECKPOINTS, METRICS, steps
-from lm.train.log import Ledger, Log, NoLog, read
+from lm.train.log import Ledger, Log, NoLog, Tell, read
 from lm.train.metrics import Meter, plain
 from lm.train.placement import Placement
 from lm.train.resume import begin
@@ -32,7 +32,6 @@ from lm.train.step import ALONE, State
 __all__ = ["Start", "Trained", "run", "steps_done"]
 
 Report = Callable[[float, str], None]
-Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,16 @@ def test_without_marks_and_with_the_end_outside_of_them_the_mask_is_the_same(
     assert said(text_of(folder), marked[1]) == "the cat sat\n<|im_end|> on the mat<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [PLAIN, "{# no {% generation %} here #}" + PLAIN], ids=["plain", "a remark"])
+def test_the_assistant_may_speak_first(folder: Path, tmp_path: Path, template: str) -> None:
+    """The head of its turn is no part of what it says. What a remark in a template says marks nothing."""
+    talk = [("assistant", "the cat"), ("user", "there"), ("assistant", "the mat")]
+    write(tmp_path / "a.jsonl", [[{"role": role, "content": text} for role, text in talk]])
+    (row,) = learned(tmp_path / "a.jsonl", text_of(folder, template))
+    assert [row] == learned(tmp_path / "a.jsonl", text_of(folder))
+    assert said(text_of(folder), row) == "the cat<|im_end|>the mat<|im_end|>"
+
+
 def test_tools_are_read_as_lists_and_as_json(folder: Path, tmp_path: Path) -> None:
     text = text_of(folder, PLAIN)
     write(tmp_path / "a.jsonl", TALKS[2:], tools=TOOLS)

@@ -102,7 +102,12 @@ BEGINS = {  # the post-processor's template, and what tokenizer_config.json says
 }
 
 
-@pytest.mark.parametrize("name", BEGINS)
+DAILY = ("neither", "a beginning and an end")
+
+
+@pytest.mark.parametrize(
+    "name", [*DAILY, *(pytest.param(name, marks=pytest.mark.nightly) for name in BEGINS if name not in DAILY)]
+)
 def test_it_answers_as_the_harnesss_own_model(
     name: str, folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

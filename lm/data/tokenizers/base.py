@@ -53,8 +53,7 @@ class Tokenizer(abc.ABC):
 
     def encode_document(self, text: str) -> list[int]:
         """A text and, where the rule does not end it, the end of a document."""
-        ids = self.encode_text(text)
-        return ids if self.eos_id is None or ids[-1:] == [self.eos_id] else [*ids, self.eos_id]
+        return self.encode_documents([text])[0]
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each, in parallel where the library can."""

@@ -16,8 +16,9 @@ from lm.errors import UserError
 from lm.interop.adapters.change import Change
 from lm.interop.families.table import Table, flip, same
 from lm.interop.readers.memory import Memory
-from lm.interop.slots import Index, Slot, nested, slots
+from lm.interop.slots import Index, Slot, slots
 from lm.model import params as params_lib
+from lm.nested import nested
 from lm.sharding.layout import Where
 
 # Constants some files carry along; tied heads are dropped by the readers.

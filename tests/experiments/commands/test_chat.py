@@ -141,7 +141,11 @@ def test_a_model_without_a_template_is_refused(tmp_path: Path, capsys: pytest.Ca
     ("flags", "text", "words"),
     [
         (("--template=rag",), "", "--template"),
-        (("--tools=nowhere.json",), "", "--tools: nowhere.json: cannot be read as JSON"),
+        (
+            ("--tools=nowhere.json",),
+            "",
+            "--tools: nowhere.json: no such file; valid: a JSON file with a list of objects",
+        ),
         (("--seed=-1",), "", "--seed: found -1"),
         (("--pattern=lm_infinit",), "", "--pattern: unknown name 'lm_infinit'"),
         (("--prompt=x",), "", "--prompt: unknown argument"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lm.train.trackers.base import Session, Tracker, Write
+from lm.trackers.base import Session, Tracker, Write
 
 
 @dataclass(frozen=True)

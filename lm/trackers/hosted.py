@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lm.files import read_json, write_json
-from lm.train.trackers.base import Session, Tracker, Write
+from lm.trackers.base import Session, Tracker, Write
 
 NAME = "tracker.json"  # in the run's folder: which run of the tracker's it is
 
