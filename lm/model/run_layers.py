@@ -6,6 +6,7 @@ Nothing here says what a layer is (`lm.model.block`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 
 from lm import weights
 from lm.attention.branches import Keys
@@ -117,28 +119,37 @@ def _declare(scope: nn.Module, width: int, layers: Sequence[ModelConfig]) -> tup
     They are found by tracing `Block.init`, and not by `nn.scan`: layers of equal shapes share the stacked tree whatever
     plugs run on them, while a lifted scan would run one layer's plugs for all.
     """
-    inputs = Inputs(tokens_BT=jnp.zeros((1, 1), jnp.int32))
-    tokens = inputs.tokens((1, 1), layers[0].positions)
-    x, layer = jnp.zeros((1, 1, width), layers[0].dtype), LayerInputs(tokens, jnp.ones(()), tokens.index_BT)
-
-    def init(cfg: ModelConfig, rng: jax.Array) -> Params:
-        return dict(Block(cfg).init(rng, x, layer, None))["params"]
-
-    probe = jax.random.key(0)
-    shapes = [jax.eval_shape(lambda r, c=c: init(c, r), probe) for c in dict.fromkeys(layers)]
+    shapes = [_shapes(cfg, width) for cfg in dict.fromkeys(layers)]
     if all(s == shapes[0] for s in shapes) and not scope.has_variable("params", "blocks_0"):
 
         def stack(rng: jax.Array) -> Params:
             with weights.inside("blocks", ("layers",)):
-                return jax.vmap(lambda r: init(layers[0], r))(jax.random.split(rng, len(layers)))
+                return jax.vmap(lambda r: _init(layers[0], width, r))(jax.random.split(rng, len(layers)))
 
-        return weights.param(scope, "blocks", stack), True
+        made = weights.param(scope, "blocks", stack)
+        if (found := {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(made)}) != {(len(layers),)}:
+            raise ScopeParamShapeError("blocks", "", (*found,), (len(layers),))
+        return made, True
 
     def one(i: int, rng: jax.Array) -> Params:
         with weights.inside(f"blocks_{i}"):
-            return init(layers[i], rng)
+            return _init(layers[i], width, rng)
 
     return [weights.param(scope, f"blocks_{i}", lambda r, i=i: one(i, r)) for i in range(len(layers))], False
+
+
+def _init(cfg: ModelConfig, width: int, rng: jax.Array) -> Params:
+    """Random parameters of one layer on a stream of `width`."""
+    inputs = Inputs(tokens_BT=jnp.zeros((1, 1), jnp.int32))
+    tokens = inputs.tokens((1, 1), cfg.positions)
+    x, layer = jnp.zeros((1, 1, width), cfg.dtype), LayerInputs(tokens, jnp.ones(()), tokens.index_BT)
+    return dict(Block(cfg).init(rng, x, layer, None))["params"]
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes(cfg: ModelConfig, width: int) -> Params:
+    """Their shapes and types. Kept, because tracing a layer takes longer the more programs run on it."""
+    return jax.eval_shape(lambda rng: _init(cfg, width, rng), jax.random.key(0))
 
 
 def _runs(layers: Sequence[ModelConfig], scan: bool) -> list[int]:

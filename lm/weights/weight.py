@@ -17,6 +17,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jax.typing import DTypeLike
 
 # Logical axes of parameters that belong to another one (`lm.model.params.Axes` adds its stacking axes).
@@ -106,8 +107,9 @@ def param(
         notes["/".join((*filter(None, (prefix,)), *module.path, name))] = Declared((*stacked, *axes), n_in)
     if module.has_variable("params", name):
         value = module.get_variable("params", name)
-        if any(special(leaf) for leaf in jax.tree.leaves(value, is_leaf=special)):
-            return value  # `module.param` would refuse what is not an array of the declared shape
+        if shape is not None and not special(value) and value.shape != shape:
+            raise ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+        return value  # without `module.param`, which would trace `init` for its shape at every application
     return module.param(name, init) if shape is None else module.param(name, init, shape, dtype)
 
 
