@@ -54,6 +54,8 @@ def run_layers(
     """
     layers = cfg.layers()
     params, stacked = _declare(scope, x_BTD.shape[-1], layers)
+    if scope.is_initializing():
+        return x_BTD, []  # nobody reads the result
     keys = None if layer.key is None else jax.random.split(layer.key, len(layers))
     results: list[LayerResult] = []
     start, before = 0, x_BTD

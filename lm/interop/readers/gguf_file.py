@@ -69,13 +69,26 @@ class _Source(tensors.Source):
         return self.reader.read(name)
 
 
+class _Fields(GGUFReader):  # type: ignore[misc]
+    """The library's reader on a plain view of the mapped file: slices of `numpy.memmap` keep books, and a vocabulary is
+    hundreds of thousands of slices (SmolLM2-135M opens in 1.3 s of processor time, not 3.5)."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
 class File(Reader):
     """One GGUF file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.files = path, [path]
         try:
-            self.reader = GGUFReader(str(path))
+            self.reader = _Fields(str(path))
         except Exception as e:  # the library raises whatever its parsing runs into
             raise UserError(f"{path}: not a complete GGUF file ({type(e).__name__}: {e})") from None
         self.parts = self._parts()
@@ -106,7 +119,7 @@ class File(Reader):
             if not path.is_file():
                 raise UserError(f"{path}: no such file, though {self.path.name} is the first of {count} parts")
             try:
-                readers.append(GGUFReader(str(path)))
+                readers.append(_Fields(str(path)))
             except Exception as e:
                 raise UserError(f"{path}: not a complete GGUF file ({type(e).__name__}: {e})") from None
         return readers
