@@ -32,6 +32,8 @@ os.environ["XLA_FLAGS"] = " ".join((known, *QUICK_TO_COMPILE))
 jax.devices()  # reads them, once
 os.environ["XLA_FLAGS"] = known  # the compiler for TPUs ends the process over a flag that it does not know
 
+gc.set_threshold(50_000, 20, 100)  # tracing makes many objects, and looking for garbage was a fifth of the suite's time
+
 pytest_plugins = ["programs"]
 pytest.register_assert_rewrite("cases")
 

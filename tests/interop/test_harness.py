@@ -88,7 +88,7 @@ def answers(model: Any, tasks: Path, names: tuple[str, ...] = TASKS) -> dict[str
     """Every task's responses, request by request."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=str(tasks))
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)  # thousands of files
     made = lm_eval.simple_evaluate(model=model, tasks=list(names), task_manager=manager, bootstrap_iters=0)
     return {task: [s["resps"] for s in samples] for task, samples in made["samples"].items()}
 
@@ -102,7 +102,7 @@ BEGINS = {  # the post-processor's template, and what tokenizer_config.json says
 }
 
 
-DAILY = ("neither", "a beginning and an end")
+DAILY = ("a beginning and an end",)
 
 
 @pytest.mark.parametrize(
