@@ -165,12 +165,12 @@ def _busy(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens:
 
 
 def _inside(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int]) -> float:
-    """Numbers that a layer without `remat` keeps of a token: the stream and its norms, queries (raw and turned), keys,
-    values and what attention gives, and two arrays of the feed-forward width."""
+    """Numbers that a layer without `remat` keeps of a token: the stream and its norms, what its mixer keeps, and two
+    arrays of the feed-forward width."""
     layout = train.mesh
-    heads = 3 * layer.n_heads / layout.parts("heads", sizes) + 2 * layer.kv_heads / layout.parts("kv_heads", sizes)
+    mixed = layer.mixer.between(layer, layout.parts("heads", sizes), layout.parts("kv_heads", sizes))
     wide = _rows(layer, train, sizes, 1.0) * 2 * layer.ffn.width(layer) / layout.parts("mlp", sizes)
-    return 4 * layer.d_model + heads * layer.head_width + wide
+    return 4 * layer.d_model + mixed + wide
 
 
 def _rows(layer: ModelConfig, train: TrainConfig, sizes: dict[str, int], tokens: float) -> float:

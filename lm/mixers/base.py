@@ -39,6 +39,15 @@ class Mixer(Plug):
         skipped (arXiv 2204.02311, appendix B)."""
         return 0.0
 
+    def key(self, cfg: Model) -> tuple[int, int]:
+        """Heads and channels of a cached token's key, and of its value; what is not kept as keys need not say."""
+        return cfg.kv_heads, cfg.head_width
+
+    def between(self, cfg: Model, heads: int, kv_heads: int) -> float:
+        """Numbers of a token that a chip keeps for the backward pass, between the mixer's input and its last product;
+        `heads`, `kv_heads`: in how many parts these axes are cut."""
+        return 0.0
+
     @property
     def backend(self) -> str:
         """What computes it, for tables; empty where there is no choice."""

@@ -62,19 +62,24 @@ class MLA(Mixer):
 
     def cache(self, cfg: Model, batch: int, capacity: int) -> State:
         turns = Leading(cfg.positions, cfg.head_width)
-        kept = dataclasses.replace(cfg, n_kv_heads=1, head_dim=self.kept(cfg), positions=turns, mixer=Mixer())
+        kv_heads, width = self.key(cfg)
+        kept = dataclasses.replace(cfg, n_kv_heads=kv_heads, head_dim=width, positions=turns, mixer=Mixer())
         state: State = cfg.cache.init(kept, batch, capacity)
         return state
 
-    def kept(self, cfg: Model) -> int:
-        """Channels that a cache keeps of a token."""
-        return self.kv_rank + cfg.head_width
+    def key(self, cfg: Model) -> tuple[int, int]:
+        return 1, self.kv_rank + cfg.head_width
+
+    def between(self, cfg: Model, heads: int, kv_heads: int) -> float:
+        # Queries (raw and turned), keys, all filled up to one width with values and what attention gives; the vectors
+        # before and after their norms.
+        wide = max(cfg.head_width + self.nope_dim, self.v_dim)
+        return 5 * cfg.n_heads * wide / heads + cfg.head_width + 2 * self.kv_rank + 2 * (self.q_rank or 0)
 
     def flops(self, cfg: Model, start: int, tokens: int) -> float:
         read_out = cfg.head_width + self.nope_dim + self.v_dim
-        return (
-            2 * cfg.n_heads * (self.kept(cfg) + self.kv_rank if start else read_out) * cfg.pattern.seen(start, tokens)
-        )
+        width = cfg.head_width + 2 * self.kv_rank if start else read_out
+        return 2 * cfg.n_heads * width * cfg.pattern.seen(start, tokens)
 
     def flops_per_token(self, cfg: Model, seq_len: int) -> float:
         return 2 * cfg.n_heads * (cfg.head_width + self.nope_dim + self.v_dim) * seq_len / 2

@@ -64,6 +64,10 @@ class SoftmaxAttention(Mixer):
     def flops_per_token(self, cfg: Model, seq_len: int) -> float:
         return 2 * 2 * cfg.n_heads * cfg.head_width * seq_len / 2
 
+    def between(self, cfg: Model, heads: int, kv_heads: int) -> float:
+        # Queries (raw and turned) and what attention gives; keys and values.
+        return (3 * cfg.n_heads / heads + 2 * cfg.kv_heads / kv_heads) * cfg.head_width
+
 
 class _Attention(nn.Module):
     cfg: Model

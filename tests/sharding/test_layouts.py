@@ -29,6 +29,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "mixer": {"name": "softmax", "backend": "blocked", "softcap": 3.0},
         "pattern": {"name": "sliding_window", "window": 3},
     },
+    "latent": {
+        **SIZES,
+        "head_dim": 2,
+        "mixer": {"name": "mla", "kv_rank": 8, "q_rank": 8, "nope_dim": 4, "v_dim": 4},
+    },
     "moe": {**SIZES, "ffn": {"name": "moe", "experts": 4, "d_expert": 16, "shared": 16, "router_z_loss": 1e-3}},
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -51,6 +56,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 AXIS_BY_AXIS = [
     *(("dense", name) for name in ("data", "fsdp", "tensor", "sequence", "data x stage", "data x stage x tensor")),
     ("untied", "stage x sequence"),
+    ("latent", "data x fsdp x tensor"),
     ("moe", "expert"),
 ]
 PRODUCTS = [
