@@ -76,6 +76,13 @@ def test_no_key_beyond_the_bound(mask: Mask) -> None:
         assert not brute(mask, 0, 60, bound, 60).any()
 
 
+def test_the_bound_of_a_composed_mask_is_no_larger_than_needed() -> None:
+    """Dense attention reads keys up to it."""
+    assert (Sinks(3) & Sinks(5)).key_bound == (Causal() & Sinks(3)).key_bound == 3
+    assert (Sinks(3) | Sinks(5)).key_bound == 5
+    assert (Sinks(3) | Window(2)).key_bound is (~Sinks(3)).key_bound is None
+
+
 @pytest.mark.parametrize(
     "mask",
     [
