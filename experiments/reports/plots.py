@@ -30,6 +30,7 @@ CUT = 1.5  # an axis that is cut goes on above the calmest arm for this many tim
 BLOWN = 2.0  # … and is cut only when the highest arm would stretch it more than so many times
 _LOOK: dict[str, Any] = {
     "font.size": 10,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.constrained_layout.w_pad": 0.12,

@@ -66,6 +66,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     """Everything from the arguments to the table; raises `UserError` for any mistake in the input."""
     args, overrides = arguments(argv, doc)
     source, settings = registry.find(args.config)
+    sweeps.check(settings)
     name, points_or_space = sweeps.choose(source, args.sweep, "search" if args.search else "sweep")
     head = {"file": source.place, "scale": settings.get("scale"), "search" if args.search else "sweep": name}
     label = f"search-{name}" if args.search else name

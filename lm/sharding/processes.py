@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from lm import compat
-from lm.errors import TrainingStopped, UserError
+from lm.errors import TrainingStopped, UserError, shown
 
 HEARTBEAT = 100  # seconds of silence after which a process counts as dead; JAX's own default
 LONG = 7 * 24 * 3600  # seconds: as long as process 0 may measure while the others wait for the next training
@@ -89,7 +89,7 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
         raise UserError(f"--process: found {process}; valid: 0 to {processes - 1} (--processes={processes})")
     host, colon, port = coordinator.rpartition(":")
     if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
-        raise UserError(f"--coordinator: found {coordinator!r}; valid: HOST:PORT, the port from 1 to 65535")
+        raise UserError(f"--coordinator: found {shown(coordinator)}; valid: HOST:PORT, the port from 1 to 65535")
     return {
         "coordinator_address": coordinator,
         "num_processes": processes,

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lm import files
 from lm.data.record.record import TextRecord
 from lm.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, from_directory
 from lm.data.tokenizers.sentencepiece import FLAGS
-from lm.errors import UserError
-from lm.files import read_json
+from lm.errors import UserError, shown
 
 # What it is read from, beside config.json; patterns.
 FILES = (
@@ -77,12 +77,7 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is no such file. Raises `UserError` for anything else."""
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+    return files.read_object(path) if path.is_file() else {}
 
 
 def _named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
@@ -96,7 +91,7 @@ def _named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
             continue
         content = value.get("content") if isinstance(value, dict) else value
         if content is not None and not isinstance(content, str):
-            raise UserError(f"{folder / 'tokenizer_config.json'} {name}: expected a string, found {value!r}")
+            raise UserError(f"{folder / 'tokenizer_config.json'} {name}: expected a string, found {shown(value)}")
         out[name] = content
     return out
 
@@ -109,7 +104,9 @@ def _ids(folder: Path, name: str, config: Mapping[str, Any], generation: Mapping
         listed = value if isinstance(value, list) else [] if value is None else [value]
         for i in listed:
             if not isinstance(i, int) or isinstance(i, bool):
-                raise UserError(f"{folder / file} {name}: expected an integer or a list of integers, found {value!r}")
+                raise UserError(
+                    f"{folder / file} {name}: expected an integer or a list of integers, found {shown(value)}"
+                )
             if i >= 0 and i not in out:  # -1 is an old way to say that there is none
                 out.append(i)
     return tuple(out)
@@ -158,9 +155,9 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Jinja sources by name: files stand before what ``tokenizer_config.json`` holds."""
     out: dict[str, str] = {}
     if (folder / "chat_template.jinja").is_file():
-        out["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        out["default"] = files.read_text(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        out[path.stem] = path.read_text(encoding="utf-8")
+        out[path.stem] = files.read_text(path)
     if out:
         return out
     given = settings.get("chat_template")
