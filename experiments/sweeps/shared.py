@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.running import dry
 from experiments.running.cache import key
 from experiments.running.plan import Plan, Workdir, prepare
 from experiments.spec.registry import Source
@@ -92,8 +93,14 @@ class Shared:
         args += [] if self.arms is None else [f"--arms={self.arms}"]
         args += [f"--config.{k}={v}" for k, v in self.overrides]
         args += [f"--config.{k}={literal(v, k)}" for k, v in changes.items()]
-        run = Workdir(folder, self.source.place, plan)
+        light = dataclasses.replace(plan, base=None)  # a tokenizer for each of a thousand points would be too much
+        run = Workdir(folder, self.source.place, light)
         run.check()
+        if self.absent_is_fine:  # a dry run
+            try:
+                dry.check(plan, self.source, run)
+            except UserError as e:
+                raise UserError(f"{place}: {e}") from None
         chosen = tuple(plan.chosen)
         return Point(number, dict(changes), folder, tuple(args), chosen, len(chosen) == len(plan.arms), run), at
 
@@ -107,7 +114,7 @@ class Shared:
         except UserError as e:
             self.base()  # the mistake may be in what all points share
             raise UserError(f"{place}: {e}") from None
-        return dataclasses.replace(plan, base=None)  # a tokenizer for each of a thousand points would be too much
+        return plan
 
 
 def points(shared: Shared, name: str, every: Sequence[Changes]) -> list[Point]:

@@ -70,8 +70,11 @@ class NllByPosition(Measure):
             done = stop
         return out
 
-    def run(self, subject: Subject, progress: Progress) -> Measured:
-        trained = self.trained or subject.model.trained_length
+    def check(self, subject: Subject, trains: bool) -> None:
+        self._encoded(subject)
+
+    def _encoded(self, subject: Subject) -> list[tuple[Any, list[int]]]:
+        """Every document with its first tokens; `UserError` for one that is too short."""
         docs = [(d, encode(subject, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
         for doc, ids in docs:
             if len(ids) < self.tokens:
@@ -79,6 +82,11 @@ class NllByPosition(Measure):
                     f"measures.nll.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
                     "choose a longer document or fewer tokens"
                 )
+        return docs
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        trained = self.trained or subject.model.trained_length
+        docs = self._encoded(subject)
         windows = self._windows()
         steps = len(docs) * len(windows) * subject.n_layers
         done = 0

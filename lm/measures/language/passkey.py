@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +89,11 @@ class Passkey(Measure):
                 for trial in range(self.trials):
                     rng = random.Random(f"{subject.seed}/{length}/{depth}/{trial}")
                     yield j, i, *self.prompt(subject, filler, length, depth, rng)
+
+    def check(self, subject: Subject, trains: bool) -> None:
+        least = dataclasses.replace(self, lengths=(min(self.lengths), max(self.lengths)), depths=(0.0,), trials=1)
+        for _ in least.prompts(subject):
+            pass
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         trained = subject.model.trained_length
