@@ -13,7 +13,7 @@ from experiments import cli
 from experiments.commands.generate import (
     Opened,
     answered,
-    check_seed,
+    check_drawing,
     drawing_arguments,
     headed,
     model_arguments,
@@ -116,7 +116,7 @@ def lines(stdin: IO[str], terminal: bool) -> Iterator[str]:
 
 def run(argv: Sequence[str], doc: str | None = None, stdin: IO[str] | None = None) -> int:
     args, overrides = parsed(arguments(doc), argv)
-    check_seed(args.seed, "--seed")
+    check_drawing(args)
     header, cfg = headed(args, overrides)
     if not header.text.templates:
         raise UserError(
@@ -130,6 +130,7 @@ def run(argv: Sequence[str], doc: str | None = None, stdin: IO[str] | None = Non
     }
     choose(header.text.templates, args.template, args.tools is not None, args.checkpoint)
     sampling = sampling_of(args, header.text.generation)
+    sampling.check(cfg.vocab_size)
     talk = Conversation(opened(args, header, cfg, ends=not args.ignore_eos), args, sampling, choices)
     source = stdin or sys.stdin
     terminal = source.isatty()

@@ -23,6 +23,7 @@ from lm.data.tokenizers import Tokenizer
 from lm.data.tokenizers.base import TORN
 from lm.decoding import Generator, Row, Sampling
 from lm.decoding.generator import SEEDS
+from lm.decoding.sampling import CUTS, OFF
 from lm.errors import UserError, shown, unknown
 from lm.files import read_json, read_text, user_path
 from lm.interop.readers.tensors import check
@@ -226,6 +227,15 @@ def seed_of(seed: int, sample: int) -> int:
     return (seed * 1_000_003 + sample) % SEEDS  # an odd factor: other seeds, other keys
 
 
+def check_drawing(args: argparse.Namespace) -> None:
+    """Raises `UserError` for arguments of `drawing_arguments` that ask for nothing."""
+    check_seed(args.seed, "--seed")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
+    if "" in args.stop:
+        raise UserError("--stop: is empty, which every text holds; valid: a text that ends an answer")
+
+
 def check_seed(seed: int, key: str) -> int:
     if not 0 <= seed < SEEDS:
         raise UserError(f"{key}: found {seed}; valid: 0 to {SEEDS - 1}")
@@ -237,10 +247,15 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     for name in ("system", "template", "tools", "documents"):
         if vars(args)[name] is not None and not args.chat:
             raise UserError(f"--{name}: needs --chat")
-    check_seed(args.seed, "--seed")
+    check_drawing(args)
+    if args.samples < 1:
+        raise UserError(f"--samples: must be at least 1, found {args.samples}")
+    if args.whole and not args.file:
+        raise UserError("--whole: has no meaning without --file; valid: --file=FILE --whole")
     texts = prompts(args)
     header, cfg = headed(args, overrides)
     sampling = sampling_of(args, header.text.generation)
+    sampling.check(cfg.vocab_size)
     ids = [_encode(header, text, args) for text in texts]
     model = opened(args, header, cfg, ends=not args.ignore_eos)
     total, start = 0, time.perf_counter()
@@ -345,6 +360,12 @@ def sampling_of(args: argparse.Namespace, generation: Mapping[str, Any]) -> Samp
         frequency_penalty=args.frequency_penalty,
         bias=tuple(_bias(b) for b in args.bias),
     )
+    cuts = [name for name in CUTS if name in given and given[name] != OFF[name]]
+    if cuts and made.temperature == 0:
+        raise UserError(
+            f"--{cuts[0].replace('_', '-')}: has no meaning with temperature 0, which takes the likeliest token; "
+            "valid: --temperature above 0"
+        )
     told = {n: v for n, v in said.items() if v != vars(Sampling())[n] and (n != "temperature" or v)}
     if told:
         words = ", ".join(f"{n} {v:g}" for n, v in told.items())
