@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ FILES = (
     "additional_chat_templates/*.jinja",
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # how a token is drawn
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What is no setting of a tokenizer: written anew, or a path on the machine of whoever saved it.
 ASIDE = ("chat_template", "name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file", "auto_map", *NAMED)
@@ -38,6 +40,7 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
     """
     settings = read_object(folder / "tokenizer_config.json")
     generation = read_object(folder / "generation_config.json")
+    _check_drawn(folder / "generation_config.json", generation)
     said = _named(folder, settings)
     tokenizer = from_directory(folder) if tokenizer is None else tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):  # its file names some itself
@@ -78,6 +81,16 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is no such file. Raises `UserError` for anything else."""
     return files.read_object(path) if path.is_file() else {}
+
+
+def _check_drawn(path: Path, generation: Mapping[str, Any]) -> None:
+    """Raises `UserError` for settings of how tokens are drawn that are none."""
+    for key in DRAWN:
+        value = generation.get(key)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{path} {key}: found {shown(value)}; valid: a finite number, or null")
+    if not isinstance(generation.get("do_sample"), bool | None):
+        raise UserError(f"{path} do_sample: found {shown(generation['do_sample'])}; valid: true or false")
 
 
 def _named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:

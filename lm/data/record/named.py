@@ -35,7 +35,7 @@ def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path)
     if spec == "bytes":
         return TextRecord.of(ByteTokenizer())
     if kind == "bpe" and colon:
-        if not re.fullmatch("[0-9]{1,9}", size):
+        if not re.fullmatch("[0-9]{1,99}", size):
             raise UserError(f"{KEY}: bpe:{size}: the size is not a number; valid: bpe:4096, for example")
         return TextRecord.of(bpe.trained(documents(), int(size), cache))
     if kind == "values" and colon:
