@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lm import files
-from lm.errors import Terminated, TrainingStopped, UserError, nearest, shown, unknown
+from lm.errors import Terminated, TrainingStopped, UserError, nearest, shown, told, unknown
 
 LARGEST = 10**11  # of any number
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = vars(found).get(action.dest)
-            if value is not action.default:
+            if value is not action.default and not action.dest.endswith("seed"):  # seeds have bounds of their own
                 flag = next(iter(action.option_strings), action.metavar or action.dest)
                 setattr(found, action.dest, _checked(value, str(flag)))
         return found, rest
@@ -100,7 +100,7 @@ def main(fn: Command, argv: Sequence[str] | None = None) -> int:
     on and for a machine that refuses, 0 for one that was asked to end and has saved, 130 for an interrupt.
 
     Output that its encoding cannot write is escaped, output that nobody reads is dropped."""
-    _open_outputs()
+    _open_streams()
     try:
         code = fn(_utf8(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()
@@ -124,6 +124,14 @@ def main(fn: Command, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the pipe has seen enough
         _drop_output()
         return 0
+    except RuntimeError as e:
+        platform = re.search(r"[Uu]nable to initialize backend|Unknown backend|no platforms that are instances", str(e))
+        if platform is None:
+            raise
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        valid = "cpu, or a platform of this machine"
+        print(f"error: {UserError(f'JAX_PLATFORMS: found {shown(asked)}: {told(e)}; valid: {valid}')}", file=sys.stderr)
+        return 2
     except MemoryError:
         print("error: the machine has not enough memory for this", file=sys.stderr)
         return 1
@@ -150,7 +158,9 @@ def _flush() -> bool:
     return True
 
 
-def _open_outputs() -> None:
+def _open_streams() -> None:
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (open as long as the process)
     for name in ("stdout", "stderr"):
         stream = vars(sys)[name]
         if stream is None:  # whoever started this has closed it

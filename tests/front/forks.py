@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 ROOT = Path(__file__).resolve().parents[2]
 REACHED = "the front lets it pass"
 COMMANDS = "run sweep report list generate chat serve evaluate convert compile new_method results_page lab".split()
@@ -102,6 +104,8 @@ def _run(asked: Mapping[str, Any], folder: str) -> int:
     Path(folder, "in").write_bytes(str(asked.get("stdin", "")).encode("utf-8", "surrogateescape"))
     _become(0, os.path.join(folder, "in"), os.O_RDONLY)
     os.environ.update(asked.get("env", {}))
+    if "JAX_PLATFORMS" in asked.get("env", {}):
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # it was read when jax was imported
     os.chdir(asked["folder"])
     kind = asked.get("stdout")
     if kind == "full":

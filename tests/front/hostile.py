@@ -41,7 +41,7 @@ PLACES = [
     "",
     " ",
     ".",
-    "/",
+    "/proc",
     "~",
     "~nosuchuser/x",
     "~nosuchuser",
@@ -800,6 +800,7 @@ def talk(rng: random.Random, known: object) -> Case:
 ENVIRONMENT = [
     {"DECODER_LAB_CACHE": value} for value in ("", "~nosuchuser", "texts/a.txt", "odd/loop", LONG, "odd/fifo")
 ] + [{"SLURM_NTASKS": "x", "SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "x", "SLURM_PROCID": "x", "SLURM_LOCALID": "x"}]
+ENVIRONMENT += [{"JAX_PLATFORMS": value} for value in ("cuda", "nowhere", "tpu", "cpu,cuda")]
 GOOD = [
     ("run", ("--config=toy.py", "--dry-run")),
     ("report", ("done",)),

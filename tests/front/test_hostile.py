@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
+import subprocess
 import sys
 import typing
 from collections.abc import Iterator
@@ -139,3 +141,22 @@ def test_the_server_leaves_no_thread_to_its_children() -> None:
         ended = ask("lab", ["--help"], Path.cwd())
     assert ended.code == 0 and "new_method" in ended.out, ended.err
     assert sys.executable
+
+
+@pytest.mark.parametrize(("output", "code"), [(">&-", 0), ("> /dev/full", 1), ("| head -c 1 > /dev/null", 0)])
+def test_outputs_that_take_nothing(output: str, code: int, tmp_path: Path) -> None:
+    """A process of its own: what the interpreter says at its end is part of it."""
+    line = f"set -o pipefail; {sys.executable} -m experiments.lab --help {output}"
+    ended = subprocess.run(["bash", "-c", line], cwd=forks.ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == code and ended.stderr.count("\n") == code
+    assert not code or ended.stderr.startswith("error: ")
+
+
+def test_output_in_ascii(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    line = [sys.executable, "-m", "experiments.lab", "caf\udce9"]
+    ended = subprocess.run(line, cwd=forks.ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert (ended.returncode, ended.stdout) == (2, "") and "is not UTF-8" in ended.stderr
+    line = [sys.executable, "-c", "import sys; from experiments import cli; sys.exit(cli.main(lambda a: print('é…')))"]
+    ended = subprocess.run(line, cwd=forks.ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\xe9\\u2026\n", "")
