@@ -125,6 +125,9 @@ def main(fn: Command, argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return 0
     except RuntimeError as e:
+        if "RESOURCE_EXHAUSTED" in str(e):
+            print(f"error: a device has not enough memory for this ({told(e)})", file=sys.stderr)
+            return 1
         platform = re.search(r"[Uu]nable to initialize backend|Unknown backend|no platforms that are instances", str(e))
         if platform is None:
             raise

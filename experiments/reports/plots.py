@@ -41,7 +41,8 @@ Curve = Mapping[str, Any]
 
 def file_name(curve: str) -> str:
     """The picture's file name; the curve's name with anything unusual in a path replaced."""
-    return (re.sub(r"[^\w.@+-]+", "_", curve).strip("._") or "curve") + ".png"
+    name = re.sub(r"[^\w.@+-]+", "_", curve).strip("._") or "curve"
+    return name.encode()[:200].decode(errors="ignore") + ".png"  # as long as file systems take
 
 
 def write(run: Tables, folder: Path) -> dict[str, Path]:

@@ -139,6 +139,8 @@ NUMBERS = [
     "1j",
     "٣",
     "1e400",
+    "2147483647",
+    "999999937",
     "2147483648",
     "4294967296",
     "18446744073709551616",
@@ -260,6 +262,9 @@ JSON: list[Any] = [
 ]
 
 
+NEVER = ("nan", "inf", "-inf", "-nan", "1e999", "-1e999", "1e400", "9" * 5_000, "1" + "0" * 400, "--5", "1j", "")
+
+
 def _fields(cls: type, key: str, setup: tuple[str, ...] = ()) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """(dotted key, type, overrides that must come first) of every field of a dataclass and of its plugs."""
     hints = typing.get_type_hints(cls)
@@ -344,7 +349,8 @@ def overrides(rng: random.Random, known: Sequence[tuple[str, Any, tuple[str, ...
         place = "arms.window." + place
     value = rng.choice(ANY if rng.random() < 0.5 else NUMBERS if hint in (int, float) else WORDS)
     head = "run" if rng.random() < 0.85 else "sweep"
-    return Case(head, ("--config=toy.py", "--dry-run", *setup, f"--config.{place}={value}"))
+    refuse = hint in (int, float) and value in NEVER
+    return Case(head, ("--config=toy.py", "--dry-run", *setup, f"--config.{place}={value}"), refuse=refuse)
 
 
 def settings(rng: random.Random, known: object) -> Case:

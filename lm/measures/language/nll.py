@@ -56,7 +56,7 @@ class NllByPosition(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         """Tokens read, with the quadratic part of attention in units of 8k tokens."""
         n = self.context or self.tokens
-        passes = len(self._windows())
+        passes = 1 if self.tokens <= n else 1 + math.ceil((self.tokens - n) / (n // 2))  # as many as `_windows`
         return len(self.texts) * passes * n * (1.0 + n / 8192)
 
     def _windows(self) -> list[tuple[int, int, int]]:

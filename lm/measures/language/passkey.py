@@ -42,9 +42,10 @@ class Passkey(Measure):
             raise UserError(f"measures.passkey.lengths: each must be at least 128, found {self.lengths}")
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
             raise UserError(f"measures.passkey.depths: each must be in 0 … 1, found {self.depths}")
-        if self.trials < 1 or self.digits < 1:
+        if self.trials < 1 or not 1 <= self.digits <= 100:
             raise UserError(
-                f"measures.passkey: trials and digits must be at least 1, found {self.trials}, {self.digits}"
+                "measures.passkey: trials must be at least 1 and digits from 1 to 100, found "
+                f"{self.trials}, {self.digits}"
             )
 
     def identity(self) -> str:
