@@ -23,7 +23,7 @@ from lm.heads.base import Head
 from lm.mixers.base import Mixer
 from lm.norms import Norm
 from lm.patterns.base import Pattern
-from lm.plug import WIDEST, Model, Table, check_bounds, socket, table
+from lm.plug import WIDEST, Model, Plug, Table, check_bounds, socket, table
 from lm.positions.base import Positions
 
 # What the layers of one decoder have in common: the residual stream, and what is before and after the blocks.
@@ -154,7 +154,10 @@ def build(cls: type, cfg: object, key: str) -> Any:
     """An instance of dataclass `cls` from mapping `cfg`; `key` is the dotted place for error messages."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return cfg
-    return cls(**checked(cls, cfg, key))
+    made = cls(**checked(cls, cfg, key))
+    if isinstance(made, Plug):
+        check_bounds(made, key)
+    return made
 
 
 def checked(cls: type, cfg: object, key: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from lm.errors import UserError, shown
 WIDEST = 2**24  # channels or heads
 DEEPEST = 4096  # layers
 INT32 = 2**31 - 1  # ids and positions
+WHOLE = 2**30  # any other whole number of a setting
 
 
 class Table(MutableMapping[str, type[Any]]):
@@ -97,19 +98,20 @@ class Settings(dict[str, Any]):
 
 def check_bounds(settings: Any, key: str) -> None:
     """Raises `UserError` for the first field of a dataclass instance that is out of its bounds; `key` is its place.
-    Whole numbers are at most `INT32` anyway: devices count in 32 bits."""
+    Whole numbers are at most `WHOLE` where nothing else is said: devices count in 32 bits, and two are added."""
     for f in dataclasses.fields(settings):
         value = settings.__dict__[f.name]
         least, most = f.metadata.get("at_least", -math.inf), f.metadata.get("at_most", math.inf)
+        whole = math.inf if f.name.endswith("seed") or most < math.inf else WHOLE  # seeds have bounds of their own
         for one in value if isinstance(value, tuple) else (value,):
             if type(one) not in (int, float):
                 continue
             if not one >= least:
                 none = " or None" if "None" in str(f.type) else ""
                 raise UserError(f"{key}.{f.name}: must be at least {least}{none}, found {shown(one)}")
-            most = min(most, INT32) if isinstance(one, int) else most
-            if not one <= most:
-                raise UserError(f"{key}.{f.name}: must be at most {most:,}, found {shown(one)}")
+            limit = min(most, whole) if isinstance(one, int) else most
+            if not one <= limit:
+                raise UserError(f"{key}.{f.name}: must be at most {limit:,}, found {shown(one)}")
 
 
 class Plug:

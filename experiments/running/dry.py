@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 from pathlib import Path
 
 import jax
 
-from experiments.running.cache import shared_folder
+from experiments.running.cache import ENVIRONMENT, shared_folder
 from experiments.running.job import identities
-from experiments.running.plan import Plan, Workdir
+from experiments.running.plan import Plan, Workdir, check_target
 from experiments.running.runner import Runner
 from experiments.spec import registry
-from lm.errors import UserError
 
 
 def check(plan: Plan, source: registry.Source, workdir: Workdir, hosts: int = 1) -> None:
@@ -23,8 +21,7 @@ def check(plan: Plan, source: registry.Source, workdir: Workdir, hosts: int = 1)
 
     Tokens that earlier runs kept are read, others go into a folder that is thrown away. Raises `UserError`.
     """
-    _target(workdir.path, "--workdir")
-    _target(shared_folder(), "DECODER_LAB_CACHE")
+    check_target(shared_folder(), ENVIRONMENT)
     if plan.base is None or hosts > 1:
         identities(plan)
         for train in (plan.arms[name].train for name in plan.chosen if hosts > 1):
@@ -34,15 +31,6 @@ def check(plan: Plan, source: registry.Source, workdir: Workdir, hosts: int = 1)
     with tempfile.TemporaryDirectory() as name:
         _borrow(shared_folder() / "data", Path(name))
         Runner(plan, source, workdir, cache=Path(name)).results()
-
-
-def _target(folder: Path, key: str) -> None:
-    """Raises `UserError` unless the folder is one that can be written, or made."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
-    if not there.is_dir():
-        raise UserError(f"{key}: {folder} cannot be written ({there} is no folder); valid: a folder, or a new one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: {folder} cannot be written (permission denied at {there}); valid: another folder")
 
 
 def _borrow(kept: Path, into: Path) -> None:

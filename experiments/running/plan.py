@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,15 @@ def _start(
     return base, own, absent
 
 
+def check_target(folder: Path, key: str) -> None:
+    """Raises `UserError` unless the folder is one that can be written, or made."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UserError(f"{key}: {folder} cannot be written ({there} is no folder); valid: a folder, or a new one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {folder} cannot be written (permission denied at {there}); valid: another folder")
+
+
 @dataclass(frozen=True)
 class Workdir:
     """A run folder: new, empty, or of this very config."""
@@ -88,6 +98,7 @@ class Workdir:
         """Raises `UserError` when the folder holds anything else than a run of this config."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--workdir: {self.path} is a file; valid: a new folder, or the folder of this run")
+        check_target(self.path, "--workdir")
         file = self.path / "config.json"
         if not file.exists():
             found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []

@@ -58,7 +58,8 @@ class Sampling:
                 raise UserError(f"bias: token {token}: found {value}; valid: a number, or -inf for a token never drawn")
         if not LEAST <= self.repetition_penalty < math.inf:
             raise UserError(
-                f"repetition_penalty: must be finite and {LEAST} or more (1 = off), found {self.repetition_penalty}"
+                f"repetition_penalty: must be positive (1 = off; finite, at least {LEAST}), found "
+                f"{self.repetition_penalty}"
             )
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(vars(self)[name]):

@@ -250,6 +250,13 @@ def test_text_too_short(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     refused(lab, capsys, ("arms.zero: measures.other", "'short.txt' has 5"), *args, "--dry-run")
 
 
+def test_claims_that_fail_are_told_before_work(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.config.write_text(lab.config.read_text() + "\ndef claims(r):\n    return 1 / 0\n")
+    for more in ([], ["--dry-run"]):
+        assert lab(*more) == 2 and lab.calls == []
+        assert "toy.py: claims(results) failed: ZeroDivisionError" in capsys.readouterr().err
+
+
 def _drop(name: str) -> Callable[[dict[str, Any]], None]:
     return lambda tensors: tensors.__delitem__(name)
 
