@@ -29,9 +29,11 @@ def _each(one: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(map(one, value))
 
 
-TEXT, TEXTS = ("text", _text), ("a list of texts", _each(_text))
+Kind = tuple[str, Callable[[object], bool]]
+TEXT: Kind = ("text", _text)
+TEXTS: Kind = ("a list of texts", _each(_text))
 # How keys end -> what their values are; all others are numbers, or lists of them where layers differ.
-KINDS: dict[str, tuple[str, Callable[[object], bool]]] = {
+KINDS: dict[str, Kind] = {
     ".tokens": TEXTS,
     ".merges": TEXTS,
     ".chat_templates": TEXTS,
