@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from experiments.running.cache import write_json
 from experiments.running.subject import Base
 from experiments.spec import registry, settings
@@ -38,7 +40,10 @@ class Plan:
 def prepare(
     raw: Settings, overrides: Sequence[tuple[str, Any]], arms: str | None, absent_is_fine: bool = False
 ) -> Plan:
-    """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake."""
+    """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake, and what
+    JAX does for a platform that is asked for and not there."""
+    if jax.config.jax_platforms:
+        jax.devices()
     for dotted, value in (o for o in overrides if o[0] in FIRST):
         raw = settings.override(raw, dotted, value)
     base, own, absent = _start(*settings.places(raw), absent_is_fine)
