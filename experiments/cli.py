@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from lm.errors import Terminated, TrainingStopped, UserError, nearest, unknown
+from lm import files
+from lm.errors import Terminated, TrainingStopped, UserError, nearest, shown, told, unknown
+
+LARGEST = 10**11  # of any number
 
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
 
@@ -30,12 +37,46 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Numbers are finite and no larger than `LARGEST`, paths such as files can have; `UserError` that names the
+        first argument which is not so."""
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._actions:
+            value = vars(found).get(action.dest)
+            if value is not action.default and not action.dest.endswith("seed"):  # seeds have bounds of their own
+                flag = next(iter(action.option_strings), action.metavar or action.dest)
+                setattr(found, action.dest, _checked(value, str(flag)))
+        return found, rest
+
     def refuse(self, unknown: Sequence[str]) -> None:
         """Raises `UserError` for the first argument that was not understood."""
         for word in unknown:
             flag = word.partition("=")[0]
             valid = sorted(o for a in self._actions for o in a.option_strings)
             raise UserError(f"{flag}: unknown argument{nearest(flag, valid)}; valid: {', '.join(valid)}")
+
+
+def _checked(value: object, flag: str) -> object:
+    if value == []:  # what argparse makes of --flag=--
+        raise UserError(f"{flag}: found '--'; valid: a value")
+    if isinstance(value, list):
+        return [_checked(v, flag) for v in value]
+    if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
+        raise UserError(f"{flag}: found {shown(value)}; valid: a finite number, of at most {LARGEST:,}")
+    if isinstance(value, Path):
+        return files.user_path(value, flag)
+    return value
+
+
+def _utf8(words: Sequence[str]) -> Sequence[str]:
+    """The words of a command line, unless one has bytes that are not UTF-8 (which Python keeps as half characters)."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError as e:
+            said = f"character {e.start} of {shown(word)} is not UTF-8"
+            raise UserError(f"the command line: {said}; valid: UTF-8 text") from None
+    return words
 
 
 def axes(text: str, valid: Collection[str]) -> dict[str, int]:
@@ -46,17 +87,28 @@ def axes(text: str, valid: Collection[str]) -> dict[str, int]:
         name, _, n = part.strip().partition("=")
         if name not in valid:
             raise unknown("--mesh", name, valid)
-        if not n.removeprefix("-").isdecimal():
-            raise UserError(f"--mesh: {name}: found {n!r}; valid: a number, or -1 for what is left")
+        if not re.fullmatch(r"-1|[0-9]{1,9}", n):
+            raise UserError(f"--mesh: {name}: found {shown(n)}; valid: a number, or -1 for what is left")
+        if name in out:
+            raise UserError(f"--mesh: {name} is given twice; valid: every axis once")
         out[name] = int(n)
     return out
 
 
 def main(fn: Command, argv: Sequence[str] | None = None) -> int:
     """The exit code of ``fn(argv)``: 2 and ``error: …`` on stderr for a `UserError`, 1 for a training that cannot go
-    on, 0 for one that was asked to end and has saved, 130 for an interrupt."""
+    on and for a machine that refuses, 0 for one that was asked to end and has saved, 130 for an interrupt.
+
+    Output that its encoding cannot write is escaped, output that nobody reads is dropped."""
+    _open_streams()
     try:
-        return fn(sys.argv[1:] if argv is None else argv) or 0
+        code = fn(_utf8(sys.argv[1:] if argv is None else argv)) or 0
+        sys.stdout.flush()
+        return code
+    except SystemExit as e:  # --help
+        if not _flush():
+            return 1
+        raise e
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -70,9 +122,62 @@ def main(fn: Command, argv: Sequence[str] | None = None) -> int:
         print(f"\n{INTERRUPTED}" if sys.stderr.isatty() else INTERRUPTED, file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of the pipe has seen enough
-        with contextlib.suppress(OSError):
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (nothing left to flush into the closed pipe)
+        _drop_output()
         return 0
+    except RuntimeError as e:
+        if "RESOURCE_EXHAUSTED" in str(e):
+            print(f"error: a device has not enough memory for this ({told(e)})", file=sys.stderr)
+            return 1
+        platform = re.search(r"[Uu]nable to initialize backend|Unknown backend|no platforms that are instances", str(e))
+        if platform is None:
+            raise
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        valid = "cpu, or a platform of this machine"
+        print(f"error: {UserError(f'JAX_PLATFORMS: found {shown(asked)}: {told(e)}; valid: {valid}')}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("error: the machine has not enough memory for this", file=sys.stderr)
+        return 1
+    except OSError as e:
+        place = f"{e.filename}: " if isinstance(e.filename, str) else ""
+        if not place and e.errno in MACHINE:  # the output's own disk is full
+            _drop_output()
+        print(f"error: {UserError(f'{place}{e.strerror or e}')}", file=sys.stderr)
+        return 1 if e.errno in MACHINE else 2
+
+
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def _flush() -> bool:
+    """Whether what was printed could be written, or nobody wants it."""
+    try:
+        sys.stdout.flush()
+    except OSError as e:
+        _drop_output()
+        if not isinstance(e, BrokenPipeError):
+            print(f"error: the output cannot be written ({e.strerror})", file=sys.stderr)
+            return False
+    return True
+
+
+def _open_streams() -> None:
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  (open as long as the process)
+    for name in ("stdout", "stderr"):
+        stream = vars(sys)[name]
+        if stream is None:  # whoever started this has closed it
+            vars(sys)[name] = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  (open as long as the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_output() -> None:
+    """What is still to be flushed goes nowhere, also at the interpreter's end."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def command(fn: Documented, doc: str | None) -> Callable[..., int]:

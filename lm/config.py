@@ -17,18 +17,20 @@ from typing import Any, TypeGuard
 from ml_collections import ConfigDict
 
 from lm.caches.base import Cache
-from lm.errors import UserError, nearest, unknown
+from lm.errors import UserError, divisors, nearest, shown, unknown
 from lm.ffn.base import FFN
 from lm.heads.base import Head
 from lm.mixers.base import Mixer
 from lm.norms import Norm
 from lm.patterns.base import Pattern
-from lm.plug import Model, Table, check_bounds, socket, table
+from lm.plug import WIDEST, Model, Plug, Table, check_bounds, socket, table
 from lm.positions.base import Positions
 
 # What the layers of one decoder have in common: the residual stream, and what is before and after the blocks.
 _SHARED = ("vocab_size", "d_model", "n_layers", "dtype", "head", "embed_scale", "scan_layers")
 _TYPES = ("float32", "bfloat16", "float16")
+_SCALARS = (bool, int, float, str, type(None))
+LARGEST = 10**11  # of any number in a config
 
 
 class LayerOverride(dict[str, Any]):
@@ -61,7 +63,7 @@ class ModelConfig(Model):
         if self.kv_heads < 1 or self.n_heads % self.kv_heads:
             raise UserError(
                 f"model.n_kv_heads: {self.kv_heads} does not divide model.n_heads = {self.n_heads}; "
-                f"valid: {', '.join(str(k) for k in range(1, self.n_heads + 1) if self.n_heads % k == 0)}"
+                f"valid: {divisors(self.n_heads)}"
             )
         if self.head_dim is None and self.d_model % self.n_heads:
             raise UserError(
@@ -69,6 +71,8 @@ class ModelConfig(Model):
             )
         if self.head_width < 1:
             raise UserError(f"model.head_dim: must be at least 1, found {self.head_dim}")
+        if self.head_width > WIDEST:
+            raise UserError(f"model.head_dim: must be at most {WIDEST:,}, found {self.head_dim}")
         object.__setattr__(self, "n_kv_heads", self.kv_heads)
         object.__setattr__(self, "head_dim", self.head_width)
         object.__setattr__(self, "layer_overrides", _frozen(self.layer_overrides))
@@ -110,7 +114,8 @@ def _frozen(entries: tuple[Any, ...]) -> tuple[LayerOverride, ...]:
     for n, entry in enumerate(entries):
         if not is_mapping(entry) or "layers" not in entry:
             raise UserError(
-                f"model.layer_overrides[{n}]: found {entry!r}; valid: a mapping with 'layers' and fields of the model"
+                f"model.layer_overrides[{n}]: found {shown(entry)}; valid: a mapping with 'layers' and fields of the "
+                "model"
             )
     return tuple(LayerOverride(_plain(entry)) for entry in entries)
 
@@ -132,10 +137,10 @@ def _layer_range(entry: Mapping[str, Any], n: int, key: str) -> range:
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3 or (len(parts) == 1 and parts[0] is None) or parts[2:] == [0]:
-        raise UserError(f"{key}: found {text!r}; valid: 'i' or 'start:stop:step'")
+        raise UserError(f"{key}: found {shown(text)}; valid: 'i' or 'start:stop:step'")
     if len(parts) == 1:
         if not -n <= (parts[0] or 0) < n:
-            raise UserError(f"{key}: found {text!r}; valid: a layer from 0 to {n - 1}")
+            raise UserError(f"{key}: found {shown(text)}; valid: a layer from 0 to {n - 1}")
         parts = [parts[0], (parts[0] or 0) + 1 or None]
     return range(n)[slice(*parts)]
 
@@ -149,13 +154,16 @@ def build(cls: type, cfg: object, key: str) -> Any:
     """An instance of dataclass `cls` from mapping `cfg`; `key` is the dotted place for error messages."""
     if dataclasses.is_dataclass(cfg) and not isinstance(cfg, type):
         return cfg
-    return cls(**checked(cls, cfg, key))
+    made = cls(**checked(cls, cfg, key))
+    if isinstance(made, Plug):
+        check_bounds(made, key)
+    return made
 
 
 def checked(cls: type, cfg: object, key: str) -> dict[str, Any]:
     """The fields of dataclass `cls` that mapping `cfg` sets, each checked for itself, plugs built."""
     if not is_mapping(cfg):
-        raise UserError(f"{key}: expected a mapping, found {cfg!r}")
+        raise UserError(f"{key}: expected a mapping, found {shown(cfg)}")
     fields, old = {f.name: f for f in dataclasses.fields(cls)}, saved_names(cls)
     hints = typing.get_type_hints(cls)
     values = {}
@@ -165,8 +173,17 @@ def checked(cls: type, cfg: object, key: str) -> dict[str, Any]:
             raise UserError(f"{key}.{name}: unknown key{nearest(name, fields)}; valid: {', '.join(sorted(fields))}")
         place = f"{key}.{name}"
         module = fields[name].metadata.get("socket")
-        values[name] = plug(module, value, place) if module else coerce(value, hints[name], place)
+        values[name] = plug(module, value, place) if module else coerce(value, _asked(fields[name], hints), place)
     return values
+
+
+class _Endless:
+    """The type of a float field that takes infinity and NaN too: ``field(metadata={"finite": False})``."""
+
+
+def _asked(f: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
+    """The type that a field asks for."""
+    return hints[f.name] if f.metadata.get("finite", True) else _Endless
 
 
 def plug(module: str, value: object, key: str) -> Any:
@@ -176,7 +193,7 @@ def plug(module: str, value: object, key: str) -> Any:
         return value
     fields = {"name": value} if isinstance(value, str) else dict(value.items()) if is_mapping(value) else None
     if fields is None or "name" not in fields:
-        raise UserError(f"{key}.name: missing in {value!r}; valid: {', '.join(sorted(options))}")
+        raise UserError(f"{key}.name: missing in {shown(value)}; valid: {', '.join(sorted(options))}")
     name = fields.pop("name")
     if not isinstance(name, str) or name not in options:
         raise unknown(f"{key}.name", name, options)
@@ -184,7 +201,8 @@ def plug(module: str, value: object, key: str) -> Any:
 
 
 def coerce(value: object, hint: Any, key: str) -> Any:
-    """`value` as type `hint` or a `UserError`; an int is accepted where a float is asked, a list where a tuple is."""
+    """`value` as type `hint` or a `UserError`; an int is accepted where a float is asked, a list where a tuple is.
+    Numbers are finite and no larger than `LARGEST`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -195,9 +213,9 @@ def coerce(value: object, hint: Any, key: str) -> Any:
             except UserError:
                 continue
     elif origin is typing.Literal:
-        if value in args:
+        if any(value == arg and type(value) is type(arg) for arg in args):
             return value
-        raise unknown(key, value, args)
+        raise unknown(key, value, [str(arg) for arg in args])
     elif origin is tuple and isinstance(value, (list, tuple, str)):
         inner = args[0] if args else Any
         if isinstance(value, str):  # one name where a list of names is asked
@@ -206,15 +224,28 @@ def coerce(value: object, hint: Any, key: str) -> Any:
     elif hint is type(None):
         if value is None:
             return None
-    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    elif hint in (bool, int, str) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+    elif hint is _Endless:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        hint = float
+    elif hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if not abs(value) <= LARGEST:  # no number, or none that any setting takes
+            raise UserError(f"{key}: found {shown(value)}; valid: a finite number, of at most {LARGEST:,}")
+        if hint is float or isinstance(value, int):
+            return hint(value)
+    elif hint in (bool, str) and isinstance(value, hint):
         return value
     elif origin in (dict, Mapping) and is_mapping(value):
-        return dict(value.items())
+        inner = args[1] if args else Any
+        for name in value:
+            if not isinstance(name, str):
+                raise UserError(f"{key}: found the key {shown(name)}; valid: texts as keys")
+        return {name: coerce(v, inner, f"{key}.{name}") for name, v in value.items()}
+    elif isinstance(hint, type) and hint not in _SCALARS and isinstance(value, hint):
+        return value
     elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, key)
-    raise UserError(f"{key}: expected {_show(hint)}, found {value!r} ({type(value).__name__})")
+    raise UserError(f"{key}: expected {_show(hint)}, found {shown(value)} ({type(value).__name__})")
 
 
 def _show(hint: object) -> str:
@@ -269,7 +300,7 @@ def overlay(
         elif isinstance(value, Dotted):
             raise UserError(f"{place}.{next(iter(value))}: unknown key; {place} has no keys below it")
         else:
-            out[at] = fit(value, hints[name], place)
+            out[at] = fit(value, _asked(fields[name], hints), place)
     return out
 
 

@@ -1,17 +1,22 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders: one reader of what a user names, of text and of JSON; what is written appears whole or not at
+all."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError
+from lm.errors import UserError, shown
+
+DEEPEST = 100  # levels of lists and objects in JSON
 
 
 def write_text(path: Path, text: str) -> None:
@@ -31,14 +36,101 @@ def write_json(path: Path, data: object, *, indent: int = 1, ascii_only: bool = 
     write_text(path, json.dumps(data, indent=indent, ensure_ascii=ascii_only) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file. Raises `UserError` naming one that does not parse, `FileNotFoundError` for none."""
+def user_path(text: str | Path, key: str) -> Path:
+    """The path that a user names, ``~`` expanded. `key` is who asks. Raises `UserError` for a home that there is not,
+    and for a name that no file can have."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        path = Path(text).expanduser()
+        str(path).encode()
+        os.lstat(path)
+    except RuntimeError:
+        raise UserError(f"{key}: {shown(str(text))}: no such home; valid: a path, ~ for your own home") from None
+    except ValueError as e:  # a NUL, half of a surrogate pair
+        raise UserError(f"{key}: {shown(str(text))}: no file has such a name ({e}); valid: a path") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise UserError(f"{key}: {text}: {e.strerror or e}; valid: a path that can be followed") from None
+    return path
+
+
+def exists(text: str) -> bool:
+    """Whether there is a file or folder of that name, ``~`` expanded; False for what cannot be a name."""
+    try:
+        return user_path(text, "").exists()
+    except UserError:
+        return False
+
+
+def read_bytes(path: Path, what: str = "") -> bytes:
+    """The contents of a regular file. `what`, in front of its name in messages: who asks.
+
+    Raises ``FileNotFoundError`` for none, and `UserError` for a folder, a pipe, a device, and what cannot be read.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{what}{path}: is {_KINDS.get(stat.S_IFMT(mode), 'no file')}; valid: a file")
+        return path.read_bytes()
     except FileNotFoundError:
         raise
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f"{path}: not valid JSON ({e})") from None
+    except (OSError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) and e.strerror else e
+        raise UserError(f"{what}{path}: cannot be read ({why}); valid: a readable file") from None
+
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFSOCK: "a socket"}
+
+
+def read_text(path: Path, what: str = "") -> str:
+    """A file of UTF-8 text. Raises as `read_bytes`, and `UserError` for other bytes."""
+    data = read_bytes(path, what)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{what}{path}: byte offset {e.start} is not UTF-8; valid: UTF-8 text") from None
+
+
+def read_json(path: Path, what: str = "") -> Any:
+    """The contents of a JSON file. Raises as `read_text`, and `UserError` for a file that `parse_json` refuses."""
+    return parse_json(read_text(path, what), f"{what}{path}")
+
+
+def read_object(path: Path, what: str = "") -> dict[str, Any]:
+    """`read_json` of a file that holds an object."""
+    found = read_json(path, what)
+    if not isinstance(found, dict):
+        raise UserError(f"{what}{path}: expected an object, found {type(found).__name__}; valid: a JSON object")
+    return found
+
+
+def parse_json(text: str, where: str) -> Any:
+    """What JSON `text` says. Raises `UserError` that begins with `where` for text that does not parse, integers of
+    thousands of digits, values nested deeper than `DEEPEST`, and half a surrogate pair in a string."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not valid JSON ({e.msg} at line {e.lineno} column {e.colno})") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deep); valid: at most {DEEPEST} levels") from None
+    except ValueError as e:
+        raise UserError(f"{where}: not valid JSON ({e})") from None
+    _check_depth(found, where)
+    if "\\ud" in text or "\\uD" in text:  # only an escape can make half a character
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: not valid JSON (half of a surrogate pair in a string)") from None
+    return found
+
+
+def _check_depth(found: Any, where: str) -> None:
+    level: list[Any] = [found]
+    for _ in range(DEEPEST + 1):
+        nodes = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, (dict, list))]
+        level = [x for node in nodes for x in node]
+        if not level:
+            return
+    raise UserError(f"{where}: not valid JSON (nested too deep); valid: at most {DEEPEST} levels")
 
 
 @contextlib.contextmanager

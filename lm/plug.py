@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from lm.errors import UserError
+from lm.errors import UserError, shown
+
+# What no model comes near to: beyond it, checking one would take as long as running it.
+WIDEST = 2**24  # channels or heads
+DEEPEST = 4096  # layers
+INT32 = 2**31 - 1  # ids and positions
+WHOLE = 2**30  # any other whole number of a setting
 
 
 class Table(MutableMapping[str, type[Any]]):
@@ -68,12 +75,13 @@ def socket(module: str, default: str, **metadata: Any) -> Any:
     )
 
 
-def bounded(default: Any, *, at_least: float, **metadata: Any) -> Any:
-    """A dataclass field of a number that must not be below `at_least`; None passes where the field allows None.
+def bounded(default: Any, *, at_least: float, at_most: float = math.inf, **metadata: Any) -> Any:
+    """A dataclass field of a number that must not be below `at_least` or above `at_most`; None passes where the field
+    allows None.
 
-    The bound is checked by `check_bounds`, which every `Plug` calls when it is made.
+    The bounds are checked by `check_bounds`, which every `Plug` calls when it is made.
     """
-    return field(default=default, metadata={"at_least": at_least, **metadata})
+    return field(default=default, metadata={"at_least": at_least, "at_most": at_most, **metadata})
 
 
 def later(default: Any, **metadata: Any) -> Any:
@@ -89,13 +97,21 @@ class Settings(dict[str, Any]):
 
 
 def check_bounds(settings: Any, key: str) -> None:
-    """Raises `UserError` for the first field of a dataclass instance that is below its bound; `key` is its place."""
+    """Raises `UserError` for the first field of a dataclass instance that is out of its bounds; `key` is its place.
+    Whole numbers are at most `WHOLE` where nothing else is said: devices count in 32 bits, and two are added."""
     for f in dataclasses.fields(settings):
-        least = f.metadata.get("at_least")
-        value = settings.__dict__[f.name] if least is not None else None
-        if value is not None and not value >= least:
-            none = " or None" if "None" in str(f.type) else ""
-            raise UserError(f"{key}.{f.name}: must be at least {least}{none}, found {value}")
+        value = settings.__dict__[f.name]
+        least, most = f.metadata.get("at_least", -math.inf), f.metadata.get("at_most", math.inf)
+        whole = math.inf if f.name.endswith("seed") or most < math.inf else WHOLE  # seeds have bounds of their own
+        for one in value if isinstance(value, tuple) else (value,):
+            if type(one) not in (int, float):
+                continue
+            if not one >= least:
+                none = " or None" if "None" in str(f.type) else ""
+                raise UserError(f"{key}.{f.name}: must be at least {least}{none}, found {shown(one)}")
+            limit = min(most, whole) if isinstance(one, int) else most
+            if not one <= limit:
+                raise UserError(f"{key}.{f.name}: must be at most {limit:,}, found {shown(one)}")
 
 
 class Plug:
@@ -115,14 +131,14 @@ class Model:
     every socket; plugs know no more than this of it, so that no socket depends on another one's.
     """
 
-    vocab_size: int = bounded(256, at_least=1)
-    d_model: int = bounded(64, at_least=1)
-    n_layers: int = bounded(2, at_least=1)
-    n_heads: int = bounded(4, at_least=1)
+    vocab_size: int = bounded(256, at_least=1, at_most=INT32)
+    d_model: int = bounded(64, at_least=1, at_most=WIDEST)
+    n_layers: int = bounded(2, at_least=1, at_most=DEEPEST)
+    n_heads: int = bounded(4, at_least=1, at_most=WIDEST)
     n_kv_heads: int | None = None
     head_dim: int | None = None
-    d_ff: int = bounded(256, at_least=1)
-    max_positions: int = bounded(2048, at_least=1)
+    d_ff: int = bounded(256, at_least=1, at_most=WIDEST)
+    max_positions: int = bounded(2048, at_least=1, at_most=INT32)
     norm: Any = None
     mixer: Any = None
     pattern: Any = None

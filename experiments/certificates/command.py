@@ -22,6 +22,7 @@ from lm.train.config import TrainConfig
 
 PROG = "python -m experiments.compile"
 STEPS = ("train", *serving.STEPS)
+TRIES = 8
 WEIGHTS = {"bfloat16": "bfloat16", "float32": "float32", "config": None}
 
 
@@ -38,11 +39,11 @@ def parse(rest: Sequence[str], doc: str | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="texts at once, decode and prefill (default 1)")
     parser.add_argument("--length", type=int, help="tokens of a text, answer included, decode and prefill")
     parser.add_argument("--quantize", help="int8: of the cache")
-    parser.add_argument("--weights", default="bfloat16", help="bfloat16 | float32 | config, decode and prefill")
+    parser.add_argument("--weights", help="bfloat16 | float32 | config, decode and prefill (default: bfloat16)")
     parser.add_argument("--mesh", help="AXIS=N,… , -1 for what is left (default: the config's; else tensor=-1)")
     parser.add_argument("--out", type=Path, help="JSON file to write; one that is there stays")
     parser.add_argument("--search", action="store_true", help="try layouts, remat and parts; rank those that fit")
-    parser.add_argument("--tries", type=int, default=8, help="how many of them are compiled at most")
+    parser.add_argument("--tries", type=int, help="how many of them are compiled at most (default: 8)")
     parser.add_argument("--estimate", action="store_true", help="memory by arithmetic, without the compiler")
     parser.add_argument("--missing", action="store_true", help="with --all: those absent or of another config")
     parser.add_argument("--only", help="with --all: configs and bases by name")
@@ -50,9 +51,20 @@ def parse(rest: Sequence[str], doc: str | None = None) -> argparse.Namespace:
     parser.refuse(strange)
     if args.estimate and args.search:
         raise UserError("--estimate: found --search too; valid: one of them")
-    if args.tries < 1:
-        raise UserError(f"--tries: must be at least 1, found {args.tries}")
+    if args.tries is not None and (args.tries < 1 or not args.search):
+        raise UserError(f"--tries: found {args.tries}; valid: 1 or more, with --search")
+    ignored = [flag for flag in (_ALONE if args.all else _TOGETHER) if vars(args)[flag]]
+    if ignored:
+        valid = "--only and --missing, with --all" if args.all else "with --all"
+        raise UserError(f"--{ignored[0]}: has no meaning {'with' if args.all else 'without'} --all; valid: {valid}")
     return args
+
+
+_ALONE = (
+    "topology", "step", "arm", "batch", "length", "quantize", "weights", "mesh", "out", "search", "tries", "estimate",
+)  # fmt: skip
+_TOGETHER = ("missing", "only")
+_GENERATION = ("batch", "length", "quantize", "weights")
 
 
 def report(
@@ -70,13 +82,16 @@ def report(
         todo = [] if one["fits"] else advice.serving(one, one["hbm"])
         print("\n".join(text(one, about, todo)))
         return {**about, **one}, bool(one["fits"])
+    for flag in _GENERATION:
+        if vars(args)[flag] is not None:
+            raise UserError(f"--{flag}: has no meaning for a training step; valid: with {' or '.join(serving.STEPS)}")
     cfg, train = trained(arm, args.mesh)
     if args.estimate:
         content = {**about, **estimate(cfg, train, args.topology)}
         print("\n".join(estimated(content, about)))
         return content, bool(content["fits"])
     if args.search:
-        found = search(cfg, train, args.topology, args.tries)
+        found = search(cfg, train, args.topology, args.tries or TRIES)
         return {**about, "topology": args.topology, "tried": found}, any(row.get("fits") for row in found)
     one = certificate.certify(cfg, train, args.topology)
     todo = [] if one["fits"] else advice.advice(cfg, train, args.topology, one["memory"].get("peak"))
@@ -144,13 +159,16 @@ def trained(arm: Arm, mesh: str | None) -> tuple[ModelConfig, TrainConfig]:
 
 def serve(args: argparse.Namespace, arm: Arm) -> serving.Serve:
     """How generation is asked for; the length is by default the longest text that the arm's measures read."""
-    if args.weights not in WEIGHTS:
-        raise unknown("--weights", args.weights, WEIGHTS)
+    weights = args.weights or "bfloat16"
+    if weights not in WEIGHTS:
+        raise unknown("--weights", weights, WEIGHTS)
+    if args.quantize not in (None, "int8"):
+        raise unknown("--quantize", args.quantize, ("int8",))
     longest = [arm.config.max_positions, *(measure.longest for measure in arm.measures.values())]
     mesh = {"data": 1, "tensor": -1} if args.mesh is None else {"data": 1, **cli.axes(args.mesh, AXES)}
     length = args.length if args.length is not None else max(longest)
     batch = 1 if args.batch is None else args.batch
-    return serving.Serve(batch, length, args.quantize, WEIGHTS[args.weights], Layout().resized(mesh))
+    return serving.Serve(batch, length, args.quantize, WEIGHTS[weights], Layout().resized(mesh))
 
 
 def search(cfg: ModelConfig, train: TrainConfig, topology: str, tries: int) -> list[dict[str, Any]]:

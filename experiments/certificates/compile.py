@@ -17,6 +17,8 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     rest, overrides = split_overrides(argv)
     args = step.parse(rest, doc)
     if args.all:
+        if overrides:
+            raise UserError(f"--config.{overrides[0][0]}: has no meaning with --all; valid: with --config or --base")
         return certificates.make(args.only, args.missing)
     if args.out is not None and args.out.exists():
         raise UserError(f"--out: {args.out} is there already; valid: a new file")

@@ -7,14 +7,13 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from experiments import cli
 from experiments.commands.generate import (
     Opened,
     answered,
-    check_seed,
+    check_drawing,
     drawing_arguments,
     headed,
     model_arguments,
@@ -28,7 +27,7 @@ from experiments.commands.generate import (
 from lm.data.chat import Message, choose
 from lm.decoding import Row, Sampling
 from lm.errors import UserError, nearest
-from lm.files import write_json
+from lm.files import user_path, write_json
 
 PROG = "python -m experiments.chat"
 COMMANDS = {"/reset": "forgets the conversation", "/save": "FILE: writes it as JSON", "/quit": "ends (so does ctrl-d)"}
@@ -71,7 +70,7 @@ class Conversation:
         """Writes the turns; `UserError` for a file that is there already or cannot be written."""
         if not place:
             raise UserError("/save: no file given; valid: /save FILE")
-        path = Path(place).expanduser()
+        path = user_path(place, "/save")
         if path.exists():
             raise UserError(f"/save: {path} exists already; valid: a new file")
         try:
@@ -97,7 +96,12 @@ class Conversation:
 def lines(stdin: IO[str], terminal: bool) -> Iterator[str]:
     """What the user says, a line a turn, until the end."""
     if not terminal:
-        yield from (line.removesuffix("\n").removesuffix("\r") for line in stdin)
+        try:
+            for line in stdin:
+                line.encode()
+                yield line.removesuffix("\n").removesuffix("\r")
+        except UnicodeError:
+            raise UserError("standard input is not UTF-8; valid: a line of UTF-8 text a turn") from None
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (`input` edits lines and remembers them)
@@ -112,7 +116,7 @@ def lines(stdin: IO[str], terminal: bool) -> Iterator[str]:
 
 def run(argv: Sequence[str], doc: str | None = None, stdin: IO[str] | None = None) -> int:
     args, overrides = parsed(arguments(doc), argv)
-    check_seed(args.seed, "--seed")
+    check_drawing(args)
     header, cfg = headed(args, overrides)
     if not header.text.templates:
         raise UserError(
@@ -126,6 +130,7 @@ def run(argv: Sequence[str], doc: str | None = None, stdin: IO[str] | None = Non
     }
     choose(header.text.templates, args.template, args.tools is not None, args.checkpoint)
     sampling = sampling_of(args, header.text.generation)
+    sampling.check(cfg.vocab_size)
     talk = Conversation(opened(args, header, cfg, ends=not args.ignore_eos), args, sampling, choices)
     source = stdin or sys.stdin
     terminal = source.isatty()

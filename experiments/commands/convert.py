@@ -29,7 +29,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     parser.add_argument("--family", help=f"what to write it as (default: what fits): {', '.join(FAMILIES)}")
     parser.add_argument("--as", dest="form", default="huggingface", help="huggingface, run or peft (adapters alone)")
     parser.add_argument("--dtype", help=f"of the weights (default: as they are stored): {', '.join(source.DTYPES)}")
-    parser.add_argument("--max-shard-size", default=LARGEST, help=f"of one file of weights (default: {LARGEST})")
+    parser.add_argument("--max-shard-size", help=f"of one file of weights (default: {LARGEST})")
     args, rest = parser.parse_known_args(list(argv))
     parser.refuse(rest)
     _check(args)
@@ -52,11 +52,14 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
         found.text,
         family=args.family,
         dtype=dtype,
-        max_shard_size=args.max_shard_size,
+        max_shard_size=args.max_shard_size or LARGEST,
         card=lambda family: _card(args, found, f"written as {family} in {dtype} by `experiments.convert`"),
     )
     print(f"{name}: written to {args.to} as {kind}; transformers.AutoModelForCausalLM.from_pretrained loads it")
     return 0
+
+
+_FOR = {"dtype": ("huggingface",), "max_shard_size": ("huggingface",), "mesh": ("huggingface", "run")}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -69,7 +72,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--adapter: is one of PEFT's already; valid: with --as=huggingface or --as=run, which merge it")
     if args.dtype is not None and args.dtype not in source.DTYPES:
         raise unknown("--dtype", args.dtype, source.DTYPES)
-    largest(args.max_shard_size)
+    for flag, forms in _FOR.items():
+        if vars(args)[flag] is not None and args.form not in forms:
+            name, valid = flag.replace("_", "-"), " or ".join(f"--as={form}" for form in forms)
+            raise UserError(f"--{name}: has no meaning with --as={args.form}; valid: with {valid}")
+    largest(args.max_shard_size or LARGEST)
     if args.to.exists():
         raise UserError(f"--to: {args.to} exists already; valid: a new folder")
 

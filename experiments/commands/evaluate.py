@@ -17,6 +17,7 @@ from experiments.running.cache import write_json
 from lm import interop
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
+from lm.files import user_path
 from lm.interop.readers.tensors import check
 
 PROG = "python -m experiments.evaluate"
@@ -38,6 +39,10 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     args, overrides = parsed(p, argv)
     if args.out is not None and args.out.exists():
         raise UserError(f"--out: {args.out} exists already; valid: a new file")
+    if args.shots is not None and args.shots < 0:
+        raise UserError(f"--shots: must be at least 0, found {args.shots}")
+    if args.include is not None and not user_path(args.include, "--include").is_dir():
+        raise UserError(f"--include: {args.include} is no folder; valid: a folder with task files")
     for name in ("limit", "batch_size", "max_length"):
         if (found := vars(args)[name]) is not None and found < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {found}")

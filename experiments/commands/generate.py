@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any, cast
 
 from experiments import cli
@@ -24,8 +23,9 @@ from lm.data.tokenizers import Tokenizer
 from lm.data.tokenizers.base import TORN
 from lm.decoding import Generator, Row, Sampling
 from lm.decoding.generator import SEEDS
-from lm.errors import UserError, unknown
-from lm.files import read_json
+from lm.decoding.sampling import CUTS, OFF
+from lm.errors import UserError, shown, unknown
+from lm.files import read_json, read_text, user_path
 from lm.interop.readers.tensors import check
 from lm.model.language_model import DecoderModel
 from lm.plug import table
@@ -118,16 +118,28 @@ def prompts(args: argparse.Namespace, stdin: IO[str] | None = None) -> list[str]
     """All prompts; raises `UserError` when there is none, or a file cannot be read."""
     out = list(args.prompt)
     if args.file:
-        try:
-            data = (stdin or sys.stdin).read() if args.file == "-" else Path(args.file).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"--file: {args.file}: no such file; valid: a text file, or - for standard input") from None
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--file: {args.file}: cannot be read as UTF-8 text ({e})") from None
+        data = said(stdin) if args.file == "-" else _read(args.file)
         out += [data] if args.whole else [line.removesuffix("\r") for line in data.split("\n") if line.strip()]
     if not out:
         raise UserError("--prompt: none given; valid: --prompt=TEXT, or --file=FILE with a prompt a line")
     return out
+
+
+def _read(name: str) -> str:
+    try:
+        return read_text(user_path(name, "--file"), "--file: ")
+    except FileNotFoundError:
+        raise UserError(f"--file: {name}: no such file; valid: a text file, or - for standard input") from None
+
+
+def said(stdin: IO[str] | None) -> str:
+    """All of standard input; `UserError` where it is not UTF-8 text."""
+    try:
+        data = (stdin or sys.stdin).read()
+        data.encode()
+    except UnicodeError:  # bytes that are none come as half characters, or not at all
+        raise UserError("--file: -: standard input is not UTF-8; valid: UTF-8 text") from None
+    return data
 
 
 class Stop:
@@ -215,6 +227,15 @@ def seed_of(seed: int, sample: int) -> int:
     return (seed * 1_000_003 + sample) % SEEDS  # an odd factor: other seeds, other keys
 
 
+def check_drawing(args: argparse.Namespace) -> None:
+    """Raises `UserError` for arguments of `drawing_arguments` that ask for nothing."""
+    check_seed(args.seed, "--seed")
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
+    if "" in args.stop:
+        raise UserError("--stop: is empty, which every text holds; valid: a text that ends an answer")
+
+
 def check_seed(seed: int, key: str) -> int:
     if not 0 <= seed < SEEDS:
         raise UserError(f"{key}: found {seed}; valid: 0 to {SEEDS - 1}")
@@ -226,10 +247,15 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     for name in ("system", "template", "tools", "documents"):
         if vars(args)[name] is not None and not args.chat:
             raise UserError(f"--{name}: needs --chat")
-    check_seed(args.seed, "--seed")
+    check_drawing(args)
+    if args.samples < 1:
+        raise UserError(f"--samples: must be at least 1, found {args.samples}")
+    if args.whole and not args.file:
+        raise UserError("--whole: has no meaning without --file; valid: --file=FILE --whole")
     texts = prompts(args)
     header, cfg = headed(args, overrides)
     sampling = sampling_of(args, header.text.generation)
+    sampling.check(cfg.vocab_size)
     ids = [_encode(header, text, args) for text in texts]
     model = opened(args, header, cfg, ends=not args.ignore_eos)
     total, start = 0, time.perf_counter()
@@ -276,7 +302,7 @@ def _bias(text: str) -> tuple[int, float]:
     try:
         return int(token), float(value)
     except ValueError:
-        raise UserError(f"--bias: found {text!r}; valid: ID:VALUE, for example 13:-100") from None
+        raise UserError(f"--bias: found {shown(text)}; valid: ID:VALUE, for example 13:-100") from None
 
 
 def _encode(header: interop.Checkpoint, text: str, args: argparse.Namespace) -> list[int]:
@@ -295,7 +321,7 @@ def objects(key: str, path: str | None) -> list[dict[str, Any]] | None:
     if path is None:
         return None
     try:
-        found = read_json(Path(path))
+        found = read_json(user_path(path, key))
     except FileNotFoundError:
         raise UserError(f"{key}: {path}: no such file; valid: a JSON file with a list of objects") from None
     except UserError as e:
@@ -327,14 +353,21 @@ def sampling_of(args: argparse.Namespace, generation: Mapping[str, Any]) -> Samp
     """What the arguments of `drawing_arguments` say, and where they say nothing what the checkpoint does."""
     given = {name: value for name in DRAWN if (value := vars(args)[name]) is not None}
     said = default_sampling(generation, given, silent=0.0)
-    told = {n: v for n, v in said.items() if v != vars(Sampling())[n] and (n != "temperature" or v)}
-    if told:
-        words = ", ".join(f"{n} {v:g}" for n, v in told.items())
-        print(f"as the checkpoint's generation settings say: {words}; --temperature=0 is greedy", file=sys.stderr)
-    return Sampling(
+    made = Sampling(
         **said,
         **given,
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
         bias=tuple(_bias(b) for b in args.bias),
     )
+    cuts = [name for name in CUTS if name in given and given[name] != OFF[name]]
+    if cuts and made.temperature == 0:
+        raise UserError(
+            f"--{cuts[0].replace('_', '-')}: has no meaning with temperature 0, which takes the likeliest token; "
+            "valid: --temperature above 0"
+        )
+    told = {n: v for n, v in said.items() if v != vars(Sampling())[n] and (n != "temperature" or v)}
+    if told:
+        words = ", ".join(f"{n} {v:g}" for n, v in told.items())
+        print(f"as the checkpoint's generation settings say: {words}; --temperature=0 is greedy", file=sys.stderr)
+    return made

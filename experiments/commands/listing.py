@@ -122,6 +122,8 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     parsed, rest = parser.parse_known_args(argv)
     parser.refuse(rest)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if parsed.plugs is not None and parsed.configs != registry.CONFIGS:
+        raise UserError("--configs: has no meaning with --plugs; valid: one of them")
     if parsed.plugs is not None:
         rows = plugs(parsed.plugs or None)
         lines = cli.aligned([("key", "name", "about"), *(tuple(row.values()) for row in rows)]).split("\n")

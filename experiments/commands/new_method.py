@@ -17,7 +17,7 @@ from pathlib import Path
 from experiments import cli
 from experiments.commands.new_method_texts import CONFIG, PLUG, TEST, TRAIN
 from experiments.spec import registry
-from lm.errors import UserError, unknown
+from lm.errors import UserError, shown, unknown
 from lm.plug import table
 
 PROG = "python -m experiments.new_method"
@@ -143,7 +143,7 @@ def written(name: str, socket_name: str, arxiv: str) -> dict[Path, str]:
     """What every file is to hold. Raises `UserError` for names that are taken and files that exist."""
     socket = SOCKETS[socket_name]
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise UserError(f"NAME: found {name!r}; valid: lower-case letters, digits and _, a letter first")
+        raise UserError(f"NAME: found {shown(name)}; valid: lower-case letters, digits and _, a letter first")
     if name in table(socket.package):
         raise UserError(f"NAME: {socket.package} has {name!r} already; valid: a new name")
     places = files(name, socket)
@@ -162,25 +162,25 @@ def written(name: str, socket_name: str, arxiv: str) -> dict[Path, str]:
         "imports": "\n".join(imports),
         "case": socket.case,
     }
-    shown = {what: path.relative_to(registry.ROOT).as_posix() for what, path in places.items()}
-    plug = PLUG.format(**words, methods="\n\n".join(methods).replace("{place}", shown["plug"]))
+    named = {what: path.relative_to(registry.ROOT).as_posix() for what, path in places.items()}
+    plug = PLUG.format(**words, methods="\n\n".join(methods).replace("{place}", named["plug"]))
     suite = ""
     if socket.case:
         declares = socket.declares.format(**words) or "    change = {}"
-        suite = TEST["suite"].format(**words, declares=declares, place=shown["test"])
+        suite = TEST["suite"].format(**words, declares=declares, place=named["test"])
     own = "{cls}()" in socket.declares
     test = TEST["head"].format(
         **words,
         case_import=f"from cases.{_case_file(socket.case)} import {socket.case}\n" if socket.case else "",
         plug_import=f"\nfrom {words['module']} import {cls}\n" if own else "",
     )
-    test += suite + TEST["oracle"].format(**words, place=shown["test"])
+    test += suite + TEST["oracle"].format(**words, place=named["test"])
     config = CONFIG.format(
         **words,
         arm=socket.arm.format(**words),
         train=TRAIN if trains else "",
         measure=f'{{"name": "{name}"}}' if socket_name == "measure" else _measure(trains),
-        place=shown["config"],
+        place=named["config"],
         metric="training/nll" if trains else "nll/nll_inside",
         label="training" if trains else "nll",
     )

@@ -9,6 +9,7 @@ from experiments import cli
 from experiments.reports import html, markdown, report, results_file
 from experiments.sweeps import report as report_of_sweep
 from lm.errors import UserError
+from lm.files import user_path
 
 PROG = "python -m experiments.report"
 
@@ -22,11 +23,12 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     parser.refuse(unknown)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out: {args.out} is a file; valid: a folder, which is made when absent")
-    if len(args.runs) == 1 and (folder := Path(args.runs[0])).is_dir() and (folder / "sweep.json").is_file():
-        for path in report_of_sweep.write(folder, args.out or folder):
+    folders = [user_path(run, "RUN") for run in args.runs]
+    if len(folders) == 1 and folders[0].is_dir() and (folders[0] / "sweep.json").is_file():
+        for path in report_of_sweep.write(folders[0], args.out or folders[0]):
             print(path)
         return 0
-    loaded = [results_file.load(Path(run)) for run in args.runs]
+    loaded = [results_file.load(folder) for folder in folders]
     if len(loaded) == 1:
         for path in report.write(loaded[0][0], args.out or loaded[0][1]):
             print(path)

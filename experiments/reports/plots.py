@@ -30,6 +30,7 @@ CUT = 1.5  # an axis that is cut goes on above the calmest arm for this many tim
 BLOWN = 2.0  # … and is cut only when the highest arm would stretch it more than so many times
 _LOOK: dict[str, Any] = {
     "font.size": 10,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.constrained_layout.w_pad": 0.12,
@@ -40,7 +41,8 @@ Curve = Mapping[str, Any]
 
 def file_name(curve: str) -> str:
     """The picture's file name; the curve's name with anything unusual in a path replaced."""
-    return (re.sub(r"[^\w.@+-]+", "_", curve).strip("._") or "curve") + ".png"
+    name = re.sub(r"[^\w.@+-]+", "_", curve).strip("._") or "curve"
+    return name.encode()[:200].decode(errors="ignore") + ".png"  # as long as file systems take
 
 
 def write(run: Tables, folder: Path) -> dict[str, Path]:

@@ -39,7 +39,7 @@ def plan(plan: Plan, workdir: Path) -> str:
         overrides = ", ".join(f"{k}={v!r}" for k, v in exp.arms[name].items()) or "none"
         share = sum(j.cost for j in mine) / total
         rows.append((name, size, str(len(mine)), f"{share:.0%}", overrides))
-    return "\n".join([*lines, "", aligned(rows), "", "dry run: nothing was loaded or written"])
+    return "\n".join([*lines, "", aligned(rows), "", "dry run: nothing was measured or written"])
 
 
 def _paper(exp: Experiment) -> dict[str, Any]:

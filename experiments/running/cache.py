@@ -37,7 +37,7 @@ def key(what: dict[str, Any]) -> str:
 
 def shared_folder() -> Path:
     """The cache that runs share: ``$DECODER_LAB_CACHE``, else ``runs/cache``."""
-    return Path(os.environ.get(ENVIRONMENT) or "runs/cache")
+    return files.user_path(os.environ.get(ENVIRONMENT) or "runs/cache", ENVIRONMENT)
 
 
 class Cache:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from experiments import cli
 from experiments.reports import summary
+from experiments.running import dry
 from experiments.running.plan import Workdir, prepare
 from experiments.running.runner import Runner
 from experiments.spec import registry
@@ -26,9 +27,7 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
     parser.add_argument("--workdir", type=Path, help="run folder (default: runs/NAME-SCALE)")
     parser.add_argument("--arms", help="only these arms, separated by commas")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept from earlier runs")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the plan, load and write nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, write nothing")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0, where several train together")
     parser.add_argument("--processes", type=int, metavar="N", help="how many (1: alone, whatever the scheduler says)")
     parser.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
@@ -47,13 +46,16 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
 def run(argv: Sequence[str], doc: str | None = None) -> int:
     """Everything from the arguments to the report; raises `UserError` for any mistake in the input."""
     args, overrides = arguments(argv, doc)
-    if not args.dry_run:
+    if args.dry_run:
+        processes.check(args.coordinator, args.processes, args.process, args.heartbeat)
+    else:
         processes.start(args.coordinator, args.processes, args.process, args.heartbeat)
     source, settings = registry.find(args.config)
     plan = prepare(settings, overrides, args.arms, absent_is_fine=args.dry_run)
     workdir = Workdir(args.workdir or Path("runs") / f"{plan.exp.name}-{plan.exp.scale}", source.place, plan)
     workdir.check()
     if args.dry_run:
+        dry.check(plan, source, workdir, args.processes or 1)
         print(summary.plan(plan, workdir.path))
         return 0
     try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from experiments.running.cache import write_json
 from experiments.running.subject import Base
@@ -37,7 +40,10 @@ class Plan:
 def prepare(
     raw: Settings, overrides: Sequence[tuple[str, Any]], arms: str | None, absent_is_fine: bool = False
 ) -> Plan:
-    """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake."""
+    """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake, and what
+    JAX does for a platform that is asked for and not there."""
+    if jax.config.jax_platforms:
+        jax.devices()
     for dotted, value in (o for o in overrides if o[0] in FIRST):
         raw = settings.override(raw, dotted, value)
     base, own, absent = _start(*settings.places(raw), absent_is_fine)
@@ -76,6 +82,15 @@ def _start(
     return base, own, absent
 
 
+def check_target(folder: Path, key: str) -> None:
+    """Raises `UserError` unless the folder is one that can be written, or made."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise UserError(f"{key}: {folder} cannot be written ({there} is no folder); valid: a folder, or a new one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {folder} cannot be written (permission denied at {there}); valid: another folder")
+
+
 @dataclass(frozen=True)
 class Workdir:
     """A run folder: new, empty, or of this very config."""
@@ -88,6 +103,7 @@ class Workdir:
         """Raises `UserError` when the folder holds anything else than a run of this config."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--workdir: {self.path} is a file; valid: a new folder, or the folder of this run")
+        check_target(self.path, "--workdir")
         file = self.path / "config.json"
         if not file.exists():
             found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from experiments.running.trained import Trainer
 from experiments.spec import registry
 from experiments.spec.arms import Arm
 from lm.config import ModelConfig
+from lm.errors import UserError, told
 from lm.measures import Subject
 from lm.model.language_model import DecoderModel
 from lm.sharding import processes
@@ -33,11 +35,22 @@ class Runner:
     """One pass over the jobs of a plan. The points on disk are the truth; results.json is assembled from them at the
     end, however that comes, and once a minute."""
 
-    def __init__(self, plan: Plan, source: registry.Source, workdir: Workdir, fresh: bool = False) -> None:
-        """Looks for finished points; nothing is written. Raises `UserError` for texts that cannot be read."""
+    def __init__(
+        self,
+        plan: Plan,
+        source: registry.Source,
+        workdir: Workdir,
+        fresh: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        """Looks for finished points; nothing is written but tokens of texts, into `cache` (`Trainer`).
+
+        Raises `UserError` for all that can be known to be wrong before parameters are read: texts that cannot be, and
+        tokenizers, vocabularies and meshes that do not fit.
+        """
         assert plan.base is not None and plan.model is not None
         self.plan, self.source, self.workdir, self.base, self.model = plan, source, workdir, plan.base, plan.model
-        self.trainer = Trainer(plan.base, plan.arms)
+        self.trainer = Trainer(plan.base, plan.arms, cache)
         read = identities(plan)
         self.environment, self.cache, self.start = describe(), Cache(workdir.path), time.monotonic()
         self.made = {k: self.environment[k] for k in ("jax", "device", "commit", "dirty")} | {"code": code()}
@@ -53,6 +66,21 @@ class Runner:
             point = None if fresh and chosen else self.cache.get(what, own=not chosen)
             if point is not None:
                 self.points[job] = point
+        self._check([job for job in self.what if job.arm in plan.chosen and job not in self.points])
+
+    def _check(self, todo: Sequence[Job]) -> None:
+        """What measures say of the models that they will be given, each once."""
+        seen = set()
+        for job in todo:
+            arm = self.plan.arms[job.arm]
+            tokenizer = self.trainer.data(arm).tokenizer if job.trains else self.base.tokenizer
+            at = (job.label, arm.config, job.trains, None if tokenizer is None else tokenizer.identity)
+            if at not in seen:
+                seen.add(at)
+                try:
+                    job.plug.check(Subject(DecoderModel(arm.config), None, tokenizer, job.seed or 0), job.trains)
+                except UserError as e:
+                    raise UserError(f"arms.{job.arm}: measures.{job.label}: {e}") from None
 
     def _training(self, job: Job) -> dict[str, Any] | None:
         """What determines the parameters that the job's arm is trained to."""
@@ -177,7 +205,14 @@ class Runner:
             "seconds_this_run": round(time.monotonic() - self.start, 1),
         }
         complete = len(self.points) == len(self.what)
-        return results.assemble(self.plan.exp, self.source.claims, points, {**self.environment, **seconds}, complete)
+        try:
+            return results.assemble(
+                self.plan.exp, self.source.claims, points, {**self.environment, **seconds}, complete
+            )
+        except (UserError, MemoryError):
+            raise
+        except (Exception, SystemExit) as e:
+            raise UserError(f"{self.source.path}: claims(results) failed: {type(e).__name__}: {told(e)}") from e
 
     def write(self) -> None:
         self.written = self.results()

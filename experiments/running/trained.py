@@ -37,8 +37,9 @@ class Trainer:
     """Trainings of one experiment over `base`, the checkpoint that they start from; `arms`: those that another one's
     training may name."""
 
-    def __init__(self, base: Base, arms: Mapping[str, Arm]) -> None:
-        self.base, self.arms = base, arms
+    def __init__(self, base: Base, arms: Mapping[str, Arm], cache: Path | None = None) -> None:
+        """`cache`: where texts are kept as tokens (default: with what all runs share)."""
+        self.base, self.arms, self.cache = base, arms, cache or shared_folder() / "data"
         self._data: dict[DataConfig, Data] = {}
         self._checked: set[Any] = set()
         self._identities: dict[str, str] = {}  # of checkpoints that are frozen models
@@ -57,12 +58,13 @@ class Trainer:
         if settings not in self._data:
             own = None if self.base.random else self.base.text
             with processes.first():
-                self._data[settings] = prepare(arm.train, shared_folder() / "data", own)
+                self._data[settings] = prepare(arm.train, self.cache, own)
         data = self._data[settings]
         check_vocab(data.tokenizer, arm.trained)
         data.check(arm.trained.vocab_size)
         data.loader(arm.train, 0)
         arm.train.check(arm.trained)
+        arm.train.samples.ids(arm.trained, data.text)
         if arm.trained.positions.limit and arm.trained.positions.limit < settings.seq_len:
             raise UserError(
                 f"arms.{arm.name}: train.data.seq_len: {settings.seq_len} tokens, but model.positions has "

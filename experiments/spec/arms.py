@@ -23,7 +23,7 @@ from experiments.spec.settings import (
 )
 from experiments.spec.surgery import surgeries
 from lm.config import ModelConfig, build, checked, merge, overlay, to_dict
-from lm.errors import UserError, nearest, unknown
+from lm.errors import UserError, nearest, shown, unknown
 from lm.measures import Measure
 from lm.model import params
 from lm.plug import table
@@ -124,12 +124,14 @@ def _started(exp: Experiment, arms: Mapping[str, Arm], name: str, before: tuple[
     start = exp.arms[name].get("starts_from")
     if start is None:
         return arm
+    if not isinstance(start, str):
+        raise UserError(f"{at}: found {shown(start)}; valid: the name of an arm")
     if start not in arms:
         raise unknown(at, start, arms)
     if start in (*before, name):
         raise UserError(f"{at}: {start!r} starts from this arm in turn; valid: an arm that does not")
     if arm.train is None or arms[start].train is None:
-        raise UserError(f"{at}: found {start!r}, but one of the two is not trained; valid: two arms that are")
+        raise UserError(f"{at}: found {shown(start)}, but one of the two is not trained; valid: two arms that are")
     found = _started(exp, arms, start, (*before, name))
     if arm.trained is not None and found.trained is not None and shapes(found.trained) != shapes(arm.trained):
         raise UserError(f"{at}: {start!r} has parameters of other shapes; valid: an arm with the same")
@@ -163,7 +165,7 @@ class _Changes:
             self.train = change(TrainConfig, self.train, rest, value, "train", training)
         elif dotted in ("trains", "untrained"):
             if not isinstance(value, bool):
-                raise UserError(f"{dotted}: expected True or False, found {value!r}")
+                raise UserError(f"{dotted}: expected True or False, found {shown(value)}")
             self.flags[dotted] = value
         elif dotted == "surgery":
             self.surgery = surgeries(value)
@@ -204,8 +206,10 @@ def _trained(base: Settings, model: ModelConfig | None, trains: bool) -> ModelCo
 
 
 def _only(exp: Experiment, value: object) -> list[str]:
-    if not isinstance(value, (list, tuple)) or not value:
-        raise UserError(f"only: expected a tuple of measure labels, found {value!r}; valid: {', '.join(exp.measures)}")
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(label, str) for label in value):
+        raise UserError(
+            f"only: expected a tuple of measure labels, found {shown(value)}; valid: {', '.join(exp.measures)}"
+        )
     for label in value:
         if label not in exp.measures:
             raise unknown("only", label, exp.measures)

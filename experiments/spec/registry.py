@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from experiments.spec.settings import plain
+from lm import files as files_
 from lm.config import ModelConfig, model_config
-from lm.errors import UserError, nearest, unknown
+from lm.errors import UserError, nearest, shown, told, unknown
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -57,8 +57,8 @@ class Source:
             return plain(self.module.get_config(scale))
         except UserError:
             raise
-        except Exception as e:
-            raise UserError(f"{self.path}: get_config({scale!r}) failed: {type(e).__name__}: {e}") from e
+        except (Exception, SystemExit) as e:
+            raise UserError(f"{self.path}: get_config({scale!r}) failed: {type(e).__name__}: {told(e)}") from e
 
 
 def files(folder: Path = CONFIGS) -> list[Path]:
@@ -82,12 +82,13 @@ def base(name: str, key: str) -> ModuleType:
 
 def load(path: Path) -> Source:
     """Runs one config file; raises `UserError` when it is absent, does not import, or lacks a part."""
+    path = files_.user_path(path, "--config")
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else CONFIGS
         names = [p.name for p in files(folder)]
         what = "is a folder" if path.is_dir() else "no such config file"
-        shown = f"; valid: {', '.join(names)} in {folder}" if names else ""
-        raise UserError(f"--config: {path}: {what}{nearest(path.name, names)}{shown}")
+        valid = f"; valid: {', '.join(names)} in {folder}" if names else ""
+        raise UserError(f"--config: {path}: {what}{nearest(path.name, names)}{valid}")
     path = path.resolve()
     name = "configs." + path.stem if path.parent == CONFIGS else f"_config_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -102,8 +103,8 @@ def load(path: Path) -> Source:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as e:
-        raise UserError(f"{path}: cannot be imported: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:
+        raise UserError(f"{path}: cannot be imported: {type(e).__name__}: {told(e)}") from e
     finally:
         if before is None:
             sys.modules.pop(name, None)
@@ -112,21 +113,27 @@ def load(path: Path) -> Source:
     for part in ("get_config", "SCALES", "claims"):
         if part not in vars(module):
             raise UserError(f"{path}: has no {part}; valid: get_config(scale), SCALES and claims(results)")
+    scales = vars(module)["SCALES"]
+    if not isinstance(scales, (list, tuple)) or not scales or not all(isinstance(s, str) for s in scales):
+        raise UserError(f"{path}: SCALES: found {shown(scales)}; valid: a tuple of names")
+    for part in ("get_config", "claims"):
+        if not callable(vars(module)[part]):
+            raise UserError(f"{path}: {part}: found {shown(vars(module)[part])}; valid: a function")
     return Source(path, module)
 
 
 def find(text: str) -> tuple[Source, dict[str, Any]]:
     """``PATH.py[:scale]`` or a run's ``config.json`` -> the config file and its settings, as plain nested dicts."""
     path, colon, scale = text, "", ""
-    if not Path(text).exists():
+    if not files_.exists(text):
         path, colon, scale = text.rpartition(":") if ":" in text else (text, "", "")
     if path.endswith(".json"):
         if colon:
             raise UserError(f"--config: {text}: a config.json has no scales; valid: {path}")
-        place, config = read_json(Path(path))
+        place, config = read_json(files_.user_path(path, "--config"))
         return load(ROOT / place), config
     source = load(Path(path))
-    if colon or not source.scales:
+    if colon:
         return source, source.settings(scale)
     default = "laptop" if "laptop" in source.scales else source.scales[0]
     return source, source.settings(default)
@@ -136,13 +143,13 @@ def read_json(path: Path) -> tuple[str, dict[str, Any]]:
     """The config file's place and the settings in a ``config.json``; `UserError` when it is none of ours."""
     valid = f"valid: a config.json of schema {SCHEMA}, which experiments.run writes"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = files_.read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {valid}") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read ({e}); {valid}") from None
+    except UserError as e:
+        raise UserError(f"{path}: cannot be read ({str(e).removeprefix(f'{path}: ')}); {valid}") from None
     good = isinstance(data, dict) and data.get("schema") == SCHEMA
     if not (good and isinstance(data.get("config"), dict) and isinstance(data.get("file"), str)):
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-        raise UserError(f"{path}: found schema {found!r}; {valid}")
+        raise UserError(f"{path}: found schema {shown(found)}; {valid}")
     return data["file"], data["config"]

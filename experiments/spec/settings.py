@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import json
 import re
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +22,10 @@ from ml_collections import ConfigDict
 
 from lm.config import Dotted, ModelConfig, build, coerce, is_mapping, merge, overlay, overlay_plug, plug, to_dict
 from lm.decoding.generator import SEEDS
-from lm.errors import UserError, nearest, unknown
+from lm.errors import UserError, nearest, shown, unknown
 from lm.interop import PLUS
 from lm.measures import Measure
+from lm.nested import flat
 from lm.plug import table
 from lm.train.config import TrainConfig
 
@@ -114,7 +117,7 @@ def places(settings: object) -> tuple[str, str]:
         raise UserError("config.checkpoint: is empty; valid: a name")
     adapter = coerce(raw.get("adapter", ""), str, "config.adapter")
     if adapter and checkpoint == RANDOM:
-        raise UserError(f"config.adapter: found {adapter!r} to random parameters; valid: with a checkpoint")
+        raise UserError(f"config.adapter: found {shown(adapter)} to random parameters; valid: with a checkpoint")
     source = f"{checkpoint}{PLUS}{adapter}" if adapter else checkpoint
     return source, coerce(raw.get("architecture", ""), str, "config.architecture")
 
@@ -132,23 +135,42 @@ def experiment(settings: object) -> Experiment:
     for what, text in (("name", exp.name), ("scale", exp.scale)):
         if not text.strip():
             raise UserError(f"config.{what}: is empty; valid: a name")
+        if not re.fullmatch(r"[\w@+-][\w@+. -]{0,99}", text):  # it names the run's folder
+            raise UserError(
+                f"config.{what}: found {shown(text)}; valid: up to 100 letters, digits, blanks and _ @ + - ., "
+                "which does not come first"
+            )
     for what, named in (("arms", exp.arms), ("measures", exp.measures)):
         if not named:
             raise UserError(f"config.{what}: is empty; valid: at least one")
         for name in named:
-            if not re.fullmatch(r"[\w@+-]+", name):
-                raise UserError(f"config.{what}: found the name {name!r}; valid: letters, digits and _ @ + -")
+            if not re.fullmatch(r"[\w@+-]{1,100}", name):
+                raise UserError(f"config.{what}: found the name {shown(name)}; valid: letters, digits and _ @ + -")
     if exp.baseline not in exp.arms:
         raise unknown("config.baseline", exp.baseline, exp.arms)
     # ConfigDict sorts its keys; tables and plots start with what everything is compared to.
     first = {exp.baseline: exp.arms[exp.baseline]}
     exp = dataclasses.replace(exp, arms={**first, **exp.arms})
     if not exp.seeds or len(set(exp.seeds)) < len(exp.seeds) or not 0 <= min(exp.seeds) <= max(exp.seeds) < SEEDS:
-        raise UserError(f"config.seeds: found {exp.seeds}; valid: one or more different numbers from 0 to {SEEDS - 1}")
+        valid = f"one or more different numbers from 0 to {SEEDS - 1}"
+        raise UserError(f"config.seeds: found {shown(exp.seeds)}; valid: {valid}")
     for arm, changes in exp.arms.items():
         if not is_mapping(changes):
-            raise UserError(f"arms.{arm}: expected a mapping from dotted keys to values, found {changes!r}")
+            raise UserError(f"arms.{arm}: expected a mapping from dotted keys to values, found {shown(changes)}")
+    _check_written(exp)
     return exp
+
+
+def _check_written(exp: Experiment) -> None:
+    """Raises `UserError` for settings that config.json cannot keep."""
+    said = plain({"arms": exp.arms, "paper": vars(exp.paper), "model": exp.model}, lists=True)
+    for place, value in flat(said, "config.").items():
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except (TypeError, ValueError, RecursionError):
+            raise UserError(
+                f"{place}: found {shown(value)}; valid: text, finite numbers, True, False, None, and lists of these"
+            ) from None
 
 
 def measure(label: str, value: object) -> Measure:
@@ -163,7 +185,9 @@ class Text(str):
 
     def literal(self) -> Any:
         try:
-            return ast.literal_eval(self.strip())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", SyntaxWarning)  # of what only looks like Python
+                return ast.literal_eval(self.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             return str(self)
 
@@ -210,6 +234,8 @@ def override(settings: Settings, dotted: str, value: object, base: object = None
     out: dict[str, Any] = copy.deepcopy(dict(settings))
     head, *rest = parts(dotted)
     hints = typing.get_type_hints(Experiment)
+    if head in ("arms", "measures") and not is_mapping(out.get(head)):
+        raise UserError(f"config.{head}: expected a mapping, found {shown(out.get(head))}")
     if head not in hints:
         raise UserError(f"config.{head}: unknown key{nearest(head, hints)}; valid: {', '.join(sorted(hints))}")
     if head == "scale":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lm.config import is_mapping, plug, to_dict
-from lm.errors import UserError
+from lm.errors import UserError, shown
 from lm.plug import table
 from lm.surgery.base import Surgery
 
@@ -18,7 +18,7 @@ def surgeries(value: object) -> tuple[Surgery, ...]:
     valid = ", ".join(applicable())
     values = (value,) if isinstance(value, str) or is_mapping(value) else value
     if not isinstance(values, (tuple, list)) or not values:
-        raise UserError(f"surgery: expected a tuple of names or mappings, found {value!r}; valid: {valid}")
+        raise UserError(f"surgery: expected a tuple of names or mappings, found {shown(value)}; valid: {valid}")
     made = [plug(SURGERY, one, f"surgery[{i}]") for i, one in enumerate(values)]
     for i, one in enumerate(made):
         if one.trains:

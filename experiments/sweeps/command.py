@@ -39,19 +39,23 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
     parser.add_argument("--trials", type=int, help="of the search, with those of earlier commands")
     parser.add_argument("--minimise", metavar="ARM:METRIC", help="the search's objective: adamw:training/nll")
     parser.add_argument("--maximise", metavar="ARM:METRIC", help="the same, where more is better")
-    parser.add_argument("--search-seed", type=int, default=0, help="what the search draws from (default: 0)")
+    parser.add_argument("--search-seed", type=int, help="what the search draws from (default: 0)")
     parser.add_argument("--storage", help="the search's storage, a file or a URL of Optuna's (default: DIR/study.log)")
     parser.add_argument("--dry-run", action="store_true", help="check everything, print the points, write nothing")
     parsed, extra = parser.parse_known_args(rest)
     parser.refuse(extra)
     if parsed.parallel is not None and parsed.parallel < 1:
         raise UserError(f"--parallel: found {parsed.parallel}; valid: 1 or more")
+    if parsed.parallel is not None and parsed.engine == "print":
+        raise UserError("--parallel: has no meaning with --engine=print; valid: --engine=local, --engine=slurm")
     if parsed.slurm and parsed.engine != "slurm":
         raise UserError(f"--slurm: has no meaning with --engine={parsed.engine}; valid: --engine=slurm")
     if parsed.search is None:
-        for flag in ("trials", "minimise", "maximise", "storage"):
+        for flag in ("trials", "minimise", "maximise", "storage", "search_seed"):
             if vars(parsed)[flag] is not None:
-                raise UserError(f"--{flag}: has no meaning without --search; valid: --search=optuna[:SAMPLER]")
+                raise UserError(
+                    f"--{flag.replace('_', '-')}: has no meaning without --search; valid: --search=optuna[:SAMPLER]"
+                )
     else:
         if parsed.search.partition(":")[0] != "optuna":
             raise UserError(f"--search: found {parsed.search!r}; valid: optuna, or optuna:SAMPLER")
@@ -66,6 +70,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     """Everything from the arguments to the table; raises `UserError` for any mistake in the input."""
     args, overrides = arguments(argv, doc)
     source, settings = registry.find(args.config)
+    sweeps.check(settings)
     name, points_or_space = sweeps.choose(source, args.sweep, "search" if args.search else "sweep")
     head = {"file": source.place, "scale": settings.get("scale"), "search" if args.search else "sweep": name}
     label = f"search-{name}" if args.search else name
@@ -109,7 +114,7 @@ def _search(
     args: argparse.Namespace, shared: Shared, head: dict[str, Any], name: str, space: Callable[[Any], Any]
 ) -> int:
     objective = Objective.parse(args.minimise, args.maximise)
-    search = Search(name, space, shared, objective, args.search.partition(":")[2] or "tpe", args.search_seed)
+    search = Search(name, space, shared, objective, args.search.partition(":")[2] or "tpe", args.search_seed or 0)
     if args.dry_run:
         rows = [("parameter", "drawn from"), *((k, str(v)) for k, v in search.draft.distributions.items())]
         print(f"{cli.aligned(rows)}\n\nfor example {shown(search.example.changes)}")

@@ -28,7 +28,7 @@ from experiments.sweeps import shared as sweeps
 from experiments.sweeps.local import say
 from experiments.sweeps.points import Point, State, literal, look, results_of
 from experiments.sweeps.shared import Shared
-from lm.errors import UserError, unknown
+from lm.errors import UserError, shown, unknown
 
 # With several points at a time, `constant_liar` keeps TPE from proposing what is at work already.
 SAMPLERS: dict[str, Callable[[Any, int], Any]] = {
@@ -59,7 +59,7 @@ class Objective:
         flag, text = ("--minimise", minimise) if minimise is not None else ("--maximise", maximise)
         arm, colon, metric = (text or "").partition(":")
         if not (arm and colon and "/" in metric):
-            raise UserError(f"{flag}: found {text!r}; valid: ARM:METRIC, for example adamw:training/nll")
+            raise UserError(f"{flag}: found {shown(text)}; valid: ARM:METRIC, for example adamw:training/nll")
         return Objective(arm, metric, "minimize" if minimise is not None else "maximize")
 
     def check(self, shared: Shared) -> None:

@@ -10,15 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.running import dry
 from experiments.running.cache import key
 from experiments.running.plan import Plan, Workdir, prepare
 from experiments.spec.registry import Source
 from experiments.spec.settings import Text, names_first
 from experiments.sweeps.combinators import same_plug, union
 from experiments.sweeps.points import Changes, Point, literal, shown
-from lm.errors import UserError, unknown
+from lm.errors import UserError, cut, told, unknown
 
 LIMIT = 10_000  # points; a generator that never ends is refused here
+
+
+def check(settings: object) -> None:
+    """Raises `UserError` for what is no config at all."""
+    if not isinstance(settings, Mapping):
+        raise UserError(f"get_config: expected a ConfigDict, found {type(settings).__name__}")
 
 
 def choose(source: Source, name: str | None, kind: str = "sweep") -> tuple[str, Callable[..., Any]]:
@@ -47,8 +54,8 @@ def expand(name: str, sweep: Callable[[], Any]) -> list[Changes]:
             out.append(readable(f"sweep {name}: point {len(out) + 1}", changes))
     except UserError as e:
         raise e if str(e).startswith("sweep ") else UserError(f"sweep {name}: {e}") from None
-    except Exception as e:
-        raise UserError(f"sweep {name}: sweep_{name}() failed: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:
+        raise UserError(f"sweep {name}: sweep_{name}() failed: {type(e).__name__}: {told(e)}") from e
     if not out:
         raise UserError(f"sweep {name}: gives no points; valid: at least one")
     return out
@@ -57,7 +64,7 @@ def expand(name: str, sweep: Callable[[], Any]) -> list[Changes]:
 def readable(place: str, changes: object) -> Changes:
     """The changes as the point's own process will read them; raises `UserError` that begins with `place`."""
     if not isinstance(changes, Mapping) or not all(isinstance(k, str) for k in changes):
-        raise UserError(f"{place}: expected a dict from dotted keys to values, found {changes!r}")
+        raise UserError(f"{place}: expected a dict from dotted keys to values, found {cut(repr(changes))}")
     union(place, [{k: v} for k, v in changes.items()])
     return {k: ast.literal_eval(literal(v, f"{place}: {k}")) for k, v in names_first(changes)}
 
@@ -86,8 +93,14 @@ class Shared:
         args += [] if self.arms is None else [f"--arms={self.arms}"]
         args += [f"--config.{k}={v}" for k, v in self.overrides]
         args += [f"--config.{k}={literal(v, k)}" for k, v in changes.items()]
-        run = Workdir(folder, self.source.place, plan)
+        light = dataclasses.replace(plan, base=None)  # a tokenizer for each of a thousand points would be too much
+        run = Workdir(folder, self.source.place, light)
         run.check()
+        if self.absent_is_fine:  # a dry run
+            try:
+                dry.check(plan, self.source, run)
+            except UserError as e:
+                raise UserError(f"{place}: {e}") from None
         chosen = tuple(plan.chosen)
         return Point(number, dict(changes), folder, tuple(args), chosen, len(chosen) == len(plan.arms), run), at
 
@@ -101,7 +114,7 @@ class Shared:
         except UserError as e:
             self.base()  # the mistake may be in what all points share
             raise UserError(f"{place}: {e}") from None
-        return dataclasses.replace(plan, base=None)  # a tokenizer for each of a thousand points would be too much
+        return plan
 
 
 def points(shared: Shared, name: str, every: Sequence[Changes]) -> list[Point]:

@@ -27,7 +27,7 @@ from typing import Any
 from experiments.sweeps import local, points
 from experiments.sweeps.local import BUSY, Feed, Given, Local, deaf, say, tell
 from experiments.sweeps.points import Point, look
-from lm.errors import UserError
+from lm.errors import UserError, shown
 
 SHARED = ("cluster", "name", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb", "timeout_min")
 REQUEUES = 100  # times that a job may reach its time limit and go on; submitit's own default is 3
@@ -189,7 +189,9 @@ def executor(options: Sequence[str], parallel: int | None, folder: Path, name: s
     for part in filter(None, ",".join(options).split(",")):
         option, equals, value = part.partition("=")
         if not equals:
-            raise UserError(f"--slurm: found {part!r}; valid: KEY=VALUE,..., for example partition=x,timeout_min=60")
+            raise UserError(
+                f"--slurm: found {shown(part)}; valid: KEY=VALUE,..., for example partition=x,timeout_min=60"
+            )
         settings[option if option in SHARED else f"slurm_{option}"] = Text(value).literal()
     cluster = str(settings.pop("cluster", "slurm"))
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 from experiments.reports import results_file
-from lm.errors import UserError
+from lm.errors import UserError, shown
+from lm.files import read_object
 
 SEEDS = "seeds"
 LEVEL = 0.95
@@ -64,12 +64,7 @@ class Sweep:
 
 def load(folder: Path) -> Sweep:
     """Reads ``sweep.json`` and what its points have measured by now; raises `UserError` where that is not possible."""
-    file = folder / "sweep.json"
-    try:
-        head = json.loads(file.read_text(encoding="utf-8"))
-        points = [(p["folder"], dict(p["overrides"]), p["arms"], str(p["state"])) for p in head["points"]]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{file}: cannot be read ({e}); valid: a sweep.json that experiments.sweep wrote") from None
+    head, points = _read(folder / "sweep.json")
     found: dict[tuple[str, Setting, str], dict[Any, float]] = {}
     counts: dict[str, int] = {}
     every = [changes for _, changes, _, _ in points]
@@ -102,6 +97,34 @@ def load(folder: Path) -> Sweep:
     return Sweep({k: v for k, v in head.items() if k != "points"}, rows, keys, rest, counts)
 
 
+def _read(file: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any], dict[str, Any], str]]]:
+    """What a ``sweep.json`` says of the sweep, and folder, changes, arms and state of every point."""
+    valid = "valid: a sweep.json that experiments.sweep wrote"
+    try:
+        head = read_object(file)
+        listed = [(p["folder"], dict(p["overrides"]), p["arms"], p["state"]) for p in head["points"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: cannot be read ({e}); {valid}") from None
+    for i, (name, changes, arms, state) in enumerate(listed):
+        if not isinstance(name, str) or Path(name).name != name or not isinstance(state, str):
+            raise UserError(f"{file}: points[{i}]: found the folder {shown(name)} in state {shown(state)}; {valid}")
+        results_file.check_arms(arms, str(file), f"points[{i}].arms")
+        try:
+            hash(tuple(_hashable(value) for value in changes.values()))
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise UserError(f"{file}: points[{i}].overrides: found {shown(changes)}; {valid}") from None
+    best = head.get("best")
+    if best is not None and not (
+        isinstance(best, dict)
+        and isinstance(best.get("value"), int | float)
+        and {"trial", "folder"} <= set(best)
+        and isinstance(head.get("trials"), list)
+        and isinstance(head.get("objective"), str)
+    ):
+        raise UserError(f"{file}: best: found {shown(best)}; {valid}")
+    return head, listed
+
+
 def _setting(changes: Mapping[str, Any], arm: str) -> Setting:
     """The swept keys that bear on `arm`, without the head ``arms.ARM.`` that says so."""
     own = f"arms.{arm}."
@@ -115,6 +138,8 @@ def _bare(key: str) -> str:
 
 def _hashable(value: Any) -> Any:
     value = ast.literal_eval(value) if isinstance(value, str) and value[:1] in "([{" else value
+    if isinstance(value, dict | set):
+        return repr(value)
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
 
 
@@ -123,11 +148,12 @@ def _by_seed(stat: Any, seeds: Any) -> dict[Any, float]:
     mean = stat.get("mean") if isinstance(stat, Mapping) else stat
     each = stat.get("by_seed") if isinstance(stat, Mapping) else None
     seeds = _hashable(seeds) or ()
+    seeds = seeds if isinstance(seeds, tuple) else (seeds,)
     if each and len(each) == len(seeds):
         return {s: float(v) for s, v in zip(seeds, each, strict=True) if v is not None}
     if mean is None:
         return {}
-    return {seeds[0] if isinstance(seeds, tuple) and len(seeds) == 1 else seeds: float(mean)}
+    return {seeds[0] if len(seeds) == 1 else seeds: float(mean)}
 
 
 def counted(counts: Mapping[str, int]) -> str:

@@ -38,9 +38,13 @@ CHIPS = {
 }
 
 
+FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))  # sides of slices in two dimensions
+MOST = {"v4": 4096, "v5p": 8960}  # chips of a slice in three
+
+
 def slices(topology: str) -> tuple[int, str]:
     """How many slices, and which: 2 and ``v5e:16x16`` of ``2xv5e:16x16``, 1 of a slice alone."""
-    found = re.fullmatch(r"(\d+)x(v\w+:.*)", topology)
+    found = re.fullmatch(r"([1-9][0-9]{0,3})x(v\w+:.*)", topology)
     return (int(found[1]), found[2]) if found else (1, topology)
 
 
@@ -56,9 +60,18 @@ def split(topology: str) -> tuple[str, str]:
     if name not in CHIPS:
         raise unknown("--topology", name, CHIPS)
     sides = 3 if name in ("v4", "v5p") else 2
-    if not re.fullmatch(r"\d+" + (sides - 1) * r"x\d+", shape):
+    if not re.fullmatch(r"[0-9]{1,4}" + (sides - 1) * r"x[0-9]{1,4}", shape):
         example = "2x2x1" if sides == 3 else "4x4"
         raise UserError(f"--topology: {topology}: {name} slices have {sides} sides; valid: {name}:{example}, say")
+    lengths = [int(side) for side in shape.split("x")]
+    if sides == 2 and tuple(sorted(lengths)) not in FLAT:
+        valid = ", ".join(f"{a}x{b}" for a, b in FLAT)
+        raise UserError(f"--topology: {topology}: there is no such slice; valid: {name}:SIDES of {valid}")
+    if sides == 3 and (math.prod(lengths) > MOST[name] or any(n not in (1, 2) and (n < 1 or n % 4) for n in lengths)):
+        raise UserError(
+            f"--topology: {topology}: there is no such slice; valid: sides of 1, 2 or a multiple of 4, of at most "
+            f"{MOST[name]:,} chips together"
+        )
     return name, shape
 
 

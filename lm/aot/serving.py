@@ -17,6 +17,7 @@ from lm.config import ModelConfig
 from lm.decoding.generator import FIRST, PIECE
 from lm.decoding.placement import Placement
 from lm.errors import UserError
+from lm.plug import INT32
 from lm.sharding.layout import Layout
 from lm.train import flops
 
@@ -38,6 +39,8 @@ class Serve:
         for name in ("batch", "length"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name}: must be at least 1, found {getattr(self, name)}")
+            if getattr(self, name) > INT32:
+                raise UserError(f"--{name}: must be at most {INT32:,}, found {getattr(self, name)}")
 
     def model(self, cfg: ModelConfig) -> ModelConfig:
         return cfg if self.weights is None else dataclasses.replace(cfg, param_dtype=self.weights)

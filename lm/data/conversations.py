@@ -19,6 +19,7 @@ from lm.data.corpus import Corpus, Encoded
 from lm.data.record import TextRecord
 from lm.data.texts import Document
 from lm.errors import UserError, unknown
+from lm.files import parse_json, read_text, user_path
 
 COLUMNS = ("messages", "tools")
 KEY = "train.data.template"
@@ -59,8 +60,8 @@ def _checked(row: Mapping[str, object], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: field 'messages': valid: a list of objects with 'role' and 'content'")
     if isinstance(tools, str):  # columns of one type keep them as JSON
         try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
+            tools = parse_json(tools, where) if tools.strip() else None
+        except UserError:
             raise UserError(f"{where}: field 'tools': text that is no JSON; valid: a list of objects") from None
     if tools is not None and not isinstance(tools, list):
         raise UserError(f"{where}: field 'tools': found {type(tools).__name__}; valid: a list of objects")
@@ -77,11 +78,11 @@ def _whole(value: object) -> Any:
 def with_template(text: TextRecord, template: str) -> TextRecord:
     """The record with a template that it did not come with, as its first choice; raises `UserError` where none is."""
     if template.endswith(".jinja"):
-        path = Path(template).expanduser()
+        path = user_path(template, KEY)
         try:
-            return dataclasses.replace(text, templates={"default": path.read_text(encoding="utf-8")})
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{KEY}: {template}: cannot be read ({e}); valid: a file of UTF-8 text") from None
+            return dataclasses.replace(text, templates={"default": read_text(path, f"{KEY}: ")})
+        except FileNotFoundError:
+            raise UserError(f"{KEY}: {template}: no such file; valid: a file of UTF-8 text") from None
     if template in text.templates:
         return text
     if template in TEMPLATES:

@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError
+from lm.errors import UserError, shown
+from lm.plug import INT32
 
+LEAST = 1e-6  # what logits can be divided by
 NEG = -1e30  # a token that cannot be chosen; finite, so that differences stay numbers
 
 
@@ -41,10 +43,11 @@ class Sampling:
     bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise UserError(f"temperature: must be 0 (greedy) or more, found {self.temperature}")
-        if self.top_k < 0:
-            raise UserError(f"top_k: must be 0 (off) or more, found {self.top_k}")
+        if self.temperature and not LEAST <= self.temperature < math.inf:
+            valid = f"0 (greedy) or more (finite, at least {LEAST})"
+            raise UserError(f"temperature: must be {valid}, found {self.temperature}")
+        if not 0 <= self.top_k <= INT32:
+            raise UserError(f"top_k: must be 0 (off) or more, and at most {INT32:,}, found {shown(self.top_k)}")
         for name in ("top_p", "typical_p"):
             if not 0 < getattr(self, name) <= 1:
                 raise UserError(f"{name}: must lie in (0, 1], found {getattr(self, name)}")
@@ -53,8 +56,14 @@ class Sampling:
         for token, value in self.bias:
             if not value < math.inf:
                 raise UserError(f"bias: token {token}: found {value}; valid: a number, or -inf for a token never drawn")
-        if not self.repetition_penalty > 0:
-            raise UserError(f"repetition_penalty: must be positive (1 = off), found {self.repetition_penalty}")
+        if not LEAST <= self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty: must be positive (1 = off; finite, at least {LEAST}), found "
+                f"{self.repetition_penalty}"
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(vars(self)[name]):
+                raise UserError(f"{name}: must be finite, found {vars(self)[name]}")
 
     def check(self, vocab_size: int) -> None:
         """Raises `UserError` for a bias on a token that the model does not have."""

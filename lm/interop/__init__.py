@@ -11,7 +11,8 @@ from typing import Any
 from lm.config import ModelConfig, build, merge
 from lm.data.record import TextRecord
 from lm.data.tokenizers import Tokenizer, check_vocab
-from lm.errors import UserError, nearest
+from lm.errors import UserError, nearest, shown
+from lm.files import exists, user_path
 from lm.interop.readers import tensors
 from lm.interop.readers.base import HUB, PLUS, Reader
 from lm.sharding.layout import Where
@@ -79,11 +80,11 @@ def reader(source: str) -> Reader:
     (``CHECKPOINT + ADAPTER``); raises `UserError` when there is none."""
     # The readers' libraries load on first use.
     base, plus, adapter = source.rpartition(PLUS)
-    if plus and not Path(source).expanduser().exists():  # a file may have any name
+    if plus and not exists(source):  # a file may have any name
         from lm.interop.readers.adapted import Adapted
 
         return Adapted(reader(base), adapter, base if base in PRETRAINED else None)
-    path = find(source) if source in PRETRAINED else Path(source).expanduser()
+    path = find(source) if source in PRETRAINED else _path(source)
     if path.is_dir() and (path / ABOUT).is_file():
         from lm.interop.readers.run_folder import Run
 
@@ -103,14 +104,22 @@ def reader(source: str) -> Reader:
     if path.exists():
         raise UserError(f"checkpoint {source}: not a directory with config.json, nor a .gguf file")
     raise UserError(
-        f"checkpoint: found {source!r}{nearest(source, PRETRAINED)}; valid: {', '.join(sorted(PRETRAINED))}, a Hugging "
-        "Face directory, a training's folder, a .gguf file that exists, or hf:OWNER/NAME of the Hugging Face Hub"
+        f"checkpoint: found {shown(source)}{nearest(source, PRETRAINED)}; valid: {', '.join(sorted(PRETRAINED))}, "
+        "a Hugging Face directory, a training's folder, a .gguf file that exists, or hf:OWNER/NAME of the Hugging Face "
+        "Hub"
     )
 
 
+def _path(source: str) -> Path:
+    return user_path(source, "checkpoint")
+
+
 def _magic(path: Path) -> bytes:
-    with path.open("rb") as f:
-        return f.read(4)
+    try:
+        with path.open("rb") as f:
+            return f.read(4)
+    except OSError as e:
+        raise UserError(f"checkpoint {path}: cannot be read ({e.strerror or e}); valid: a readable file") from None
 
 
 def config(source: str) -> ModelConfig:

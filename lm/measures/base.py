@@ -79,6 +79,10 @@ class Measure:
         """A hash of the data that is read; raises `UserError` for data that cannot be."""
         return ""
 
+    def check(self, subject: Subject, trains: bool) -> None:
+        """Raises `UserError` for what `run` would refuse; before anything is trained, and without parameters (those of
+        `subject` are None). `trains`: whether this experiment trains them."""
+
     def run(self, subject: Subject, progress: Progress) -> Measured:
         """The numbers; `progress` takes the fraction done and a word on it."""
         raise NotImplementedError(f"{type(self).__name__}.run")

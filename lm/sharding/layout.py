@@ -18,7 +18,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lm import compat
-from lm.errors import UserError, nearest, unknown
+from lm.errors import UserError, nearest, shown, unknown
 
 # Slowest first: neighbours on the last axis are neighbours in the machine, and `tensor` talks most.
 AXES = ("data", "stage", "fsdp", "expert", "sequence", "tensor")
@@ -91,12 +91,15 @@ class Layout:
             raise unknown("train.mesh.attention", self.attention, ATTENTION)
         rules = {}
         for logical, to in dict(self.rules).items():
+            if to is not None and not isinstance(to, (str, list, tuple)):
+                valid = f"an axis, several, or None: {', '.join(AXES)}"
+                raise UserError(f"train.mesh.rules.{logical}: found {shown(to)}; valid: {valid}")
             axes = () if to is None or to == "" else (to,) if isinstance(to, str) else tuple(to)
             for axis in axes:
                 if axis not in AXES:
                     valid = f"{', '.join(AXES)}, or None"
                     raise UserError(
-                        f"train.mesh.rules.{logical}: found {axis!r}{nearest(str(axis), AXES)}; valid: {valid}"
+                        f"train.mesh.rules.{logical}: found {shown(axis)}{nearest(shown(axis), AXES)}; valid: {valid}"
                     )
             rules[logical] = axes
         object.__setattr__(self, "rules", _Rules(rules))

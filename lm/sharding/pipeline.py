@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm.errors import UserError
+from lm.errors import UserError, divisors
 from lm.sharding.layout import constrain, current, parts, using
 
 Body = Callable[[jax.Array, Any, Any], tuple[jax.Array, Any]]
@@ -57,14 +57,14 @@ def check(layers: Sequence[Any], stages: int, rows: int, row_parts: int, microba
                 "valid: equal layers, or train.mesh.stage=1"
             )
     if len(layers) % stages:
-        valid = ", ".join(str(n) for n in range(1, len(layers) + 1) if len(layers) % n == 0)
-        raise UserError(f"train.mesh.stage: {stages} does not divide model.n_layers = {len(layers)}; valid: {valid}")
+        raise UserError(
+            f"train.mesh.stage: {stages} does not divide model.n_layers = {len(layers)}; valid: {divisors(len(layers))}"
+        )
     if rows % (microbatches * row_parts):
         each = rows // row_parts
-        valid = ", ".join(str(n) for n in range(1, each + 1) if each % n == 0)
         raise UserError(
             f"train.mesh.microbatches: {microbatches} does not divide the {each} rows of a device (train.batch over "
-            f"train.accumulate and {row_parts} devices); valid: {valid}"
+            f"train.accumulate and {row_parts} devices); valid: {divisors(each)}"
         )
 
 

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from lm import compat
-from lm.errors import TrainingStopped, UserError
+from lm.errors import TrainingStopped, UserError, shown
 
 HEARTBEAT = 100  # seconds of silence after which a process counts as dead; JAX's own default
 LONG = 7 * 24 * 3600  # seconds: as long as process 0 may measure while the others wait for the next training
@@ -47,9 +47,7 @@ def start(
     of several tasks, a TPU pod. `processes` = 1 is alone whatever the machine says. Raises `UserError` for arguments
     that do not fit together, and when the others cannot be reached.
     """
-    if heartbeat < 5:
-        raise UserError(f"--heartbeat: must be at least 5 seconds, found {heartbeat}")
-    options = _explicit(coordinator, processes, process)
+    options = check(coordinator, processes, process, heartbeat)
     if options is None:
         options = _slurm() if processes is None else None
     if options is None:
@@ -70,6 +68,13 @@ def start(
     return n
 
 
+def check(coordinator: str | None, processes: int | None, process: int | None, heartbeat: int) -> dict[str, Any] | None:
+    """What the four arguments of `start` say, None where they leave it to the machine; nothing is started."""
+    if not 5 <= heartbeat <= 10**6:
+        raise UserError(f"--heartbeat: must be at least 5 seconds and at most 1,000,000, found {heartbeat}")
+    return _explicit(coordinator, processes, process)
+
+
 def _explicit(coordinator: str | None, processes: int | None, process: int | None) -> dict[str, Any] | None:
     given = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     if processes is not None and processes < 1:
@@ -88,8 +93,8 @@ def _explicit(coordinator: str | None, processes: int | None, process: int | Non
     if not 0 <= process < processes:
         raise UserError(f"--process: found {process}; valid: 0 to {processes - 1} (--processes={processes})")
     host, colon, port = coordinator.rpartition(":")
-    if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
-        raise UserError(f"--coordinator: found {coordinator!r}; valid: HOST:PORT, the port from 1 to 65535")
+    if not (colon and host and re.fullmatch("[0-9]{1,5}", port) and 0 < int(port) < 65536):
+        raise UserError(f"--coordinator: found {shown(coordinator)}; valid: HOST:PORT, the port from 1 to 65535")
     return {
         "coordinator_address": coordinator,
         "num_processes": processes,

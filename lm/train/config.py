@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lm.config import ModelConfig, to_dict
-from lm.errors import UserError, unknown
+from lm.errors import UserError, divisors, unknown
 from lm.model import params
 from lm.objectives.base import Objective
 from lm.optimizers.base import Optimizer
@@ -111,9 +111,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_bounds(self, "train")
         if self.batch % self.accumulate:
-            valid = ", ".join(str(n) for n in range(1, self.batch + 1) if self.batch % n == 0)
             raise UserError(
-                f"train.accumulate: {self.accumulate} does not divide train.batch = {self.batch}; valid: {valid}"
+                f"train.accumulate: {self.accumulate} does not divide train.batch = {self.batch}; valid: "
+                f"{divisors(self.batch)}"
             )
         if not self.surgery.trains:
             trainable = [name for name, plug in table("lm.surgery").items() if plug().trains]

@@ -36,6 +36,10 @@ class Samples:
 
     def __post_init__(self) -> None:
         check_bounds(self, KEY)
+        try:
+            _ = self._sampling  # refuses what is no way to draw
+        except UserError as e:
+            raise UserError(f"{KEY}.{e}") from None
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises `UserError` for a model whose texts cannot be continued, and for several processes."""

@@ -271,7 +271,7 @@ def test_rows_that_are_no_conversations(tmp_path: Path, line: Any, words: str) -
     [
         ({"tokenizer": "bytes"}, "train.data.template: the model has no chat template; valid: chatml"),
         ({"template": "chatmk"}, "unknown name 'chatmk' (did you mean 'chatml'?)"),
-        ({"template": "no.jinja"}, "train.data.template: no.jinja: cannot be read"),
+        ({"template": "no.jinja"}, "train.data.template: no.jinja: no such file"),
         ({"texts": ("kjv",)}, "train.data.texts: 'kjv' is text, not conversations"),
         ({"texts": ("nowhere.jsonl",)}, "train.data.texts: 'nowhere.jsonl' is no file with conversations"),
         ({"kind": "text", "template": "chatml"}, "train.data.template: 'chatml' is for train.data.kind = chat"),

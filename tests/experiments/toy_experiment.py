@@ -56,7 +56,7 @@ def claims(r):
 class Toy(Measure):
     """Samples ``value + seed + 0, 1, …``; remembers its calls; `after` calls ends in `error`."""
 
-    value: float = 1.0
+    value: float = field(default=1.0, metadata={"finite": False})
     n: int = 2
     tags: tuple[str, ...] = ()
     calls: ClassVar[list[tuple[str, float, int]]] = []

@@ -6,6 +6,7 @@ import atexit
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError, unknown
+from lm.errors import UserError, cut, unknown
 
 __all__ = ["Message", "Rendered", "choose", "render"]
 
 Message = Mapping[str, Any]  # {"role": "system" | "user" | "assistant" | …, "content": …}
-SECONDS = 10.0  # a conversation takes milliseconds
+SECONDS = 2.0  # of computing; a conversation takes milliseconds
+PATIENCE = 30.0  # seconds until an answer, on a machine that does much else meanwhile
 MIB = 1024
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names that a message's thoughts go by
 
@@ -74,13 +76,19 @@ def render(
     }
     try:
         line = json.dumps({"template": template, "words": given})
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"--chat: the conversation is not made of text, numbers, lists and objects ({e})") from None
     made = _WORKER.ask(line)
     if "refused" in made:
-        raise UserError(f"--chat: the template of {source} refuses the conversation: {made['refused']}")
+        raise UserError(f"--chat: the template of {source} refuses the conversation: {cut(made['refused'])}")
     if "error" in made:
-        raise UserError(f"--chat: the template of {source} cannot be rendered ({made['error']})")
+        raise UserError(f"--chat: the template of {source} cannot be rendered ({cut(made['error'])})")
+    try:
+        made["text"].encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"--chat: the template of {source} cannot be rendered (character {e.start} is half of a surrogate pair)"
+        ) from None
     return Rendered(made["text"], tuple((a, b) for a, b in made["answers"]))
 
 
@@ -109,20 +117,21 @@ class _Worker:
             except OSError:
                 self.end()
                 return {"error": "the process that renders it has ended"}
-            if not select.select([process.stdout], [], [], SECONDS)[0]:
+            if not select.select([process.stdout], [], [], PATIENCE)[0]:
                 self.end()
-                return {"error": f"it takes longer than {SECONDS:g} s"}
+                return {"error": f"it takes longer than {PATIENCE:g} s"}
             answer = process.stdout.readline()
             if not answer:
+                slow = process.wait() == -signal.SIGVTALRM
                 self.end()
-                return {"error": f"it needs more than {MIB} MiB"}
+                return {"error": f"it takes longer than {SECONDS:g} s" if slow else f"it needs more than {MIB} MiB"}
             return dict(json.loads(answer))
 
     def _started(self) -> subprocess.Popen[str]:
         if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
             self.owner = os.getpid()
             self.process = subprocess.Popen(
-                [sys.executable, "-I", str(Path(__file__).with_name("worker.py")), str(MIB)],
+                [sys.executable, "-I", str(Path(__file__).with_name("worker.py")), str(MIB), str(SECONDS)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

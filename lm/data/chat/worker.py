@@ -1,7 +1,7 @@
-"""Renders chat templates in a process of its own: ``python worker.py MIB``, one JSON object a line.
+"""Renders chat templates in a process of its own: ``python worker.py MIB SECONDS``, one JSON object a line.
 
 A template is a program from a stranger. Jinja's sandbox keeps it away from Python, and this process bounds what it
-computes: whoever waits for an answer kills it when that takes too long, and its memory is limited. It imports nothing
+computes: its time and memory are limited, and whoever waits for an answer kills it when none comes. It imports nothing
 of this library, so that it starts at once.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,7 +22,7 @@ import jinja2.parser
 import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
-LONGEST = 2**24  # characters of a conversation
+LONGEST = 10 * 2**20  # characters of a conversation
 
 
 class Refused(Exception):
@@ -123,7 +124,7 @@ def answer(line: str) -> dict[str, Any]:
     return {"text": text, "answers": answers}
 
 
-def main(mib: int) -> None:
+def main(mib: int, seconds: float) -> None:
     try:
         import resource
 
@@ -131,8 +132,11 @@ def main(mib: int) -> None:
     except (ImportError, ValueError, OSError):  # not on this system: the time stays bounded
         pass
     for line in sys.stdin:
-        print(json.dumps(answer(line)), flush=True)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # computing for longer ends this process
+        said = json.dumps(answer(line))
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        print(said, flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), float(sys.argv[2]))

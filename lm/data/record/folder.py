@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lm import files
 from lm.data.record.record import TextRecord
 from lm.data.tokenizers import HFTokenizer, SentencePieceTokenizer, Tokenizer, from_directory
 from lm.data.tokenizers.sentencepiece import FLAGS
-from lm.errors import UserError
-from lm.files import read_json
+from lm.errors import UserError, shown
 
 # What it is read from, beside config.json; patterns.
 FILES = (
@@ -26,6 +27,7 @@ FILES = (
     "additional_chat_templates/*.jinja",
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # how a token is drawn
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What is no setting of a tokenizer: written anew, or a path on the machine of whoever saved it.
 ASIDE = ("chat_template", "name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file", "auto_map", *NAMED)
@@ -38,6 +40,7 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
     """
     settings = read_object(folder / "tokenizer_config.json")
     generation = read_object(folder / "generation_config.json")
+    _check_drawn(folder / "generation_config.json", generation)
     said = _named(folder, settings)
     tokenizer = from_directory(folder) if tokenizer is None else tokenizer
     if isinstance(tokenizer, SentencePieceTokenizer):  # its file names some itself
@@ -77,12 +80,17 @@ def from_folder(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer | 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty when there is no such file. Raises `UserError` for anything else."""
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: expected an object, found {type(found).__name__}")
-    return found
+    return files.read_object(path) if path.is_file() else {}
+
+
+def _check_drawn(path: Path, generation: Mapping[str, Any]) -> None:
+    """Raises `UserError` for settings of how tokens are drawn that are none."""
+    for key in DRAWN:
+        value = generation.get(key)
+        if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise UserError(f"{path} {key}: found {shown(value)}; valid: a finite number, or null")
+    if not isinstance(generation.get("do_sample"), bool | None):
+        raise UserError(f"{path} do_sample: found {shown(generation['do_sample'])}; valid: true or false")
 
 
 def _named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
@@ -96,7 +104,7 @@ def _named(folder: Path, settings: Mapping[str, Any]) -> dict[str, str | None]:
             continue
         content = value.get("content") if isinstance(value, dict) else value
         if content is not None and not isinstance(content, str):
-            raise UserError(f"{folder / 'tokenizer_config.json'} {name}: expected a string, found {value!r}")
+            raise UserError(f"{folder / 'tokenizer_config.json'} {name}: expected a string, found {shown(value)}")
         out[name] = content
     return out
 
@@ -109,7 +117,9 @@ def _ids(folder: Path, name: str, config: Mapping[str, Any], generation: Mapping
         listed = value if isinstance(value, list) else [] if value is None else [value]
         for i in listed:
             if not isinstance(i, int) or isinstance(i, bool):
-                raise UserError(f"{folder / file} {name}: expected an integer or a list of integers, found {value!r}")
+                raise UserError(
+                    f"{folder / file} {name}: expected an integer or a list of integers, found {shown(value)}"
+                )
             if i >= 0 and i not in out:  # -1 is an old way to say that there is none
                 out.append(i)
     return tuple(out)
@@ -158,9 +168,9 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
     """Jinja sources by name: files stand before what ``tokenizer_config.json`` holds."""
     out: dict[str, str] = {}
     if (folder / "chat_template.jinja").is_file():
-        out["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        out["default"] = files.read_text(folder / "chat_template.jinja")
     for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        out[path.stem] = path.read_text(encoding="utf-8")
+        out[path.stem] = files.read_text(path)
     if out:
         return out
     given = settings.get("chat_template")

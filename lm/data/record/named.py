@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from lm.data.record.record import TextRecord
 from lm.data.texts.document import Document
 from lm.data.tokenizers import ByteTokenizer, Tokenizer, from_json, from_sentencepiece
 from lm.data.tokenizers.huggingface import ENDS
-from lm.errors import UserError, nearest
+from lm.errors import UserError, nearest, shown
+from lm.files import user_path
 
 KEY = "train.data.tokenizer"
 
@@ -33,12 +35,12 @@ def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path)
     if spec == "bytes":
         return TextRecord.of(ByteTokenizer())
     if kind == "bpe" and colon:
-        if not size.isdecimal():
+        if not re.fullmatch("[0-9]{1,99}", size):
             raise UserError(f"{KEY}: bpe:{size}: the size is not a number; valid: bpe:4096, for example")
         return TextRecord.of(bpe.trained(documents(), int(size), cache))
     if kind == "values" and colon:
         return TextRecord.of(values.trained(spec, documents))
-    path = Path(spec).expanduser()
+    path = user_path(spec, KEY)
     if spec and path.is_dir():
         found = from_folder(path, read_object(path / "config.json"))
         if found.tokenizer is None:
@@ -50,7 +52,7 @@ def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path)
         close = nearest(path.name, [*(p.name for p in path.parent.iterdir()), "bytes", "bpe:4096"])
     else:
         close = nearest(spec, ("bytes", "bpe:4096"))
-    raise UserError(f"{KEY}: no tokenizer {spec!r}{close}; {valid}")
+    raise UserError(f"{KEY}: no tokenizer {shown(spec)}{close}; {valid}")
 
 
 def _file(path: Path) -> TextRecord:

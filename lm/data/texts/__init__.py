@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from lm.data.texts import files, hf_datasets
 from lm.data.texts.document import Document, identity
 from lm.data.texts.sources import SOURCES, Source
-from lm.errors import UserError, nearest
+from lm.errors import UserError, nearest, shown
+from lm.files import exists
 
 __all__ = ["SOURCES", "Document", "Source", "documents", "identity", "records"]
 
@@ -35,7 +35,8 @@ def documents(spec: str, *, min_chars: int = 0) -> list[Document]:
     line is malformed or lacks the field, and when no document is left.
     """
     if not isinstance(spec, str) or not spec.strip():
-        raise UserError(f"texts: found {spec!r}; valid: a named source ({', '.join(SOURCES)}), a file, folder or glob")
+        valid = f"a named source ({', '.join(SOURCES)}), a file, folder or glob"
+        raise UserError(f"texts: found {shown(spec)}; valid: {valid}")
     if "\0" in spec:
         raise UserError(f"texts: {spec!r} holds a NUL character")
     found = [d for part in _parts(spec) for d in _one(part)]
@@ -64,7 +65,7 @@ def records(spec: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[
 
 
 def _parts(spec: str) -> list[str]:
-    if Path(spec).expanduser().exists():
+    if exists(spec):
         return [spec]
     parts = [p.strip().replace("\\,", ",") for p in re.split(r"(?<!\\),", spec)]
     if "" in parts:
@@ -79,7 +80,7 @@ def _one(spec: str) -> list[Document]:
             raise UserError(f"texts: {spec!r} names no member; valid: {name} or {SOURCES[name].members}")
         return SOURCES[name].loader(member or None)
     path = files.split_field(spec)[0]
-    if re.search(r"[/\\.*?\[~]", path.partition(":")[0]) or Path(path).expanduser().exists():
+    if re.search(r"[/\\.*?\[~]", path.partition(":")[0]) or exists(path):
         return files.read(spec)
     raise UserError(
         f"texts: unknown source or file {spec!r}{nearest(name, SOURCES)}; valid: {', '.join(SOURCES)}, or the path of "

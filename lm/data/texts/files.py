@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm.data.texts.document import Document
-from lm.errors import UserError, nearest
+from lm.errors import UserError, nearest, told
+from lm.files import exists, parse_json, read_bytes, user_path
 
 # Files of these suffixes are read from a directory; a file or glob that is named outright may have any suffix.
 SUFFIXES = (
@@ -45,9 +46,9 @@ def decode(data: bytes, where: str) -> str:
 def _bytes(path: Path) -> bytes:
     """The contents of a file, decompressed."""
     try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror}); valid: a readable file of UTF-8 text") from None
+        data = read_bytes(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; valid: a readable file of UTF-8 text") from None
     try:
         if path.suffix.lower() == ".gz":
             return gzip.decompress(data)
@@ -105,18 +106,21 @@ def field_of(record: object, field: str, where: str) -> str:
     return value
 
 
+def _parsed(line: str, where: str, valid: str) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as e:
+        said = f"{e.msg} at column {e.colno}" if isinstance(e, json.JSONDecodeError) else told(e)
+        raise UserError(f"{where}: malformed JSON ({said}); valid: {valid}") from None
+
+
 def _json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """(line, object) of every line that is not blank."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise UserError(
-                f"{where}: malformed JSON ({e.msg} at column {e.colno}); valid: one object a line"
-            ) from None
+        record = _parsed(line, where, "one object a line")
         if not isinstance(record, dict):
             raise UserError(f"{where}: found {type(record).__name__}; valid: one JSON object a line")
         yield number, record
@@ -125,8 +129,8 @@ def _json_lines(text: str, path: Path) -> Iterator[tuple[int, dict[str, object]]
 def _json(text: str, path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """(number, object) of a list of objects, of one object, or of lines of objects, which some such files hold."""
     try:
-        whole = json.loads(text)
-    except json.JSONDecodeError:
+        whole = parse_json(text, str(path))
+    except UserError:
         yield from _json_lines(text, path)
         return
     for number, record in enumerate(whole if isinstance(whole, list) else [whole], 1):
@@ -180,7 +184,7 @@ def records(spec: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[
 
     Raises `UserError` for a missing or damaged file, and for one that has no rows.
     """
-    path = Path(spec).expanduser()
+    path = user_path(spec, "texts")
     found = [path] if path.is_file() else []
     if not found and glob.has_magic(spec):
         found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
@@ -212,7 +216,7 @@ def _listing(folder: Path) -> list[Path]:
 def split_field(spec: str) -> tuple[str, str | None]:
     """``'a.jsonl#meta.text'`` -> ``('a.jsonl', 'meta.text')``; a '#' that belongs to an existing name stays."""
     path, mark, field = spec.rpartition("#")
-    if not mark or Path(spec).expanduser().exists():
+    if not mark or exists(spec):
         return spec, None
     if not field:
         raise UserError(f"texts: {spec!r} has no field after '#'; valid: path.jsonl#field")
@@ -226,7 +230,7 @@ def read(spec: str) -> list[Document]:
     folder without text files and a glob that matches no file.
     """
     name, field = split_field(spec)
-    path = Path(name).expanduser()
+    path = user_path(name, "texts")
     if path.is_file():
         found = _file(path, path.name, field)
         if not found:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from lm.data.texts.document import Document
 from lm.data.texts.files import field_of
 from lm.errors import UserError, nearest
+from lm.files import user_path
 
 HOW_TO_GET = "pip install datasets (extra data)"
 
@@ -88,7 +88,7 @@ def _hub(name: str, split: str, where: str) -> Any:
 
 def _folder(name: str, split: str, where: str) -> Any:
     """Of ``Dataset.save_to_disk`` (with splits or without), or of Parquet, JSON, CSV or text files."""
-    path = Path(name).expanduser()
+    path = user_path(name, "texts")
     if not path.is_dir():
         close = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
         raise UserError(f"texts: {where}: no such folder{close}; valid: a folder saved to disk or one of data files")

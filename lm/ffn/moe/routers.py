@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError, unknown
+from lm.errors import UserError, divisors, unknown
 from lm.ffn.moe.routing import (
     ALWAYS,
     TRAINING,
@@ -126,9 +126,9 @@ class Sigmoid(Router):
         if self.bias_rate < 0:
             raise UserError(f"model.ffn.router.bias_rate: must be 0 or more, found {self.bias_rate}")
         if not 1 <= self.groups <= experts or experts % self.groups:
-            valid = ", ".join(str(n) for n in range(1, experts + 1) if experts % n == 0)
             raise UserError(
-                f"model.ffn.router.groups: {self.groups} does not divide model.ffn.experts = {experts}; valid: {valid}"
+                f"model.ffn.router.groups: {self.groups} does not divide model.ffn.experts = {experts}; valid: "
+                f"{divisors(experts)}"
             )
         if not 1 <= self.keep_groups <= self.groups:
             raise UserError(f"model.ffn.router.keep_groups: found {self.keep_groups}; valid: 1 to {self.groups}")

@@ -12,7 +12,7 @@ import safetensors
 
 from lm.config import ModelConfig
 from lm.errors import UserError, nearest
-from lm.files import read_json
+from lm.files import read_object
 from lm.interop.adapters.change import Change
 from lm.interop.adapters.settings import Settings
 from lm.interop.families import FAMILIES, Family
@@ -47,10 +47,7 @@ class Adapter:
         self.path = folder
         if not (folder / CONFIG).is_file():
             raise UserError(f"--adapter: {folder}: no {CONFIG}; valid: a folder that PEFT saved an adapter in")
-        given = read_json(folder / CONFIG)
-        if not isinstance(given, dict):
-            raise UserError(f"{folder / CONFIG}: expected an object, found {type(given).__name__}")
-        self.settings = Settings.of(folder / CONFIG, given)
+        self.settings = Settings.of(folder / CONFIG, read_object(folder / CONFIG))
         self.file = folder / WEIGHTS
         if not self.file.is_file():
             pickled = (folder / "adapter_model.bin").is_file()

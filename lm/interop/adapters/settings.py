@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError
+from lm.errors import UserError, shown
 
 # What PEFT does at initialisation to the base's weights, which the adapter then belongs to.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -65,7 +65,9 @@ class Settings:
         """Raises `UserError` naming the key that has another type, or asks for what is not done here."""
         kind = given.get("peft_type")
         if kind != "LORA":
-            raise UserError(f"{file} peft_type: found {kind!r}; valid: LORA (DoRA and rank-stabilised LoRA included)")
+            raise UserError(
+                f"{file} peft_type: found {shown(kind)}; valid: LORA (DoRA and rank-stabilised LoRA included)"
+            )
         start = given.get("init_lora_weights", True)
         if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
             raise UserError(
@@ -74,7 +76,9 @@ class Settings:
             )
         for key, value in given.items():
             if key not in KNOWN and value:
-                raise UserError(f"{file} {key}: found {value!r}, which is not supported; valid: an adapter without it")
+                raise UserError(
+                    f"{file} {key}: found {shown(value)}, which is not supported; valid: an adapter without it"
+                )
         found: dict[str, Any] = {}
         for key, kinds in KINDS.items():
             value = given.get(key)
@@ -82,7 +86,7 @@ class Settings:
                 continue
             if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
                 names = " or ".join(k.__name__ for k in kinds)
-                raise UserError(f"{file} {key}: expected {names}, found {value!r}")
+                raise UserError(f"{file} {key}: expected {names}, found {shown(value)}")
             found[key] = value
         return Settings(file, **found)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lm.config import ModelConfig
-from lm.errors import UserError
+from lm.errors import UserError, shown
 from lm.ffn.moe.plug import MoE
 from lm.ffn.moe.routers import DeepSeekV3
 from lm.interop.families.common import Family, Fused, Hf, count, need, without
@@ -116,7 +116,7 @@ def _read(hf: Hf) -> dict[str, Any]:
     same_as["num_local_experts"] = need(hf, "n_routed_experts")
     for key, value in {**_FIXED, **same_as}.items():
         if hf[key] not in (None, value):
-            raise UserError(f"config.json {key}: found {hf[key]!r}; valid: {value!r}, in this model")
+            raise UserError(f"config.json {key}: found {shown(hf[key])}; valid: {value!r}, in this model")
     out = read_like({**hf, "head_dim": turns, "num_key_value_heads": None})
     width = count(hf, "moe_intermediate_size")
     return {

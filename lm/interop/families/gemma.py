@@ -8,7 +8,7 @@ from typing import Any
 
 import lm.interop.families.rotary as rotary
 from lm.config import ModelConfig
-from lm.errors import UserError
+from lm.errors import UserError, shown
 from lm.heads.linear import Linear
 from lm.interop.families.common import (
     GATED,
@@ -42,7 +42,7 @@ def _read(hf: Hf, kinds: list[str], rope: Hf, **attention: Any) -> dict[str, Any
         raise UserError("config.json use_bidirectional_attention: found true; valid: false")
     if hf["hidden_act"] not in (None, hf["hidden_activation"]):
         raise UserError(
-            f"config.json hidden_act: found {hf['hidden_act']!r} beside hidden_activation = "
+            f"config.json hidden_act: found {shown(hf['hidden_act'])} beside hidden_activation = "
             f"{hf['hidden_activation']!r}, which is what counts; valid: the same, or none"
         )
     bias, scalar = bool(hf["attention_bias"]), count(hf, "query_pre_attn_scalar")

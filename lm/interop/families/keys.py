@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lm.errors import UserError, nearest
+from lm.errors import UserError, nearest, shown
 
 # What the file says of itself and of the library that wrote it; how training and generation went; other tasks.
 IDLE = frozenset(
@@ -62,8 +62,8 @@ def refuse_unknown(hf: Mapping[str, Any], known: Iterable[str], family: str) -> 
     known = tuple(known)
     for key in unread(hf, known):
         raise UserError(
-            f"config.json {key}: found {hf[key]!r}, which the family {family!r} has no place for{nearest(key, known)}; "
-            "valid: without this key, where the weights were trained without it"
+            f"config.json {key}: found {shown(hf[key])}, which the family {family!r} has no place "
+            f"for{nearest(key, known)}; valid: without this key, where the weights were trained without it"
         )
 
 

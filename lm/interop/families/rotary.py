@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lm.config import ModelConfig, to_dict
-from lm.errors import UserError, nearest, unknown
+from lm.errors import UserError, nearest, shown, unknown
 from lm.interop.families.common import Hf
 from lm.plug import table
 from lm.positions.base import Positions
@@ -49,7 +49,7 @@ def read(hf: Hf, theta: float = 10000.0) -> dict[str, Any]:
         raise unknown("config.json rope_type", "mrope" if "mrope_section" in rp else kind, KEYS)
     for key, value in rp.items():  # of another kind of scaling, transformers passes them over
         if key not in _KNOWN and value is not None:
-            raise UserError(f"config.json rope_parameters.{key}: found {value!r}, unknown{nearest(key, _KNOWN)}")
+            raise UserError(f"config.json rope_parameters.{key}: found {shown(value)}, unknown{nearest(key, _KNOWN)}")
     for key in NEEDED.get(kind, ()):
         if rp.get(key) is None:
             raise UserError(f"config.json rope_parameters.{key}: missing; rope_type {kind!r} needs it")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from lm.config import ModelConfig, build
 from lm.data.record import FILES, TextRecord, from_folder
+from lm.files import user_path
 from lm.interop.adapters.change import Change, Changes
 from lm.interop.adapters.folder import CONFIG, WEIGHTS, Adapter
 from lm.interop.readers import tensors
@@ -27,7 +27,7 @@ class Adapted(Reader):
             name, folder = Name.of(source).fetch(CONFIG, WEIGHTS, *FILES)
             self.adapter, self._place = Adapter(folder), str(name)
         else:
-            folder = Path(source).expanduser()
+            folder = user_path(source, "--adapter")
             self.adapter, self._place = Adapter(folder), str(folder.absolute())
         self.commit = self._place if source.startswith(HUB) else None
         native = build(ModelConfig, base.model(), "model")

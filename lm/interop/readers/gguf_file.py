@@ -17,6 +17,7 @@ from lm.errors import UserError, unknown
 from lm.interop.adapters.change import Change
 from lm.interop.families.table import Table, flip, same
 from lm.interop.readers.base import Reader
+from lm.interop.readers.gguf_fields import contents
 from lm.sharding.layout import Where
 
 
@@ -99,7 +100,7 @@ class File(Reader):
 
     def _field(self, key: str, default: float | str | None = None) -> Any:
         field = self.reader.fields.get(key)
-        return default if field is None else field.contents()
+        return default if field is None else contents(self.path, key, field)
 
     def _parts(self) -> list[Any]:
         """The readers of all parts of a file that was split, this one the first of them."""
@@ -133,12 +134,16 @@ class File(Reader):
         value = self._field(f"{self.arch}.{key}")
         if value is None:
             raise UserError(f"{self.path}: metadata {self.arch}.{key!r} is missing")
+        if isinstance(value, list):
+            raise UserError(f"{self.path}: {self.arch}.{key} differs by layer; valid: one number")
         return value
+
+    def _one(self, key: str, default: float) -> float:
+        """A number that a file may leave out."""
+        return float(default if self._field(f"{self.arch}.{key}") is None else self._need(key))
 
     def model(self) -> dict[str, Any]:
         heads, width = self._need("attention.head_count"), self._need("embedding_length")
-        if isinstance(heads, list):
-            raise UserError(f"{self.path}: {self.arch}.attention.head_count differs by layer; valid: one number")
         head_dim = self._field(f"{self.arch}.attention.key_length", width // heads if heads else 0)
         rotated = self._field(f"{self.arch}.rope.dimension_count", head_dim)
         if rotated != head_dim:
@@ -172,17 +177,17 @@ class File(Reader):
         }
 
     def _rope(self) -> dict[str, Any]:
-        theta = float(self._field(f"{self.arch}.rope.freq_base", 10000.0))
+        theta = self._one("rope.freq_base", 10000.0)
         kind = self._field(f"{self.arch}.rope.scaling.type", "none")
         scaling: dict[str, Any] = {"name": "default"}
         if "rope_freqs.weight" in self.tensors:  # Llama 3's divisors, spelled out per frequency
             divisors = [float(x) for x in self.read("rope_freqs.weight")]
             scaling = {"name": "longrope", "short_factor": divisors, "long_factor": divisors, "factor": 1.0}
         elif kind in ("linear", "yarn"):
-            scaling = {"name": kind, "factor": float(self._field(f"{self.arch}.rope.scaling.factor", 1.0))}
-            original = self._field(f"{self.arch}.rope.scaling.original_context_length")
+            scaling = {"name": kind, "factor": self._one("rope.scaling.factor", 1.0)}
+            original = int(self._one("rope.scaling.original_context_length", 0))
             if kind == "yarn" and original:
-                scaling["original"] = int(original)
+                scaling["original"] = original
         elif kind not in ("none", None):
             raise unknown(f"{self.path} {self.arch}.rope.scaling.type", kind, ("none", "linear", "yarn"))
         return {"name": "rope", "theta": theta, "scaling": scaling}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.data.record import FILES as TEXT_FILES
-from lm.errors import UserError, nearest
+from lm.errors import UserError, nearest, shown
 from lm.interop.readers.base import HUB
 from lm.interop.readers.gguf_file import File
 from lm.interop.readers.huggingface import INDEX, WHOLE, Directory
@@ -38,7 +38,7 @@ class Name:
         """Raises `UserError` for what does not name a repository."""
         found = _NAME.fullmatch(source)
         if found is None:
-            raise UserError(f"found {source!r}; {VALID}")
+            raise UserError(f"found {shown(source)}; {VALID}")
         return Name(found["repo"], found["file"], found["revision"])
 
     def __str__(self) -> str:

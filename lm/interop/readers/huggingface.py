@@ -25,10 +25,10 @@ from lm.sharding.layout import Where
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file; `UserError` when it is not there or does not parse."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `UserError` when it is not there, does not parse, or is something else."""
     try:
-        return files.read_json(path)
+        return files.read_object(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a Hugging Face directory needs config.json") from None
 
@@ -39,8 +39,6 @@ class Directory(Reader):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hf = read_json(path / "config.json")
-        if not isinstance(self.hf, dict):
-            raise UserError(f"{path / 'config.json'}: expected an object, found {type(self.hf).__name__}")
         schema.check(self.hf, path / "config.json")
         quantised = self.hf.get("quantization_config")
         if quantised:
@@ -81,7 +79,7 @@ class Directory(Reader):
     def _shards(self, index: Path) -> list[str]:
         """The files that an index names, sorted."""
         listed = read_json(index)
-        shards = listed.get("weight_map") if isinstance(listed, dict) else None
+        shards = listed.get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(isinstance(n, str) for n in shards.values()):
             raise UserError(f"{index}: 'weight_map' is missing, empty, or maps to something not a file name")
         names = sorted(set(shards.values()))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lm.errors import UserError
+from lm.errors import UserError, shown
 
 Kind = Callable[[object], bool]
 
@@ -91,4 +91,4 @@ def _check(given: Mapping[str, Any], wanted: Mapping[str, str], place: str) -> N
         for key in keys.split():
             value = given.get(key)
             if value is not None and not KINDS[kind](value):
-                raise UserError(f"{place} {key}: expected {kind}, found {value!r}")
+                raise UserError(f"{place} {key}: expected {kind}, found {shown(value)}")

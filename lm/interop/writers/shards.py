@@ -11,7 +11,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from lm.errors import UserError
+from lm.errors import UserError, shown
 from lm.files import write_json
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -38,7 +38,9 @@ def largest(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", text.strip().upper())
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if size < 1:
-        raise UserError(f"--max-shard-size: found {text!r}; valid: a number with KB, MB, GB or TB, as in {LARGEST}")
+        raise UserError(
+            f"--max-shard-size: found {shown(text)}; valid: a number with KB, MB, GB or TB, as in {LARGEST}"
+        )
     return size
 
 

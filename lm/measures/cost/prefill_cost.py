@@ -18,6 +18,8 @@ from lm.model.inputs import Inputs
 from lm.model.language_model import DecoderModel
 from lm.watch import Watch
 
+_OVERRIDES = "measures.prefill_cost.layers: needs a model without layer_overrides; valid: None"
+
 
 @dataclass(frozen=True)
 class PrefillCost(Measure):
@@ -52,6 +54,11 @@ class PrefillCost(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         share = min(self.layers or cfg.n_layers, cfg.n_layers) / cfg.n_layers
         return sum(n * (1.0 + n / 8192) for n in self.lengths) * self.repeats * share
+
+    def check(self, subject: Subject, trains: bool) -> None:
+        cfg = subject.config
+        if min(self.layers or cfg.n_layers, cfg.n_layers) < cfg.n_layers and cfg.layer_overrides:
+            raise UserError(_OVERRIDES)
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         cfg, params = _first_layers(subject, self.layers)
@@ -95,5 +102,5 @@ def _first_layers(subject: Subject, layers: int | None) -> tuple[Any, Any]:
     if "blocks" in params:
         params["blocks"] = jax.tree.map(lambda p: p[:n], params["blocks"])
     if cfg.layer_overrides:
-        raise UserError("measures.prefill_cost.layers: needs a model without layer_overrides; valid: None")
+        raise UserError(_OVERRIDES)
     return dataclasses.replace(cfg, n_layers=n), params

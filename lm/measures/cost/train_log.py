@@ -34,6 +34,10 @@ class TrainLog(Measure):
         if self.bin < 1:
             raise UserError(f"measures.train_log.bin: must be at least 1, found {self.bin}")
 
+    def check(self, subject: Subject, trains: bool) -> None:
+        if not trains:
+            raise UserError("measures.train_log: the parameters were not trained by this experiment; valid: set train")
+
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:
             raise UserError("measures.train_log: the parameters were not trained by this experiment; valid: set train")

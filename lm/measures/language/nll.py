@@ -56,7 +56,7 @@ class NllByPosition(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         """Tokens read, with the quadratic part of attention in units of 8k tokens."""
         n = self.context or self.tokens
-        passes = len(self._windows())
+        passes = 1 if self.tokens <= n else 1 + math.ceil((self.tokens - n) / (n // 2))  # as many as `_windows`
         return len(self.texts) * passes * n * (1.0 + n / 8192)
 
     def _windows(self) -> list[tuple[int, int, int]]:
@@ -70,8 +70,11 @@ class NllByPosition(Measure):
             done = stop
         return out
 
-    def run(self, subject: Subject, progress: Progress) -> Measured:
-        trained = self.trained or subject.model.trained_length
+    def check(self, subject: Subject, trains: bool) -> None:
+        self._encoded(subject)
+
+    def _encoded(self, subject: Subject) -> list[tuple[Any, list[int]]]:
+        """Every document with its first tokens; `UserError` for one that is too short."""
         docs = [(d, encode(subject, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
         for doc, ids in docs:
             if len(ids) < self.tokens:
@@ -79,6 +82,11 @@ class NllByPosition(Measure):
                     f"measures.nll.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
                     "choose a longer document or fewer tokens"
                 )
+        return docs
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        trained = self.trained or subject.model.trained_length
+        docs = self._encoded(subject)
         windows = self._windows()
         steps = len(docs) * len(windows) * subject.n_layers
         done = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,9 +42,10 @@ class Passkey(Measure):
             raise UserError(f"measures.passkey.lengths: each must be at least 128, found {self.lengths}")
         if not self.depths or min(self.depths) < 0 or max(self.depths) > 1:
             raise UserError(f"measures.passkey.depths: each must be in 0 … 1, found {self.depths}")
-        if self.trials < 1 or self.digits < 1:
+        if self.trials < 1 or not 1 <= self.digits <= 100:
             raise UserError(
-                f"measures.passkey: trials and digits must be at least 1, found {self.trials}, {self.digits}"
+                "measures.passkey: trials must be at least 1 and digits from 1 to 100, found "
+                f"{self.trials}, {self.digits}"
             )
 
     def identity(self) -> str:
@@ -88,6 +90,11 @@ class Passkey(Measure):
                 for trial in range(self.trials):
                     rng = random.Random(f"{subject.seed}/{length}/{depth}/{trial}")
                     yield j, i, *self.prompt(subject, filler, length, depth, rng)
+
+    def check(self, subject: Subject, trains: bool) -> None:
+        least = dataclasses.replace(self, lengths=(min(self.lengths), max(self.lengths)), depths=(0.0,), trials=1)
+        for _ in least.prompts(subject):
+            pass
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         trained = subject.model.trained_length

@@ -91,15 +91,24 @@ class Smoothness(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.tokens)
 
+    def check(self, subject: Subject, trains: bool) -> None:
+        for doc in self._documents():
+            self._ids(subject, doc)
+
+    def _ids(self, subject: Subject, doc: Any) -> list[int]:
+        """The first tokens of a document; `UserError` for one that is too short."""
+        ids = encode(subject, doc.text, "measures.smoothness")[: self.tokens]
+        if len(ids) < self.tokens:
+            raise UserError(
+                f"measures.smoothness.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
+                "choose a longer document or fewer tokens"
+            )
+        return ids
+
     def run(self, subject: Subject, progress: Progress) -> Measured:
         docs, rows = self._documents(), []
         for i, doc in enumerate(docs):
-            ids = encode(subject, doc.text, "measures.smoothness")[: self.tokens]
-            if len(ids) < self.tokens:
-                raise UserError(
-                    f"measures.smoothness.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
-                    "choose a longer document or fewer tokens"
-                )
+            ids = self._ids(subject, doc)
             y = np.asarray(_distributions(subject.model)(subject.params, jnp.asarray(ids, jnp.int32)[None]))[0]
             rows.append(smoothness(in_order(y, subject.config.head))[self.skip :])
             progress((i + 1) / len(docs), doc.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,9 +55,13 @@ class ChunkChoice(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         return self._prompts().cost(cfg)
 
-    def run(self, subject: Subject, progress: Progress) -> Measured:
-        cfg = subject.config
-        pattern, L, H = cfg.pattern.picks, cfg.n_layers, cfg.n_heads
+    def check(self, subject: Subject, trains: bool) -> None:
+        self._pattern(subject.config)
+        self._prompts().check(subject, trains)
+
+    def _pattern(self, cfg: ModelConfig) -> Any:
+        """The model's pattern, which picks chunks; `UserError` for another one, and for prompts without any."""
+        pattern = cfg.pattern.picks
         if pattern is None:
             raise UserError(
                 f"measures.chunk_choice: pattern {type(cfg.pattern).__name__} picks no chunks; valid: an arm of "
@@ -68,6 +73,11 @@ class ChunkChoice(Measure):
                 f"measures.chunk_choice.lengths: {min(self.lengths)} tokens are all seen (begin_selective_length = "
                 f"{begin}); valid: longer prompts"
             )
+        return pattern
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        cfg = subject.config
+        pattern, L, H = self._pattern(cfg), cfg.n_layers, cfg.n_heads
         steps, done = len(self.lengths) * len(self.depths) * self.trials * L, 0
 
         def tick() -> None:

@@ -101,6 +101,11 @@ class Routing(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         return float(len(self.texts) * self.rows * self.length)
 
+    def check(self, subject: Subject, trains: bool) -> None:
+        if not any(layer.ffn.choices for layer in subject.config.layers()):
+            raise UserError("measures.routing: in no layer do tokens choose experts; valid: model.ffn = moe")
+        _rows(subject, self.texts, self.length, self.rows, "measures.routing")
+
     def run(self, subject: Subject, progress: Progress) -> Measured:
         ids = _rows(subject, self.texts, self.length, self.rows, "measures.routing")
         n, R, T = ids.shape
@@ -190,6 +195,11 @@ class RoutingHistory(Measure):
 
     def cost(self, cfg: ModelConfig) -> float:
         return 10.0 * len(self.texts) * self.rows * self.length
+
+    def check(self, subject: Subject, trains: bool) -> None:
+        if not trains:
+            raise UserError("measures.routing_history: the parameters were not trained here; valid: set train")
+        _rows(subject, self.texts, self.length, self.rows, "measures.routing_history")
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:

@@ -25,6 +25,11 @@ from lm.model.language_model import DecoderModel
 from lm.objectives.likelihood import head_loss
 from lm.weights.project import uniform
 
+_TIED = (
+    "measures.conditional_density: the head reads the embedding table, and this network has none; valid: "
+    "model.head.tie = False"
+)
+
 
 @dataclass(frozen=True)
 class ConditionalDensity(Measure):
@@ -73,6 +78,10 @@ class ConditionalDensity(Measure):
         runs = 1 + (len(self.frequencies) if cfg.head.resolution is not None else 0)
         return 1.0 if self.truncated else 0.3 * runs * self.epochs * self.samples
 
+    def check(self, subject: Subject, trains: bool) -> None:
+        if not self.truncated and subject.config.head.reads_embedding:
+            raise UserError(_TIED)
+
     def run(self, subject: Subject, progress: Progress) -> Measured:
         rng = np.random.default_rng(subject.seed)
         xy, z = tasks.sample(self.task, self.samples, rng)
@@ -108,10 +117,7 @@ class ConditionalDensity(Measure):
     def _learn(self, head: Head, seed: int, xy: np.ndarray, z: np.ndarray, n: int) -> np.ndarray:
         """The learned distributions for the test rows, float64 ``[rows, bins]``."""
         if head.reads_embedding:
-            raise UserError(
-                "measures.conditional_density: the head reads the embedding table, and this network has none; valid: "
-                "model.head.tie = False"
-            )
+            raise UserError(_TIED)
         width = self.hidden[-1]
         cfg = ModelConfig(
             vocab_size=self.bins,

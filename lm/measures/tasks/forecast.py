@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -73,7 +74,17 @@ class Forecast(Measure):
     def cost(self, cfg: ModelConfig) -> float:
         return float(self.windows * (self.context + self.paths * self.horizon))
 
-    def run(self, subject: Subject, progress: Progress) -> Measured:
+    def check(self, subject: Subject, trains: bool) -> None:
+        self._values()
+        if self.method == "model":
+            self._tokenizer(subject)
+        if self.method == "ets" and importlib.util.find_spec("statsmodels") is None:
+            raise UserError(
+                "measures.forecast.method: 'ets' needs statsmodels; get it with: pip install 'decoder-lab[series]'"
+            )
+
+    def _values(self) -> tuple[np.ndarray, int, int]:
+        """The series, and the first and last place to forecast from; `UserError` where there is none."""
         values = series.values(self.series)
         first, last = round(self.start * len(values)), len(values) - self.horizon
         if first < self.history or last < first:
@@ -81,6 +92,10 @@ class Forecast(Measure):
                 f"measures.forecast.start: {self.series} has {len(values)} values; {self.history} of history before "
                 f"the share {self.start} and a horizon of {self.horizon} after it do not fit"
             )
+        return values, first, last
+
+    def run(self, subject: Subject, progress: Progress) -> Measured:
+        values, first, last = self._values()
         origins = np.unique(np.linspace(first, last, self.windows).round().astype(int))
         paths = self._paths(subject, values, origins, progress)
         truth = np.stack([values[o : o + self.horizon] for o in origins])
@@ -125,7 +140,7 @@ class Forecast(Measure):
             drawn = fit.simulate(self.horizon, repetitions=self.paths, anchor="end", rng=seed)
         return np.asarray(drawn, np.float64).reshape(self.horizon, -1).T
 
-    def _sampled(self, subject: Subject, values: np.ndarray, origins: np.ndarray, progress: Progress) -> np.ndarray:
+    def _tokenizer(self, subject: Subject) -> ValueTokenizer:
         tokenizer = subject.tokenizer
         if not isinstance(tokenizer, ValueTokenizer) or tokenizer.context != self.context:
             found = tokenizer.identity if tokenizer is not None else None
@@ -133,6 +148,10 @@ class Forecast(Measure):
                 f"measures.forecast.context: the model's tokenizer is {found!r}; valid: train.data.tokenizer = "
                 f"'values:BINS:{self.context}'"
             )
+        return tokenizer
+
+    def _sampled(self, subject: Subject, values: np.ndarray, origins: np.ndarray, progress: Progress) -> np.ndarray:
+        tokenizer = self._tokenizer(subject)
         contexts = [values[o - self.context : o] for o in origins]
         scales = np.array([tokenizer.scale(c) for c in contexts])
         prompts = [tokenizer.quantise(c / s).tolist() for c, s in zip(contexts, scales, strict=True)]

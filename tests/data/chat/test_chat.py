@@ -104,7 +104,7 @@ def test_the_date_is_todays() -> None:
         ("{{ 1 / 0 }}", "cannot be rendered (ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "cannot be rendered (it calls itself without end"),
         ("{{ 'x' * 10**11 }}", "needs more memory than is allowed"),
-        ("{{ '%9999999d' | format(1) }}{{ '%9999999d' | format(1) }}", "more than 16,777,216 characters"),
+        ("{{ '%9999999d' | format(1) }}{{ '%9999999d' | format(1) }}", "more than 10,485,760 characters"),
     ],
 )
 def test_an_error_is_one_line(template: str, words: str) -> None:

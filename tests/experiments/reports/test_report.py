@@ -341,7 +341,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 MISTAKES: list[tuple[Any, str]] = [
-    ("{", "malformed JSON"),
+    ("{", "not valid JSON"),
     ([], "found []; valid: an object"),
     (changed("schema", 2), "schema: found 2; valid: the number 1"),
     (changed("experiment", None), "experiment: found None"),
@@ -350,7 +350,7 @@ MISTAKES: list[tuple[Any, str]] = [
     (changed("arms/full", {"nll": "low"}), "arms.full.nll: found 'low'; valid: a number or {mean, std, n}"),
     (changed("claims", {}), "claims: found {}"),
     (changed("claims/0/holds", "yes"), "claims[0].holds: found 'yes'; valid: true, false or null"),
-    (changed("curves/full/nll/y", [1.0]), "curves.full.nll.y: found '1 values'"),
+    (changed("curves/full/nll/y", [1.0]), "curves.full.nll.y: found [1.0]"),
     (changed("curves/full/nll/x", None), "curves.full.nll.x: found None"),
     (changed("curves/full/passkey/z", [[1.0]]), "curves.full.passkey.z: found [[1.0]]; valid: 3 rows of 5"),
 ]

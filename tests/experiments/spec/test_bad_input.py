@@ -243,12 +243,18 @@ def test_text_file(
 
 
 def test_text_too_short(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    """Found when the measure reads the text: results so far are kept and valid."""
+    """Found before anything is measured, by a dry run too."""
     (lab.root / "short.txt").write_text("short")
-    assert lab("--config.measures.other=nll_by_position", "--config.measures.other.texts=short.txt", "--arms=zero") == 2
-    err = [x for x in capsys.readouterr().err.splitlines() if "%" not in x]
-    assert len(err) == 1 and "measures" in err[0] and "'short.txt' has 5" in err[0]
-    assert lab.results()["complete"] is False
+    args = ("--config.measures.other=nll_by_position", "--config.measures.other.texts=short.txt", "--arms=zero")
+    refused(lab, capsys, ("arms.zero: measures.other", "'short.txt' has 5"), *args)
+    refused(lab, capsys, ("arms.zero: measures.other", "'short.txt' has 5"), *args, "--dry-run")
+
+
+def test_claims_that_fail_are_told_before_work(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    lab.config.write_text(lab.config.read_text() + "\ndef claims(r):\n    return 1 / 0\n")
+    for more in ([], ["--dry-run"]):
+        assert lab(*more) == 2 and lab.calls == []
+        assert "toy.py: claims(results) failed: ZeroDivisionError" in capsys.readouterr().err
 
 
 def _drop(name: str) -> Callable[[dict[str, Any]], None]:
@@ -348,6 +354,54 @@ def test_truncated_gguf(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     writer.close()
     path.write_bytes(path.read_bytes()[:-4000])
     refused(lab, capsys, ("model.gguf",), f"--config.checkpoint={path}")
+
+
+GGUF: dict[str, tuple[Callable[[Any], None], tuple[bytes, bytes], str]] = {
+    "text for a number": (lambda w: w.add_string("llama.embedding_length", "wide"), (b"", b""), "embedding_length"),
+    "no number": (
+        lambda w: w.add_float32("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        (b"", b""),
+        "epsilon",
+    ),
+    "a number for texts": (lambda w: w.add_uint32("tokenizer.ggml.tokens", 3), (b"", b""), "tokenizer.ggml.tokens"),
+    "tokens of other bytes": (
+        lambda w: w.add_array("tokenizer.ggml.tokens", ["abcdefgh"]),
+        (b"abcdefgh", b"\xff" * 8),
+        "tokenizer.ggml.tokens",
+    ),
+    "a text for an id": (
+        lambda w: (w.add_array("tokenizer.ggml.tokens", ["a"]), w.add_string("tokenizer.ggml.bos_token_id", "a")),
+        (b"", b""),
+        "bos_token_id",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "bytes_", "key"), GGUF.values(), ids=list(GGUF))
+def test_gguf_metadata_of_another_kind(
+    tmp_path: Path, change: Callable[[Any], None], bytes_: tuple[bytes, bytes], key: str
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    change(writer)
+    sizes = {"block_count": 1, "attention.head_count": 2, "embedding_length": 8, "feed_forward_length": 8}
+    known = {name for shard in writer.kv_data for name in shard}
+    for name, size in {**sizes, "context_length": 32}.items():
+        if f"llama.{name}" not in known:
+            writer.add_uint32(f"llama.{name}", size)
+    if "llama.attention.layer_norm_rms_epsilon" not in known:
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_tensor("token_embd.weight", np.zeros((258, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.write_bytes(path.read_bytes().replace(*bytes_) if bytes_[0] else path.read_bytes())
+    with pytest.raises(UserError, match=rf"model\.gguf: metadata '[a-z_.]*{key}'") as caught:
+        interop.load(str(path), load_params=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_mistake_on_resume_keeps_what_was_there(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:

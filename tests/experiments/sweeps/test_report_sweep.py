@@ -131,7 +131,11 @@ def test_a_search(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "sweep.json: cannot be read ("), ("[]", "sweep.json: cannot be read ("), ('{"points": []}', "no point has")],
+    [
+        ("{", "sweep.json: not valid JSON ("),
+        ("[]", "sweep.json: expected an object"),
+        ('{"points": []}', "no point has"),
+    ],
 )
 def test_what_is_no_sweep_is_refused(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "sweep.json").write_text(text)
