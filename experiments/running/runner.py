@@ -22,6 +22,7 @@ from experiments.running.trained import Trainer
 from experiments.spec import registry
 from experiments.spec.arms import Arm
 from lm.config import ModelConfig
+from lm.files import summed
 from lm.measures import Subject
 from lm.model.language_model import DecoderModel
 from lm.sharding import processes
@@ -181,4 +182,4 @@ class Runner:
 
     def write(self) -> None:
         self.written = self.results()
-        write_json(self.workdir.path / "results.json", self.written)
+        write_json(self.workdir.path / "results.json", summed(self.written))
