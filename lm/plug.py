@@ -68,12 +68,21 @@ def socket(module: str, default: str, **metadata: Any) -> Any:
     )
 
 
+SEEDS = 2**32  # how many there are: a key of more bits would be cut
+
+
 def bounded(default: Any, *, at_least: float, **metadata: Any) -> Any:
     """A dataclass field of a number that must not be below `at_least`; None passes where the field allows None.
 
-    The bound is checked by `check_bounds`, which every `Plug` calls when it is made.
+    The bound is checked by `check_bounds`, which every `Plug` calls when it is made. `metadata`: ``at_most``, a bound
+    from above.
     """
     return field(default=default, metadata={"at_least": at_least, **metadata})
+
+
+def seed_field(default: int = 0) -> Any:
+    """A dataclass field of a seed, 0 to 2^32 - 1."""
+    return bounded(default, at_least=0, at_most=SEEDS - 1)
 
 
 def later(default: Any, **metadata: Any) -> Any:
@@ -89,13 +98,16 @@ class Settings(dict[str, Any]):
 
 
 def check_bounds(settings: Any, key: str) -> None:
-    """Raises `UserError` for the first field of a dataclass instance that is below its bound; `key` is its place."""
+    """Raises `UserError` for the first field of a dataclass instance that is beyond a bound; `key` is its place."""
     for f in dataclasses.fields(settings):
         least = f.metadata.get("at_least")
         value = settings.__dict__[f.name] if least is not None else None
         if value is not None and not value >= least:
             none = " or None" if "None" in str(f.type) else ""
             raise UserError(f"{key}.{f.name}: must be at least {least}{none}, found {value}")
+        most = f.metadata.get("at_most")
+        if most is not None and value is not None and not value <= most:
+            raise UserError(f"{key}.{f.name}: found {value}; valid: {least} to {most}")
 
 
 class Plug:
