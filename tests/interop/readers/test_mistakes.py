@@ -414,7 +414,7 @@ Q, NORM, DOWN = (f"model.layers.0.{n}.weight" for n in ("self_attn.q_proj", "inp
         (Q, lambda x: np.where(x == x[3, 5], np.nan, x), "has numbers that are not finite"),
         (NORM, lambda x: np.where(x == x[7], np.inf, x), "has numbers that are not finite"),
         (DOWN, lambda x: np.where(x == x[7, 11], -np.inf, x).astype(np.float16), "has numbers that are not finite"),
-        (Q, lambda x: np.where(x == x[0, 0], 1e300, x).astype(np.float64), "has numbers too large for float32"),
+        (Q, lambda x: np.where(x == x[0, 0], 1e300, x.astype(np.float64)), "has numbers too large for float32"),
         (Q, lambda x: x.astype(np.int32), "is stored as I32"),
         (Q, lambda x: x > 0, "is stored as BOOL"),
     ],
