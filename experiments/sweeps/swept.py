@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from scipy.special import stdtrit
 
 from experiments.reports import results_file
 from lm.errors import UserError
+from lm.files import without_sum
 
 SEEDS = "seeds"
 LEVEL = 0.95
@@ -66,7 +68,10 @@ def load(folder: Path) -> Sweep:
     """Reads ``sweep.json`` and what its points have measured by now; raises `UserError` where that is not possible."""
     file = folder / "sweep.json"
     try:
-        head = json.loads(file.read_text(encoding="utf-8"))
+        said = json.loads(file.read_text(encoding="utf-8"))
+        head = without_sum(said) if isinstance(said, dict) else {}
+        if head is None:
+            raise ValueError("it was changed since, by its sum")
         points = [(p["folder"], dict(p["overrides"]), p["arms"], str(p["state"])) for p in head["points"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: cannot be read ({e}); valid: a sweep.json that experiments.sweep wrote") from None
@@ -79,8 +84,9 @@ def load(folder: Path) -> Sweep:
             results, _ = results_file.load(folder / name)
             arms, seeds = results["arms"], results.get("config", {}).get("seeds", seeds)
             state = "done" if results.get("complete") and state != "done" else state
-        except UserError:
-            pass  # what sweep.json has of it
+        except UserError as e:  # what sweep.json has of it
+            if (folder / name / results_file.NAME).is_file():
+                print(f"note: {e}; shown is what sweep.json has of the point", file=sys.stderr)
         counts[state] = counts.get(state, 0) + 1
         for arm, metrics in arms.items():
             setting = _setting(changes, arm)
