@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from kernels_pallas.check import KERNELS, environment
-from lm.files import write_json
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "kernels": tables,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.json, content)
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 1 if failures else 0
 
 

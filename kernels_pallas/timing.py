@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 
 from kernels_pallas.common import CHIPS, GPUS, chip
-from lm.files import write_json
 
 Forms = Mapping[str, Callable[[], Any]]
 
@@ -77,4 +77,4 @@ def report(kernel: str, rows: Sequence[Mapping[str, Any]], base: str, path: Path
     if path is not None:
         table = {"kernel": kernel, "device": device, "jax": jax.__version__, "base": base, "rows": list(rows)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, table, indent=2)
+        path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
