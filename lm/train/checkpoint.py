@@ -158,7 +158,8 @@ def read_part(
         names = [jax.tree_util.keystr((jax.tree_util.DictKey(name),)) for name in like]
         saved = {k: v for k, v in about["fingerprints"].items() if any(k.startswith(name) for name in names)}
         flat = jax.tree_util.tree_flatten_with_path(part)[0]
-        why = _difference({jax.tree_util.keystr(path): _fingerprint(np.asarray(leaf)) for path, leaf in flat}, saved)
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in flat if isinstance(leaf, jax.Array)}
+        why = _difference({name: _fingerprint(np.asarray(leaf)) for name, leaf in arrays.items()}, saved)
     if why:
         place = folder / CHECKPOINTS / str(step)
         raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+import warnings
 from types import CoroutineType, TracebackType
 
 LIBRARIES = ("orbax", "tensorstore")
@@ -46,6 +47,7 @@ def quiet() -> None:
         return not (record.exc_info and _theirs(record.exc_info[1], record.exc_info[2]))
 
     logging.getLogger("asyncio").addFilter(logged)
+    warnings.filterwarnings("ignore", r"coroutine '(_read_|_?async_)\w+' was never awaited", RuntimeWarning)
     threading.excepthook, sys.unraisablehook, sys.excepthook = in_thread, not_raised, not_caught
 
 
