@@ -23,6 +23,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from lm.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 REST = 0.5  # seconds between turns
 NEEDS = {"ours": (), "ours-int8": (), "huggingface": ("torch", "transformers"), "llama-cpp": ("llama_cpp",)}
@@ -240,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     show(result)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, result)
     print(json.dumps(result))
     same = result["same_greedy_text"].get(LABELS["ours"], options.new)
     if same < options.new:

@@ -32,6 +32,7 @@ from experiments import run
 from experiments.running.environment import describe
 from lm.config import build, model_config
 from lm.errors import UserError
+from lm.files import write_json
 from lm.model import params
 from lm.train.checkpoint import Checkpoints
 from lm.train.config import TrainConfig
@@ -312,7 +313,7 @@ def reliability(out: dict[str, Any]) -> str:
 def _write(path: Path | None, out: dict[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+        write_json(path, out)
 
 
 # In this order: the last one starts a backend in this process, which may not fork from then on.

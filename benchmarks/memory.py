@@ -20,6 +20,7 @@ from lm.aot import certificate
 from lm.aot.estimate import estimate
 from lm.config import ModelConfig, build, model_config
 from lm.errors import unknown
+from lm.files import write_json
 from lm.train.config import TrainConfig
 
 OUT = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "memory-aot.json"
@@ -125,7 +126,7 @@ def run(argv: Sequence[str]) -> int:
             found = cases(args.out) | {name: measure(name)}
             content = {"schema": SCHEMA, "cases": {key: found[key] for key in CASES if key in found}}
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            write_json(args.out, content)
     for name, one in cases(args.out).items():
         found, peak = estimate(*settings(name))["memory"]["peak"], one["memory"]["peak"]
         print(f"{name}: compiled {peak / 2**30:.2f} GiB, estimate over it {found / peak:.3f}")

@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.files import write_json
+
 D, F, E, K, TOKENS = 256, 512, 8, 2, 4096
 REST = 0.2  # seconds between turns, so that one contestant's threads are asleep when the next starts
 AGREE = 1e-4
@@ -280,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     show(result)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, result)
     print(json.dumps(result))
     apart = [v for k, v in result["values"].items() if k not in ("dense", "capacity")]
     if max(apart) - min(apart) > AGREE * max(apart):

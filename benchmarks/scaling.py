@@ -24,6 +24,7 @@ from lm.aot import certificate, chips
 from lm.aot.estimate import estimate
 from lm.config import ModelConfig
 from lm.errors import UserError, unknown
+from lm.files import write_json
 from lm.model import params
 from lm.train import flops
 from lm.train.config import TrainConfig
@@ -163,7 +164,7 @@ def run(argv: Sequence[str]) -> int:
 def _write(path: Path, points: dict[str, Any]) -> None:
     content = {"schema": SCHEMA, "base": BASE, "points": {key: points[key] for key in POINTS if key in points}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def _points(path: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from lm.files import write_json
+
 ROOT = Path(__file__).resolve().parents[1]
 MODEL: dict[str, Any] = {
     "model_type": "llama",
@@ -248,7 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     show(result)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(options.out, result)
     print(json.dumps(result))
     peer = result.get("ratio", {}).get("PyTorch float32")
     if peer is not None and options.dtype == "float32" and peer["loss_difference"] > AGREE:

@@ -75,6 +75,9 @@ def socket(module: str, default: str, **metadata: Any) -> Any:
     )
 
 
+SEEDS = 2**32  # how many there are: a key of more bits would be cut
+
+
 def bounded(default: Any, *, at_least: float, at_most: float = math.inf, **metadata: Any) -> Any:
     """A dataclass field of a number that must not be below `at_least` or above `at_most`; None passes where the field
     allows None.
@@ -82,6 +85,11 @@ def bounded(default: Any, *, at_least: float, at_most: float = math.inf, **metad
     The bounds are checked by `check_bounds`, which every `Plug` calls when it is made.
     """
     return field(default=default, metadata={"at_least": at_least, "at_most": at_most, **metadata})
+
+
+def seed_field(default: int = 0) -> Any:
+    """A dataclass field of a seed, 0 to 2^32 - 1."""
+    return bounded(default, at_least=0, at_most=SEEDS - 1)
 
 
 def later(default: Any, **metadata: Any) -> Any:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lm.errors import UserError
-from lm.files import new_folder, write_json, write_text
+from lm.files import claim_text, new_folder, sum_of_file, summed, without_sum, write_bytes, write_json, write_text
 from lm.nested import difference, flat
 
 
@@ -28,6 +30,44 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: write_text(path, text), texts * 4))
     assert path.read_text() in texts and list(tmp_path.iterdir()) == [path] and path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700), (0, 0o666, 0o777)])
+def test_what_is_written_has_the_users_mode(tmp_path: Path, mask: int, file: int, folder: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_bytes(tmp_path / "a", b"x")
+        assert claim_text(tmp_path / "b", "x")
+        with new_folder(tmp_path / "c"):
+            pass
+    finally:
+        os.umask(before)
+    assert [(tmp_path / n).stat().st_mode & 0o777 for n in "abc"] == [file, file, folder]
+
+
+def test_one_of_many_gets_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda i: claim_text(path, str(i) * 10_000), range(8)))
+    assert got.count(True) == 1 and path.read_text() == str(got.index(True)) * 10_000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_sums_tell_what_was_changed() -> None:
+    data = {"b": [1.5, None, "é\ud800"], "a": {"2": True}}
+    made = summed(data)
+    again = json.loads(json.dumps({**dict(reversed(made.items()))}, indent=3))
+    assert without_sum(again) == data and without_sum(data) == data  # another layout, no sum
+    assert summed({"a": {2: True}})["sum"] == summed({"a": {"2": True}})["sum"]  # as JSON has it
+    for changed in ({"b": [1.5, None, "é"]}, {"c": 1}, {"a": {"2": 1}}, {"sum": "0"}, {"b": [1.25, None, "é\ud800"]}):
+        assert without_sum({**made, **changed}) is None
+    del again["a"]
+    assert without_sum(again) is None
+
+
+def test_the_sum_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sum_of_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()[:32]
 
 
 def test_json_as_it_stands_in_the_file(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def parse(rest: Sequence[str], doc: str | None = None) -> argparse.Namespace:
     parser = cli.Parser(PROG, doc)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="configs/NAME.py[:scale], or the config.json of a run")
+    parser.add_argument("--file", type=Path, help="the config file of a config.json, where it is not in the checkout")
     what.add_argument("--base", help="configs/bases/NAME.py")
     what.add_argument("--all", action="store_true", help="every certificate that configs and bases name")
     parser.add_argument("--topology", help="v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, …; a base names its own")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from experiments.certificates import command as step
 from experiments.certificates import kept as certificates
+from experiments.running.cache import claim_json
 from experiments.spec import registry
 from experiments.spec.settings import split_overrides
 from lm.errors import UserError
@@ -28,9 +28,8 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     elif args.topology is None:
         raise UserError("--topology: not given; valid: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, …")
     else:
-        raw = registry.find(args.config)[1]
+        raw = registry.find(args.config, args.file)[1]
     content, good = step.report(raw, overrides, args)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if args.out is not None and not claim_json(args.out, content):
+        raise UserError(f"--out: {args.out} was written by somebody else meanwhile; valid: a new file")
     return 0 if good else 1

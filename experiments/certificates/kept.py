@@ -25,6 +25,7 @@ from experiments.running.plan import Plan, prepare
 from experiments.spec import registry
 from lm.aot import chips
 from lm.errors import UserError, unknown
+from lm.files import write_text
 from lm.model import params
 from lm.train.config import TrainConfig
 
@@ -141,7 +142,7 @@ def make(only: str | None, missing: bool) -> int:
             keep(one, content)
             print(f"{time.perf_counter() - start:.0f} s", flush=True)
     print("\n" + "\n".join(rows(todo)))
-    PAGE.write_text(page(), encoding="utf-8")
+    write_text(PAGE, page())
     return 0 if good else 1
 
 
@@ -237,6 +238,6 @@ def run(argv: Sequence[str]) -> int:
     parser = cli.Parser("python -m experiments.certificates", __doc__)
     _, strange = parser.parse_known_args(argv)
     parser.refuse(strange)
-    PAGE.write_text(page(), encoding="utf-8")
+    write_text(PAGE, page())
     print("\n".join(rows(wanted())))
     return 0

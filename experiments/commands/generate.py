@@ -22,13 +22,12 @@ from lm.data.chat import Message
 from lm.data.tokenizers import Tokenizer
 from lm.data.tokenizers.base import TORN
 from lm.decoding import Generator, Row, Sampling
-from lm.decoding.generator import SEEDS
 from lm.decoding.sampling import CUTS, OFF
 from lm.errors import UserError, shown, unknown
 from lm.files import read_json, read_text, user_path
 from lm.interop.readers.tensors import check
 from lm.model.language_model import DecoderModel
-from lm.plug import table
+from lm.plug import SEEDS, table
 from lm.surgery.base import Surgery
 
 PROG = "python -m experiments.generate"

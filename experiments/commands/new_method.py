@@ -18,6 +18,7 @@ from experiments import cli
 from experiments.commands.new_method_texts import CONFIG, PLUG, TEST, TRAIN
 from experiments.spec import registry
 from lm.errors import UserError, shown, unknown
+from lm.files import write_text
 from lm.plug import table
 
 PROG = "python -m experiments.new_method"
@@ -210,7 +211,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     made = written(args.name, args.socket, args.arxiv)
     for path, text in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     if importlib.util.find_spec("ruff") is not None:
         names = [str(path) for path in made]
         for command in (["check", "-q", "--fix", "--select=I,F401"], ["format", "-q"]):

@@ -9,7 +9,7 @@ from experiments import cli
 from experiments.reports import html, markdown, report, results_file
 from experiments.sweeps import report as report_of_sweep
 from lm.errors import UserError
-from lm.files import user_path
+from lm.files import user_path, write_text
 
 PROG = "python -m experiments.report"
 
@@ -38,9 +38,12 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
     text = markdown.comparison(names, found)
     print(text, end="")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "comparison.md").write_text(text, encoding="utf-8")
-        (args.out / "comparison.html").write_text(html.comparison_page(names, found), encoding="utf-8")
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_text(args.out / "comparison.md", text)
+            write_text(args.out / "comparison.html", html.comparison_page(names, found))
+        except OSError as e:
+            raise UserError(f"{args.out}: the comparison cannot be written ({e.strerror or e})") from None
     return 0
 
 

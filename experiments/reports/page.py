@@ -12,6 +12,7 @@ from experiments.reports import markdown, results_file, tables
 from experiments.reports.tables import Tables
 from experiments.spec import registry
 from lm.errors import UserError
+from lm.files import write_text
 
 COMMAND = "python -m experiments.results_page"
 HEADER = f"""# Results
@@ -30,17 +31,15 @@ def generate(root: Path) -> str:
 
 def _section(results: Mapping[str, Any], folder: Path, root: Path) -> str:
     run = Tables.of(results)
-    parts = [f"## {run.title}"]
-    if run.line():
-        parts.append(f"Paper: {run.line()}")
-    if run.paper.get("claim"):
-        parts.append(f"Its claim: {run.paper['claim']}")
-    parts.append(f"What ran: {run.ran}. Folder: `{folder.relative_to(root).as_posix()}`")
+    parts = [
+        *markdown.head(run, "##"),
+        f"What ran: {markdown.escaped(run.ran)}. Folder: `{folder.relative_to(root).as_posix()}`",
+    ]
     parts += [markdown.table(run.claims)] if run.claims.rows else ["No claim was stated."]
     parts += [f"![{p.stem}]({p.relative_to(root).as_posix()})" for p in sorted(folder.glob("*.png"))]
     shown = [t for t in run.rest if t.title != tables.ENVIRONMENT]
     for table in (*run.metrics, *shown):
-        parts += [f"### {table.title}", markdown.table(table)]
+        parts += [f"### {markdown.escaped(table.title)}", markdown.table(table)]
     return "\n\n".join(parts)
 
 
@@ -55,7 +54,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
         raise UserError(f"--root: {args.root} is not a folder; valid: a repository with results/")
     page, path = generate(args.root), args.root / "RESULTS.md"
     if not args.check:
-        path.write_text(page, encoding="utf-8")
+        write_text(path, page)
         print(path)
         return 0
     if path.is_file() and path.read_text(encoding="utf-8") == page:

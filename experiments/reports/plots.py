@@ -7,6 +7,7 @@ title says so. Grids (length by depth) are heat maps, a panel per arm, with the 
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from experiments.reports.tables import Tables
+from lm.files import write_bytes
 
 # Okabe and Ito's palette without its yellow, which is hard to see on white.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#CC79A7")
@@ -45,6 +47,13 @@ def file_name(curve: str) -> str:
     return name.encode()[:200].decode(errors="ignore") + ".png"  # as long as file systems take
 
 
+def save(figure: Figure, path: Path) -> None:
+    """The picture as PNG, whole or not at all. Raises ``OSError`` as the disk does."""
+    made = io.BytesIO()
+    figure.savefig(made, format="png", dpi=130, metadata={"Software": None}, facecolor="white")
+    write_bytes(path, made.getvalue())
+
+
 def write(run: Tables, folder: Path) -> dict[str, Path]:
     """Draws every curve name of `run` into `folder`; gives curve name -> file."""
     order = list(run.arms)
@@ -60,7 +69,7 @@ def write(run: Tables, folder: Path) -> dict[str, Path]:
             else:
                 figure = _lines(name, by_arm, order)
         FigureCanvasAgg(figure)
-        figure.savefig(path, dpi=130, metadata={"Software": None}, facecolor="white")
+        save(figure, path)
         out[name] = path
     return out
 

@@ -9,6 +9,7 @@ from typing import Any
 from experiments.reports import html, markdown, plots, tables
 from experiments.reports.tables import Table, Tables
 from lm.errors import UserError
+from lm.files import write_text
 
 
 def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -21,8 +22,8 @@ def write(results: Mapping[str, Any], folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = plots.write(run, folder)
         text, page = folder / "report.md", folder / "report.html"
-        text.write_text(markdown.report(run, {name: p.name for name, p in pictures.items()}), encoding="utf-8")
-        page.write_text(html.page(run, pictures), encoding="utf-8")
+        write_text(text, markdown.report(run, {name: p.name for name, p in pictures.items()}))
+        write_text(page, html.page(run, pictures))
     except OSError as e:
         raise UserError(f"{folder}: the report cannot be written ({e.strerror or e})") from None
     return [text, page, *pictures.values()]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lm.errors import LONGEST, UserError, cut, shown
-from lm.files import read_json
+from lm.files import read_json, without_sum
 
 SCHEMA = 1
 NAME = "results.json"
@@ -16,7 +16,8 @@ HUGE = 1e150  # squares of what is measured are numbers too
 def load(path: Path) -> tuple[dict[str, Any], Path]:
     """The checked results of a run folder (or of the file itself) and the folder they are in.
 
-    Raises `UserError` when there is no such file, when it is not JSON, or not results of schema 1.
+    Results from before there were sums are read as they are. Raises `UserError` when there is no such file, when it is
+    not JSON, not results of schema 1, or not what was written, by its sum.
     """
     file = path / NAME if path.is_dir() else path
     if not file.is_file():
@@ -24,7 +25,13 @@ def load(path: Path) -> tuple[dict[str, Any], Path]:
         raise UserError(f"{path}: {what} valid: a folder that experiments.run wrote")
     results = read_json(file)
     check(results, str(file))
-    return results, file.parent
+    bare = without_sum(results)
+    if bare is None:
+        raise UserError(
+            f"{file}: was changed since it was written, by its sum; valid: the file as it was; the run's own "
+            "command makes it again"
+        )
+    return bare, file.parent
 
 
 def check(results: Any, where: str = NAME) -> None:

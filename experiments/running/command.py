@@ -24,6 +24,7 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
     rest, overrides = split_overrides(argv)
     parser = cli.Parser(PROG, doc)
     parser.add_argument("--config", required=True, help="configs/NAME.py[:scale], or the config.json of a run")
+    parser.add_argument("--file", type=Path, help="the config file of a config.json, where it is not in the checkout")
     parser.add_argument("--workdir", type=Path, help="run folder (default: runs/NAME-SCALE)")
     parser.add_argument("--arms", help="only these arms, separated by commas")
     parser.add_argument("--fresh", action="store_true", help="measure again what is kept from earlier runs")
@@ -50,7 +51,7 @@ def run(argv: Sequence[str], doc: str | None = None) -> int:
         processes.check(args.coordinator, args.processes, args.process, args.heartbeat)
     else:
         processes.start(args.coordinator, args.processes, args.process, args.heartbeat)
-    source, settings = registry.find(args.config)
+    source, settings = registry.find(args.config, args.file)
     plan = prepare(settings, overrides, args.arms, absent_is_fine=args.dry_run)
     workdir = Workdir(args.workdir or Path("runs") / f"{plan.exp.name}-{plan.exp.scale}", source.place, plan)
     workdir.check()

@@ -47,8 +47,10 @@ def code() -> str:
 
 
 def _git(*args: str) -> str | None:
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # whoever commits meanwhile does not find the index locked
+    command = ["git", "-C", str(ROOT), *args]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

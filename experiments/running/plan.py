@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments.running.cache import write_json
+from experiments.running.cache import claim_json, write_json
 from experiments.running.subject import Base
 from experiments.spec import registry, settings
 from experiments.spec.arms import RANDOM, Arm, base_model, check_shapes, choose, resolve, shapes
@@ -106,7 +106,8 @@ class Workdir:
         check_target(self.path, "--workdir")
         file = self.path / "config.json"
         if not file.exists():
-            found = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            found = [name for name in names if not name.startswith(".config.json.")]  # another run that begins, or died
             if found:
                 raise UserError(
                     f"--workdir: {self.path} holds {found[0]!r} but no config.json; valid: a new or empty folder"
@@ -121,7 +122,8 @@ class Workdir:
             )
 
     def start(self, environment: Mapping[str, Any]) -> None:
-        """Makes the folder and writes config.json and environment.json."""
+        """Makes the folder and writes config.json and environment.json. Of runs that come at once, one gets a new
+        folder; the others are refused as by `check`, unless they are of the same config."""
         plan = self.plan
         resolved = {
             name: {
@@ -133,7 +135,10 @@ class Workdir:
             for name, arm in plan.arms.items()
         }
         data = {"schema": registry.SCHEMA, "file": self.place, "config": plan.exp.to_dict(), "resolved": resolved}
-        write_json(self.path / "config.json", settings.plain(data, lists=True))
+        file, plain = self.path / "config.json", settings.plain(data, lists=True)
+        if not claim_json(file, plain):
+            self.check()
+            write_json(file, plain)
         write_json(self.path / "environment.json", dict(environment))
 
 

@@ -24,6 +24,7 @@ from experiments.spec import registry
 from experiments.spec.arms import Arm
 from lm.config import ModelConfig
 from lm.errors import UserError, told
+from lm.files import summed
 from lm.measures import Subject
 from lm.model.language_model import DecoderModel
 from lm.sharding import processes
@@ -216,4 +217,4 @@ class Runner:
 
     def write(self) -> None:
         self.written = self.results()
-        write_json(self.workdir.path / "results.json", self.written)
+        write_json(self.workdir.path / "results.json", summed(self.written))

@@ -13,8 +13,8 @@ from experiments.serving.fields import ALTERNATIVES, CHAT, TEXT, Fields
 from experiments.serving.refusal import Refused
 from lm.data.chat import Message
 from lm.decoding import Row, Sampling
-from lm.decoding.generator import SEEDS
 from lm.errors import UserError, nearest
+from lm.plug import SEEDS
 
 T = TypeVar("T")
 SHORT = 16  # tokens of a text that says no number: the API's own default

@@ -122,8 +122,11 @@ def load(path: Path) -> Source:
     return Source(path, module)
 
 
-def find(text: str) -> tuple[Source, dict[str, Any]]:
-    """``PATH.py[:scale]`` or a run's ``config.json`` -> the config file and its settings, as plain nested dicts."""
+def find(text: str, file: Path | None = None) -> tuple[Source, dict[str, Any]]:
+    """``PATH.py[:scale]`` or a run's ``config.json`` -> the config file and its settings, as plain nested dicts.
+
+    The file that a ``config.json`` names is run, so it must lie below the checkout; one elsewhere is given as `file`.
+    """
     path, colon, scale = text, "", ""
     if not files_.exists(text):
         path, colon, scale = text.rpartition(":") if ":" in text else (text, "", "")
@@ -131,12 +134,30 @@ def find(text: str) -> tuple[Source, dict[str, Any]]:
         if colon:
             raise UserError(f"--config: {text}: a config.json has no scales; valid: {path}")
         place, config = read_json(files_.user_path(path, "--config"))
-        return load(ROOT / place), config
+        return load(_trusted(place, path) if file is None else file), config
+    if file is not None:
+        raise UserError(
+            f"--file: {file}: --config={text} is a config file itself; valid: with the config.json of a run"
+        )
     source = load(Path(path))
     if colon:
         return source, source.settings(scale)
     default = "laptop" if "laptop" in source.scales else source.scales[0]
     return source, source.settings(default)
+
+
+def _trusted(place: str, named_by: str) -> Path:
+    """The file at `place` in the checkout; `UserError` for one outside of it, which somebody else may have named."""
+    try:
+        path = (ROOT / place).resolve()
+    except (OSError, RuntimeError, ValueError):  # loops of links, and names that no file can have
+        path = Path("/")
+    if not CONFIGS.is_dir() or not path.is_relative_to(ROOT):
+        raise UserError(
+            f"--config: {named_by}: names the file {place!r}, which is not in the checkout {ROOT} and would be run; "
+            f"valid: --file={place}, where you trust it"
+        )
+    return path
 
 
 def read_json(path: Path) -> tuple[str, dict[str, Any]]:

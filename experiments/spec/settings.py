@@ -21,12 +21,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lm.config import Dotted, ModelConfig, build, coerce, is_mapping, merge, overlay, overlay_plug, plug, to_dict
-from lm.decoding.generator import SEEDS
 from lm.errors import UserError, nearest, shown, unknown
 from lm.interop import PLUS
 from lm.measures import Measure
 from lm.nested import flat
-from lm.plug import table
+from lm.plug import SEEDS, table
 from lm.train.config import TrainConfig
 
 MEASURES = "lm.measures"

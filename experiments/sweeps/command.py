@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import cli
+from experiments.running.cache import claim_json
 from experiments.spec import registry
 from experiments.spec.settings import Text, split_overrides
 from experiments.sweeps import local, points
@@ -18,8 +19,9 @@ from experiments.sweeps.points import look, shown
 from experiments.sweeps.search import Objective, Search
 from experiments.sweeps.shared import Shared
 from experiments.sweeps.slurm import Slurm
-from experiments.sweeps.tables import collect, summary
+from experiments.sweeps.tables import SCHEMA, collect, summary
 from lm.errors import UserError
+from lm.files import summed
 
 PROG = "python -m experiments.sweep"
 
@@ -29,6 +31,7 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
     rest, overrides = split_overrides(argv)
     parser = cli.Parser(PROG, doc)
     parser.add_argument("--config", required=True, help="configs/NAME.py[:scale], or the config.json of a run")
+    parser.add_argument("--file", type=Path, help="the config file of a config.json, where it is not in the checkout")
     parser.add_argument("--sweep", help="the sweep's name; may be left out where the config file has only one")
     parser.add_argument("--engine", choices=("local", "print", "slurm"), default="local", help="default: local")
     parser.add_argument("--parallel", type=int, help="points at a time (default: 1; slurm: no limit)")
@@ -69,17 +72,28 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
 def run(argv: Sequence[str], doc: str | None = None) -> int:
     """Everything from the arguments to the table; raises `UserError` for any mistake in the input."""
     args, overrides = arguments(argv, doc)
-    source, settings = registry.find(args.config)
+    source, settings = registry.find(args.config, args.file)
     sweeps.check(settings)
     name, points_or_space = sweeps.choose(source, args.sweep, "search" if args.search else "sweep")
     head = {"file": source.place, "scale": settings.get("scale"), "search" if args.search else "sweep": name}
     label = f"search-{name}" if args.search else name
     workdir = args.workdir or Path("runs/sweeps") / f"{source.path.stem}-{head['scale']}-{label}"
+    _check(workdir, head)
+    shared = Shared(source, settings, args.config, overrides, args.arms, workdir, args.dry_run, args.file)
+    return (_search if args.search else _sweep)(args, shared, head, name, points_or_space)
+
+
+def _check(workdir: Path, head: dict[str, Any]) -> None:
+    """Raises `UserError` where another sweep is."""
     theirs = points.read_state(workdir / "sweep.json")
     if workdir.is_file() or (theirs and any(theirs.get(k) != v for k, v in head.items())):
         raise UserError(f"--workdir: {workdir} is a file or holds another sweep; valid: a new folder, or this sweep's")
-    shared = Shared(source, settings, args.config, overrides, args.arms, workdir, args.dry_run)
-    return (_search if args.search else _sweep)(args, shared, head, name, points_or_space)
+
+
+def _take(workdir: Path, head: dict[str, Any]) -> None:
+    """Makes the folder this sweep's; of several that come at once, one gets it."""
+    if not claim_json(workdir / "sweep.json", summed({"schema": SCHEMA, **head, "points": []})):
+        _check(workdir, head)
 
 
 def _sweep(args: argparse.Namespace, shared: Shared, head: dict[str, Any], name: str, sweep: Callable[[], Any]) -> int:
@@ -99,6 +113,7 @@ def _sweep(args: argparse.Namespace, shared: Shared, head: dict[str, Any], name:
             print(shlex.join([*local.RUN, *point.args]))
         return 0
     start = _engine(args, Given(todo, total), shared.workdir, name)
+    _take(shared.workdir, head)
     for point in todo:
         point.begin()
     collect(every, head, shared.workdir)
@@ -121,6 +136,7 @@ def _search(
         print("\ndry run: nothing was started or written")
         return 0
     start = _engine(args, search, shared.workdir, name)
+    _take(shared.workdir, head)
     search.begin(args.storage, args.trials)
     collect(search.points(), {**head, **search.found()}, shared.workdir)
     try:

@@ -43,7 +43,7 @@ def write(sweep: Sweep, folder: Path) -> tuple[dict[str, Path], list[str]]:
                 figure = _figure(name, key, curves, sweep)
             path = folder / plots.file_name(f"sweep {name}")
             FigureCanvasAgg(figure)
-            figure.savefig(path, dpi=130, metadata={"Software": None}, facecolor="white")
+            plots.save(figure, path)
             out[name] = path
     if sweep.head.get("trials"):
         out["objective by trial"] = _trials(sweep, folder / "sweep_trials.png")
@@ -157,5 +157,5 @@ def _trials(sweep: Sweep, path: Path) -> Path:
         axes.set_title(str(sweep.head["objective"]), loc="left", fontweight="bold")
         axes.grid(True, lw=0.4, alpha=0.5)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=130, metadata={"Software": None}, facecolor="white")
+    plots.save(figure, path)
     return path

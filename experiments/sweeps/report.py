@@ -20,6 +20,7 @@ from experiments.reports.html import sections_page
 from experiments.sweeps import plots as plots_sweep
 from experiments.sweeps.swept import Row, Setting, Sweep, counted, load
 from lm.errors import UserError
+from lm.files import write_text
 
 
 def text_of(value: object) -> str:
@@ -103,11 +104,13 @@ def write(folder: Path, out: Path) -> list[Path]:
         out.mkdir(parents=True, exist_ok=True)
         pictures, left = plots_sweep.write(sweep, out)
         said += left
-        parts = [f"# {title}", *said, *(f"![{n}]({p.name})" for n, p in pictures.items())]
-        parts += [f"## {t.title}\n\n{markdown.table(t)}" for t in found]
-        (out / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        (out / "report.html").write_text(sections_page(title, said, pictures, found), encoding="utf-8")
-        (out / "report.csv").write_text(table_csv(sweep), encoding="utf-8")
+        escaped = markdown.escaped
+        parts = [f"# {escaped(title)}", *map(escaped, said)]
+        parts += [f"![{escaped(n)}]({p.name})" for n, p in pictures.items()]
+        parts += [f"## {escaped(t.title)}\n\n{markdown.table(t)}" for t in found]
+        write_text(out / "report.md", "\n\n".join(parts) + "\n")
+        write_text(out / "report.html", sections_page(title, said, pictures, found))
+        write_text(out / "report.csv", table_csv(sweep))
     except OSError as e:
         raise UserError(f"{out}: the report cannot be written ({e.strerror or e})") from None
     return [out / "report.md", out / "report.html", out / "report.csv", *pictures.values()]

@@ -72,7 +72,7 @@ def readable(place: str, changes: object) -> Changes:
 @dataclass(frozen=True)
 class Shared:
     """What all points of one sweep or search have in common. `config` is the text after ``--config=``; `overrides` hold
-    for every point; `absent_is_fine`: of checkpoints, where nothing is to be run."""
+    for every point; `absent_is_fine`: of checkpoints, where nothing is to be run; `file`: what ``--file=`` named."""
 
     source: Source
     settings: Mapping[str, Any]
@@ -81,6 +81,7 @@ class Shared:
     arms: str | None
     workdir: Path
     absent_is_fine: bool = False
+    file: Path | None = None
 
     def point(self, place: str, number: int, changes: Changes) -> tuple[Point, str]:
         """The checked point and the hash of its settings; nothing is written. Raises `UserError` for the first mistake,
@@ -90,6 +91,7 @@ class Shared:
         at = key({"file": self.source.place, "config": plan.exp.to_dict()})
         folder = self.workdir / f"{at[:8]}-{slug(changes)}"
         args = [f"--config={self.config}", f"--workdir={folder}"]
+        args += [] if self.file is None else [f"--file={self.file}"]
         args += [] if self.arms is None else [f"--arms={self.arms}"]
         args += [f"--config.{k}={v}" for k, v in self.overrides]
         args += [f"--config.{k}={literal(v, k)}" for k, v in changes.items()]

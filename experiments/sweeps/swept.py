@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from scipy.special import stdtrit
 
 from experiments.reports import results_file
 from lm.errors import UserError, shown
-from lm.files import read_object
+from lm.files import read_object, without_sum
 
 SEEDS = "seeds"
 LEVEL = 0.95
@@ -74,8 +75,9 @@ def load(folder: Path) -> Sweep:
             results, _ = results_file.load(folder / name)
             arms, seeds = results["arms"], results.get("config", {}).get("seeds", seeds)
             state = "done" if results.get("complete") and state != "done" else state
-        except UserError:
-            pass  # what sweep.json has of it
+        except UserError as e:  # what sweep.json has of it
+            if (folder / name / results_file.NAME).is_file():
+                print(f"note: {e}; shown is what sweep.json has of the point", file=sys.stderr)
         counts[state] = counts.get(state, 0) + 1
         for arm, metrics in arms.items():
             setting = _setting(changes, arm)
@@ -101,7 +103,9 @@ def _read(file: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any], d
     """What a ``sweep.json`` says of the sweep, and folder, changes, arms and state of every point."""
     valid = "valid: a sweep.json that experiments.sweep wrote"
     try:
-        head = read_object(file)
+        head = without_sum(read_object(file))
+        if head is None:
+            raise ValueError("it was changed since, by its sum")
         listed = [(p["folder"], dict(p["overrides"]), p["arms"], p["state"]) for p in head["points"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: cannot be read ({e}); {valid}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from experiments import cli
 from experiments.reports import tables
 from experiments.running.cache import write_json
 from experiments.sweeps.points import Point, literal, look, results_of, shown
+from lm.files import summed, write_text
 
 SCHEMA = 1  # of sweep.json
 COLUMNS = 6  # of metrics in the table; sweep.csv has all
@@ -26,7 +26,7 @@ def collect(every: Sequence[Point], head: Mapping[str, Any], workdir: Path) -> l
         result = results_of(point) or {}
         entry = {"point": point.number, "folder": point.folder.name, "state": state.name, "seconds": state.seconds}
         out.append({**entry, "detail": state.detail, "overrides": point.changes, "arms": result.get("arms", {})})
-    write_json(workdir / "sweep.json", {"schema": SCHEMA, **head, "points": out})
+    write_json(workdir / "sweep.json", summed({"schema": SCHEMA, **head, "points": out}))
     changed = list(dict.fromkeys(k for e in out for k in e["overrides"]))
     names = list(dict.fromkeys((arm, m) for e in out for arm, values in e["arms"].items() for m in values))
     text = io.StringIO()
@@ -36,8 +36,7 @@ def collect(every: Sequence[Point], head: Mapping[str, Any], workdir: Path) -> l
         values = {k: v if isinstance(v, str) else literal(v, k) for k, v in e["overrides"].items()}
         row = [e["point"], e["folder"], e["state"], e["seconds"], *(values.get(k, "") for k in changed)]
         table.writerow([*row, *(_mean(e, *name) for name in names)])
-    (workdir / ".sweep.csv").write_text(text.getvalue(), encoding="utf-8")
-    os.replace(workdir / ".sweep.csv", workdir / "sweep.csv")
+    write_text(workdir / "sweep.csv", text.getvalue())
     return out
 
 

@@ -22,7 +22,6 @@ from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 
 _VERSION = 2  # raise when the format or the way of tokenizing changes
-_FILES = ("tokens", "offsets", "n_bytes")
 _PIECE = 2**20  # characters that are tokenized at a time
 _PATIENCE = 5.0  # seconds between two lines of progress
 
@@ -101,17 +100,20 @@ class Corpus:
 
 
 def tokenize(documents: Sequence[Document], by: Tokenizer | Encoder, cache: Path) -> Corpus:
-    """The corpus of `documents`; made once per content and tokenizer, and again if the copy on disk is damaged.
+    """The corpus of `documents`; made once per content and tokenizer, and again, which is told, if the copy on disk is
+    damaged.
 
     Documents are tokenized and written piece by piece. Raises `UserError` when the cache cannot be written.
     """
     encoder = Plain(by) if isinstance(by, Tokenizer) else by
     mark = _hash(f"{_VERSION} {encoder.identity} {identity(documents)}")
     folder = cache / "tokens" / mark
-    found = _read(folder, mark)
+    found, why = _read(folder, mark, encoder)
     if found is None:
+        if why:
+            print(f"note: {folder}: damaged ({why}), made again", file=sys.stderr)
         _write(folder, mark, documents, encoder)
-        found = _read(folder, mark)
+        found, _ = _read(folder, mark, encoder)
     if found is None:
         raise UserError(f"{folder}: what was just written cannot be read back; valid: a working disk for the cache")
     return found
@@ -128,18 +130,18 @@ def _write(folder: Path, mark: str, documents: Sequence[Document], encoder: Enco
             swap = Path(above) / mark
             swap.mkdir()
             _fill(swap, documents, encoder)
-            if _read(folder, mark) is None:  # else another process was faster
+            if _read(folder, mark, encoder)[0] is None:  # else another process was faster
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(swap, folder)
     except OSError as e:
-        if _read(folder, mark) is None:
+        if _read(folder, mark, encoder)[0] is None:
             raise UserError(f"{folder}: cannot be written ({e.strerror or e})") from None
 
 
 def _fill(folder: Path, documents: Sequence[Document], encoder: Encoder) -> None:
     """All files of a corpus; no more than a piece of its tokens is in memory."""
     lengths, n_bytes, names = list[int](), list[int](), list[str]()
-    tokens = _Growing(folder / "tokens.npy", np.uint16 if encoder.vocab_size <= 2**16 else np.uint32)
+    tokens = _Growing(folder / "tokens.npy", _kinds(encoder)["tokens"])
     answers = _Growing(folder / "answers.npy", np.uint8) if encoder.answers else None
     told = time.monotonic()
     for piece in _pieces(documents):
@@ -158,8 +160,7 @@ def _fill(folder: Path, documents: Sequence[Document], encoder: Encoder) -> None
         answers.close()
     np.save(folder / "offsets.npy", _offsets(lengths))
     np.save(folder / "n_bytes.npy", np.array(n_bytes, np.int64))
-    files = (*_FILES, "answers") if encoder.answers else _FILES
-    sums = {n: _sum(folder / f"{n}.npy") for n in files}
+    sums = {n: _sum(folder / f"{n}.npy") for n in _kinds(encoder)}
     about = {"names": names, "sums": {**sums, "names": _sum_of(names)}}
     (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
 
@@ -198,19 +199,33 @@ class _Growing:
         self.file.close()
 
 
-def _read(folder: Path, mark: str) -> Corpus | None:
-    """None when the copy is missing, cut short or changed."""
+def _kinds(encoder: Encoder) -> dict[str, Any]:
+    """The files of a corpus and the type of each one's numbers."""
+    tokens = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
+    kinds: dict[str, Any] = {"tokens": tokens, "offsets": np.int64, "n_bytes": np.int64}
+    return {**kinds, "answers": np.uint8} if encoder.answers else kinds
+
+
+def _read(folder: Path, mark: str, encoder: Encoder) -> tuple[Corpus | None, str]:
+    """The copy on disk, or None and why it is not used: empty where there is none."""
+    if not folder.exists():
+        return None, ""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        files = (*_FILES, "answers") if "answers" in about["sums"] else _FILES
-        arrays = {n: np.load(folder / f"{n}.npy", mmap_mode="r") for n in files}
-        sums = {n: _sum(folder / f"{n}.npy") for n in files}
-        if about["sums"] != {**sums, "names": _sum_of(about["names"])}:
-            return None
+        arrays, sums = dict[str, np.ndarray](), {"names": _sum_of(about["names"])}
+        for name, kind in _kinds(encoder).items():
+            path = folder / f"{name}.npy"
+            arrays[name], sums[name] = np.load(path, mmap_mode="r"), _sum(path)
+            found = arrays[name]
+            if found.ndim != 1 or found.dtype != kind or found.nbytes != sums[name][0]:  # the sum is over the numbers
+                return None, f"{path.name} holds {found.dtype} {found.shape}"
+        wrong = [name for name in sums if about["sums"].get(name) != sums[name]]
+        if wrong or len(about["sums"]) != len(sums):
+            return None, f"by the sum of its {wrong[0] if wrong else 'files'}"
         offsets, n_bytes = np.array(arrays["offsets"]), np.array(arrays["n_bytes"])
-        return Corpus(arrays["tokens"], offsets, n_bytes, tuple(about["names"]), mark, arrays.get("answers"))
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
-        return None
+        return Corpus(arrays["tokens"], offsets, n_bytes, tuple(about["names"]), mark, arrays.get("answers")), ""
+    except Exception as e:  # a damaged header of an array ends in errors of Python's own parser
+        return None, type(e).__name__
 
 
 def _sum(path: Path) -> list[int]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lm.data.packing import Packed, split_row
 from lm.errors import UserError
+from lm.plug import SEEDS
 
 Batch = dict[str, np.ndarray]
 
@@ -126,7 +127,9 @@ def _endless(sources: Sequence[Packed], weights: Sequence[float] | None, seed: i
     if weights is None:
         return grain.MapDataset.source(_Rows(sources)).seed(seed).shuffle().repeat()
     shuffled = [
-        grain.MapDataset.source(s).seed(seed + i).shuffle().repeat() for i, s in enumerate(sources) if weights[i] > 0
+        grain.MapDataset.source(s).seed((seed + i) % SEEDS).shuffle().repeat()
+        for i, s in enumerate(sources)
+        if weights[i] > 0
     ]
     return grain.MapDataset.mix(shuffled, [w for w in weights if w > 0])
 

@@ -18,12 +18,12 @@ from lm.decoding.spread import Spread, traced_for
 from lm.errors import UserError
 from lm.model.inputs import Inputs
 from lm.model.language_model import LanguageModel
+from lm.plug import SEEDS
 from lm.watch import Watch
 
 FIRST = 4096  # most tokens of the first piece of a prompt: nothing is cached yet, so tiles of attention can be skipped
 PIECE = 256  # tokens of every further piece
 STRIDE = 16  # tokens between looks of the host (stop strings, streaming)
-SEEDS = 2**32  # how many there are: a key of more bits would be cut
 HIDDEN = Watch(logits=False)
 
 

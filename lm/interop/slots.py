@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lm.config import ModelConfig
 from lm.interop.families.table import Table
 from lm.model import params as params_lib
@@ -30,3 +32,13 @@ def _of(name: str, shape: tuple[int, ...], stacked: int, table: Table | None) ->
     if stacked == first or (table is not None and "{e}" not in table[rest][0]):
         return [((rest, i, None), at) for i, at in layers]
     return [((rest, i, e), (*at, e)) for i, at in layers for e in range(shape[first])]
+
+
+def flat_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor, by its name within a layer, without the axes of heads: matrices ``[in, out]``, biases
+    ``[out]``."""
+    if not ours.startswith("attn/") or not ours.endswith(("/bias", "/kernel")):
+        return shape
+    if ours.endswith("/bias"):
+        return (math.prod(shape),)
+    return (math.prod(shape[:-1]), shape[-1]) if "/o/" in ours else (shape[0], math.prod(shape[1:]))

@@ -8,7 +8,7 @@ checkpoint whose contents changed on disk is told, put aside (``damaged-STEP``) 
 from __future__ import annotations
 
 import contextlib
-import logging
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +21,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
 from lm.errors import TrainingStopped, UserError
+from lm.files import summed, without_sum
 from lm.sharding import processes
 from lm.train.folder import CHECKPOINTS
+from lm.train.quiet import quiet
 
 
 class SaveFailed(TrainingStopped):
@@ -42,7 +44,8 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        logging.getLogger("absl").setLevel(logging.ERROR)  # a line per save and thread otherwise
+        self.about: dict[str, Any] = {}  # what the checkpoint that `newest` gave belongs to
+        quiet()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._open()
@@ -59,10 +62,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Mapping[str, object], about: Mapping[str, Any]) -> None:
         """Starts writing; returns when the state may change again. Raises `SaveFailed`, also for an earlier save."""
-        marks = _marks(state)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), about=ocp.args.JsonSave({**about, "step": step, "fingerprints": marks})
-        )
+        said = summed({**about, "step": step, "fingerprints": _marks(state)})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(said))
         self._guard(step, lambda: self.manager.save(step, args=items, force=True))
 
     def wait(self) -> None:
@@ -93,28 +94,19 @@ class Checkpoints:
         `check(about)` may raise `UserError` for a checkpoint of something else. Damaged ones are told and put aside.
         """
         while (step := processes.shared(max(self.steps, default=None))) is not None:
-            about, why = processes.shared(self._about(step) if jax.process_index() == 0 else None)
+            about, why = processes.shared(_about(self.folder, step) if jax.process_index() == 0 else None)
             if not why:
                 check(about)
                 state, why = self._state(step, like)
                 # What one process cannot read is damaged for all, and nobody waits for it in a collective.
                 why = next(filter(None, processes.everyones(why)), "")
             if not why:
-                marks = _marks(state)
-                wrong = [k for k, v in about["fingerprints"].items() if marks.get(k) != v]
-                why = f"{wrong[0]} is not what was saved" if wrong else ""
+                why = _difference(_marks(state), about["fingerprints"])
             if not why:
+                self.about = about
                 return step, state
             self._put_aside(step, why, tell)
         return None
-
-    def _about(self, step: int) -> tuple[dict[str, Any], str]:
-        """What the checkpoint of `step` belongs to, and why it cannot be read."""
-        try:
-            about = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "about", args=ocp.args.JsonRestore())
-            return {**about, "fingerprints": dict(about["fingerprints"])}, ""
-        except Exception as e:  # any error of any reader: the file is not what was written
-            return {}, _first_line(e)
 
     def _state(self, step: int, like: Mapping[str, object]) -> tuple[dict[str, Any], str]:
         """The state of `step`, and why it cannot be read.
@@ -148,11 +140,37 @@ class Checkpoints:
             self.manager.close()
 
 
-def read_part(folder: Path, step: int, like: Mapping[str, object]) -> dict[str, Any]:
+def read_part(
+    folder: Path, step: int, like: Mapping[str, object], check: Callable[[dict[str, Any]], None] = lambda about: None
+) -> dict[str, Any]:
     """Of the state that the run in `folder` saved at `step`, what `like` (arrays or shapes) has, on the first device.
 
-    Nothing else of the state is read. Raises `UserError` for a checkpoint that cannot be read.
+    Nothing else of the state is read. `check(about)` may raise `UserError` for a checkpoint of something else. Raises
+    `UserError` for a checkpoint that cannot be read, that is not what was saved by its fingerprints, or that has more
+    or less below the names of `like`.
     """
+    quiet()
+    about, why = _about(folder / CHECKPOINTS, step)
+    if not why:
+        check(about)
+        part, why = _part(folder, step, like)
+    if not why:
+        names = [jax.tree_util.keystr((jax.tree_util.DictKey(name),)) for name in like]
+        saved = {k: v for k, v in about["fingerprints"].items() if any(k.startswith(name) for name in names)}
+        flat = jax.tree_util.tree_flatten_with_path(part)[0]
+        arrays = {jax.tree_util.keystr(path): leaf for path, leaf in flat if isinstance(leaf, jax.Array)}
+        why = _difference({name: _fingerprint(np.asarray(leaf)) for name, leaf in arrays.items()}, saved)
+    if why:
+        place = folder / CHECKPOINTS / str(step)
+        raise UserError(
+            f"{place}: damaged ({why}); valid: the files as they were saved; the training's own command puts "
+            "it aside and goes on from the one before"
+        )
+    return part
+
+
+def _part(folder: Path, step: int, like: Mapping[str, object]) -> tuple[dict[str, Any], str]:
+    """That part of the state, and why it cannot be read."""
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
     how = ocp.checkpoint_utils.construct_restore_args(placed)
@@ -161,8 +179,33 @@ def read_part(folder: Path, step: int, like: Mapping[str, object]) -> dict[str, 
         with ocp.PyTreeCheckpointer() as reader:
             part = reader.restore((folder / CHECKPOINTS / str(step) / "state").absolute(), args=args)
     except Exception as e:  # the library raises a dozen types for damaged files
-        raise UserError(f"{folder}: the checkpoint of step {step} cannot be read ({_first_line(e)})") from None
-    return dict(part)
+        return {}, _first_line(e)
+    return dict(part), ""
+
+
+def _about(checkpoints: Path, step: int) -> tuple[dict[str, Any], str]:
+    """What the checkpoint of `step` belongs to, and why it cannot be read or believed."""
+    try:
+        found = ocp.JsonCheckpointHandler().restore(checkpoints / str(step) / "about", args=ocp.args.JsonRestore())
+        about = {**found, "fingerprints": {str(k): int(v) for k, v in found["fingerprints"].items()}}
+    except Exception as e:  # any error of any reader: the file is not what was written
+        return {}, _first_line(e)
+    bare = without_sum(about)
+    if bare is None:
+        return {}, "what it belongs to is not what was saved"
+    if bare.get("step", step) != step:
+        return {}, f"it was saved at step {json.dumps(bare['step'])}"
+    return bare, ""
+
+
+def _difference(marks: Mapping[str, int], saved: Mapping[str, int]) -> str:
+    """Which leaf is not what was saved, by fingerprints; empty where all are, and there are no others."""
+    for name in sorted({*marks, *saved}):
+        if name not in saved or name not in marks:
+            return f"{name} is {'not there' if name in saved else 'more than was saved'}"
+        if marks[name] != saved[name]:
+            return f"{name} is not what was saved"
+    return ""
 
 
 def _marks(state: object) -> dict[str, int]:
@@ -186,6 +229,19 @@ def _fingerprints(state: object) -> Any:
         return jnp.sum(flat * places, dtype=jnp.uint32)
 
     return jax.tree.map(one, state)
+
+
+def _fingerprint(x: np.ndarray) -> int:
+    """The same of one array of the host; nothing is compiled."""
+    flat = np.ascontiguousarray(x).reshape(-1)
+    words = flat if x.dtype == np.bool_ else flat.view(np.dtype(f"uint{8 * x.dtype.itemsize}"))
+    total, step = 0, 2**20  # few enough to stay in the cache
+    odd = 2 * np.arange(min(step, words.size), dtype=np.uint32) + np.uint32(1)
+    for i in range(0, words.size, step):
+        piece = words[i : i + step].astype(np.uint32)
+        places = odd[: piece.size] + np.uint32(2 * i % 2**32)
+        total += int((piece * places).sum(dtype=np.uint32))
+    return total % 2**32
 
 
 def _abstract(like: object) -> Any:

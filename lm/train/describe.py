@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from lm.files import write_json, write_text
+from lm.files import write_text
 from lm.model import params
 from lm.optimizers.base import n_bytes
-from lm.train.folder import ABOUT, PARAMETERS
+from lm.train.folder import PARAMETERS, write_about
 from lm.train.run import Run
 from lm.train.step import Params, transformation
 
@@ -15,17 +15,15 @@ def describe(run: Run, trained: Params, base: Params, peak: str, flops_per_token
     performance of the device is known from."""
     size = n_bytes(transformation(run.cfg, run.train), trained)
     write_text(run.folder / PARAMETERS, _parameters(run, trained, base, size))
-    run.data.text.save(run.folder)
     about = {
         **run.about,
         "start_source": run.start.source,
         "start_content": run.start.content(),
-        "tokenizer": run.data.text.describe(),
         "peak": peak,
         "flops_per_token": flops_per_token,
         "optimizer_bytes": size,
     }
-    write_json(run.folder / ABOUT, about)
+    write_about(run.folder, about, run.data.text)
 
 
 def _parameters(run: Run, trained: Params, base: Params, optimizer_bytes: int) -> str:

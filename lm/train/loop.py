@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from lm.config import ModelConfig
-from lm.errors import Terminated, TrainingStopped
+from lm.errors import Terminated, TrainingStopped, UserError
 from lm.sharding import processes
 from lm.train import flops
 from lm.train.checkpoint import Checkpoints
@@ -114,7 +114,14 @@ class Loop:
         return self._trained(state)
 
     def _evaluated(self) -> bool:
-        return any("final_nll" in line for line in read(self.run.folder / METRICS))
+        """Whether the log ends with the final evaluation. A damaged one is told by whoever reads its numbers."""
+        with contextlib.suppress(UserError):
+            return any("final_nll" in line for line in read(self.run.folder / METRICS))
+        return True
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint belongs to, and the last line of the log when it was saved."""
+        return {**self.run.about, "log": self.log.mark}
 
     def _trained(self, state: State) -> Trained:
         return Trained(self._params(state), int(state["skipped"]), self.run.folder)
@@ -132,7 +139,8 @@ class Loop:
         peak, source = flops.peak(run.cfg.dtype)
         self.meter = Meter(run, per_token, peak)
         if jax.process_index() == 0:
-            self.log = Log(run.folder, done - 1 if done else None, run.train.trackers, run.about, self.tell)
+            after, mark = (done - 1, self.checkpoints.about.get("log")) if done else (None, None)
+            self.log = Log(run.folder, after, run.train.trackers, run.about, self.tell, mark)
             describe(run, state["params"], self.beside.base, source, per_token)
 
     def _steps(self, state: State, done: int) -> State:
@@ -183,7 +191,7 @@ class Loop:
             self.meter.restart()
         if saves:
             with self.ledger.during("save"):
-                self.checkpoints.save(done, state, self.run.about)
+                self.checkpoints.save(done, state, self._about())
             self.meter.restart()
 
     def _read(self, i: int, metrics: Mapping[str, object]) -> None:
@@ -206,7 +214,7 @@ class Loop:
         with self.ledger.during("save"):
             if not self.checkpoints.steps or self.checkpoints.steps[-1] < good:
                 # Skipped steps change no parameter; at most one step has been computed since.
-                self.checkpoints.save(*self.newest, self.run.about)
+                self.checkpoints.save(*self.newest, self._about())
             self._finish()
         raise TrainingStopped(
             f"{self.run.folder}: {skipped} steps in a row were not finite (train.max_skipped = "

@@ -13,7 +13,7 @@ from lm.data.record import TextRecord
 from lm.decoding import Generator, Sampling
 from lm.errors import UserError
 from lm.model.language_model import DecoderModel
-from lm.plug import bounded, check_bounds
+from lm.plug import bounded, check_bounds, seed_field
 
 KEY = "train.samples"
 
@@ -32,7 +32,7 @@ class Samples:
     temperature: float = bounded(0.0, at_least=0)
     top_k: int = bounded(0, at_least=0)
     top_p: float = 1.0
-    seed: int = bounded(0, at_least=0)
+    seed: int = seed_field()
 
     def __post_init__(self) -> None:
         check_bounds(self, KEY)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm.config import ModelConfig
@@ -54,7 +55,9 @@ def initial(cfg: ModelConfig, train: TrainConfig, params: Params, seed: int | No
     """State before step 0: what is trained as `params`, optimizer state `opt`, and int32 scalars `step`, `skipped`
     (non-finite steps so far) and `run` (those in a row up to now); `seed`, to be given where steps draw numbers."""
     counters = {name: jnp.zeros((), jnp.int32) for name in ("step", "skipped", "run")}
-    drawn = {} if seed is None else {"seed": jnp.asarray(seed, jnp.int32)}
+    drawn = (
+        {} if seed is None else {"seed": jnp.asarray(np.uint32(seed).astype(np.int32))}
+    )  # 32 bits, whatever they say
     return {"params": params, "opt": transformation(cfg, train).init(params), **counters, **drawn}
 
 

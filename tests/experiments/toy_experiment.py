@@ -11,6 +11,7 @@ import jax
 
 from experiments import run
 from lm.config import ModelConfig
+from lm.files import without_sum
 from lm.measures import Measure, Measured, Progress, Subject
 
 CONFIG = '''
@@ -100,14 +101,17 @@ class Lab:
     def __call__(self, *args: str, config: str | None = None, workdir: Path | None = None) -> int:
         Toy.calls.clear()
         where = f"--workdir={workdir or self.folder}"
-        return run.main([f"--config={config or self.config}", where, *args])
+        own = [f"--file={self.config}"] if (config or "").endswith("/config.json") else []  # it is not in the checkout
+        return run.main([f"--config={config or self.config}", where, *own, *args])
 
     def results(self, folder: Path | None = None) -> dict[str, Any]:
         def refuse(word: str) -> None:
             raise AssertionError(f"{word} is not JSON")
 
         text = ((folder or self.folder) / "results.json").read_text()
-        return json.loads(text, parse_constant=refuse)
+        made = without_sum(json.loads(text, parse_constant=refuse))
+        assert made is not None
+        return made
 
 
 HF = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from pathlib import Path
@@ -19,6 +18,7 @@ from lm.decoding import Generator, Sampling
 from lm.errors import UserError
 from lm.model.language_model import DecoderModel
 from lm.train.config import TrainConfig
+from lm.train.log import read
 
 SHORT = {"steps": 6, "save_every": 3, "eval_every": 3}
 
@@ -51,7 +51,7 @@ class Library(types.ModuleType):
 
 
 def lines(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return read(folder / name)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -256,6 +256,7 @@ except TrainingStopped as e:
     done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300)
     assert "stopped: " in done.stdout, done.stderr[-2000:]
     assert "MiB free on the disk); the last complete checkpoint is step 6" in done.stdout
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 4, done.stderr[-2000:]
     assert loop.steps_done(tmp_path / "run") == 6
     told: list[str] = []
     tiny_run.train(tmp_path / "run", texts, told)

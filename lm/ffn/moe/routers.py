@@ -28,7 +28,7 @@ from lm.ffn.moe.routing import (
     sinkhorn,
     with_nan,
 )
-from lm.plug import Model, Table, later
+from lm.plug import Model, Table, later, seed_field
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Hash(Router):
 
     k: int = 1
     table: str = "random"
-    seed: int = 0
+    seed: int = seed_field()
     vocab: int | None = None
     learned: ClassVar[bool] = False
     needs_ids: ClassVar[bool] = True

@@ -16,10 +16,11 @@ from lm.files import read_object
 from lm.interop.adapters.change import Change
 from lm.interop.adapters.settings import Settings
 from lm.interop.families import FAMILIES, Family
-from lm.interop.slots import Slot, slots
+from lm.interop.slots import Slot, flat_shape, slots
 from lm.model import params as params_lib
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FLOATS = ("float32", "float16", "bfloat16", "float64")
 FUSED = {"gate": ("gate_up_proj", 0), "up": ("gate_up_proj", 1), "down": ("down_proj", None)}  # of experts, in memory
 _KEY = re.compile(
     r"(?P<module>.+?)\.(?:modules_to_save\.(?:default\.)?)?(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|"
@@ -62,7 +63,14 @@ class Adapter:
             found = load_file(self.file)
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"{self.file}: not a complete safetensors file ({e})") from None
-        return {k.removeprefix("base_model.model."): np.asarray(v, np.float32) for k, v in found.items()}
+        for key, value in found.items():
+            if value.dtype.name not in FLOATS:
+                raise UserError(f"{self.file}: tensor {key!r} is stored as {value.dtype}; valid: {', '.join(FLOATS)}")
+            with np.errstate(over="ignore"):
+                found[key] = np.asarray(value, np.float32)
+            if not np.isfinite(found[key]).all():
+                raise UserError(f"{self.file}: tensor {key!r} has numbers that are not finite; valid: finite weights")
+        return {k.removeprefix("base_model.model."): v for k, v in found.items()}
 
     def edits(self) -> dict[str, _Edit]:
         """By module, ``.base_layer`` included. Raises `UserError` for a tensor of another kind."""
@@ -244,18 +252,22 @@ class _Applied(Change):
             size = self.magnitudes[slot] if rows is None else rows[1](self.magnitudes[slot], self.cfg)
             n_in = self.inputs.get(slot[0], 1)
             flat = value.reshape(int(np.prod(shape[:n_in])), -1)
+            if np.size(size) != flat.shape[1]:
+                raise self._error(
+                    self.family.table[slot[0]][0].format(i=slot[1], e=slot[2]).removesuffix(".weight"),
+                    f"has {np.size(size)} magnitudes; valid: {flat.shape[1]}, one a row",
+                )
             value = (flat * (np.reshape(size, (1, -1)) / np.linalg.norm(flat, axis=0))).reshape(shape)
         return value
 
     def _fitted(self, slot: Slot, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        try:
-            return np.asarray(value).reshape(shape)
-        except ValueError:
+        if np.shape(value) not in (flat_shape(slot[0], shape), shape):
             name = self.family.table[slot[0]][0].format(i=slot[1], e=slot[2])
             raise UserError(
                 f"{self.adapter.file}: what changes {name!r} has shape {np.shape(value)}, which does not give "
                 f"{slot[0]} of shape {shape}"
-            ) from None
+            )
+        return np.asarray(value).reshape(shape)
 
 
 def _short(name: str) -> str:

@@ -18,6 +18,7 @@ from lm.interop.adapters.change import Change
 from lm.interop.families.table import Table, flip, same
 from lm.interop.readers.base import Reader
 from lm.interop.readers.gguf_fields import contents
+from lm.interop.readers.schema import epsilon
 from lm.sharding.layout import Where
 
 
@@ -165,7 +166,7 @@ class File(Reader):
             "head_dim": head_dim,
             "d_ff": self._need("feed_forward_length"),
             "max_positions": self._need("context_length"),
-            "norm": {"name": "rmsnorm", "eps": float(self._need("attention.layer_norm_rms_epsilon"))},
+            "norm": {"name": "rmsnorm", "eps": self._epsilon()},
             "positions": self._rope(),
             "ffn": {"name": "swiglu"},
             "head": {"name": "linear", "tie": "output.weight" not in self.tensors},
@@ -175,6 +176,13 @@ class File(Reader):
                 "qk_norm": "blk.0.attn_q_norm.weight" in self.tensors,
             },
         }
+
+    def _epsilon(self) -> float:
+        key = "attention.layer_norm_rms_epsilon"
+        found = self._need(key)
+        if not epsilon(found):
+            raise UserError(f"{self.path}: {self.arch}.{key} = {found!r}; valid: a number from 0 to 1")
+        return float(found)
 
     def _rope(self) -> dict[str, Any]:
         theta = self._one("rope.freq_base", 10000.0)

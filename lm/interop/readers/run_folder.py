@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from lm.data.record import TextRecord, from_description
 from lm.errors import UserError
 from lm.interop.adapters.change import Change, changed
 from lm.interop.readers.base import Reader
+from lm.nested import difference
 from lm.sharding.layout import Where
 from lm.train import folder
 from lm.train.checkpoint import read_part
 
 FILE = folder.ABOUT
+BELONGS = ("model", "train", "data", "seed", "start", "models")  # what a checkpoint and its run both say
 
 
 class Run(Reader):
@@ -30,13 +31,8 @@ class Run(Reader):
     def __init__(self, path: Path, reader: Callable[[str], Reader]) -> None:
         """`reader` finds who reads the checkpoint that training started from (`lm.interop.reader`)."""
         self.path, self.reader = path, reader
-        try:
-            self.about = json.loads((path / FILE).read_text(encoding="utf-8"))
-            self._model = dict(self.about["model"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{path / FILE}: not the description of a training run; valid: one that training wrote"
-            ) from None
+        self.about = folder.read_about(path)
+        self._model = dict(self.about["model"])
 
     def model(self) -> dict[str, Any]:
         return self._model
@@ -113,13 +109,24 @@ class Run(Reader):
         surgery = self.surgery()
         step = self.step() if step is None else step
         shapes = jax.eval_shape(lambda p: surgery.init(cfg, p, jax.random.key(0)), params_lib.abstract(cfg))
-        trained = read_part(self.path, step, {"params": shapes})["params"]
+        trained = read_part(self.path, step, {"params": shapes}, self._check)["params"]
         if not surgery.adds:
             tensors.check(cfg, trained, str(self.path))
         return dict(jax.tree.map(jax.numpy.asarray, trained))
 
+    def _check(self, about: dict[str, Any]) -> None:
+        """Raises `UserError` for a checkpoint that belongs to something else than ``run.json`` says."""
+        for key in BELONGS:
+            if about.get(key) != self.about.get(key):
+                place, saved, said = difference(about.get(key), self.about.get(key), key)
+                raise UserError(
+                    f"{self.path}: a checkpoint of another run, by {place}: {saved!r} there, {said!r} in {FILE}; "
+                    "valid: a folder as training left it"
+                )
+
     def text(self) -> TextRecord:
         """The run's own; the templates are those of the checkpoint that training started from where it has none."""
+        folder.check_files(self.path, self.about)
         own = from_description(self.path, self.about.get("tokenizer") or {})
         if own.templates or not self.about.get("start_source"):
             return own

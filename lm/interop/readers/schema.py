@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ def _integer(x: object) -> bool:
 
 
 def _number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool)
+    return _integer(x) or (isinstance(x, float) and math.isfinite(x))
+
+
+def epsilon(x: object) -> bool:
+    """What a norm can add to a mean square."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and 0 <= x < 1
 
 
 def _list(of: Kind) -> Kind:
@@ -30,6 +36,7 @@ def _text(x: object) -> bool:
 KINDS: dict[str, Kind] = {
     "an integer": _integer,
     "a number": _number,
+    "a number from 0 to 1": epsilon,
     "true or false": lambda x: isinstance(x, bool),
     "a string": _text,
     "a list of strings": _list(_text),
@@ -49,10 +56,11 @@ TOP = {
         "moe_layer_freq"
     ),
     "a number": (
-        "rms_norm_eps layer_norm_eps layer_norm_epsilon rope_theta rotary_emb_base rotary_pct partial_rotary_factor "
+        "rope_theta rotary_emb_base rotary_pct partial_rotary_factor "
         "router_aux_loss_coef router_jitter_noise query_pre_attn_scalar final_logit_softcapping "
         "attn_logit_softcapping rope_local_base_freq swiglu_alpha swiglu_limit routed_scaling_factor"
     ),
+    "a number from 0 to 1": "rms_norm_eps layer_norm_eps layer_norm_epsilon",
     "true or false": (
         "tie_word_embeddings attention_bias mlp_bias use_sliding_window use_parallel_residual scale_attn_weights "
         "scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob qkv_bias "

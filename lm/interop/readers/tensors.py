@@ -16,13 +16,16 @@ from lm.errors import UserError
 from lm.interop.adapters.change import Change
 from lm.interop.families.table import Table, flip, same
 from lm.interop.readers.memory import Memory
-from lm.interop.slots import Index, Slot, slots
+from lm.interop.slots import Index, Slot, flat_shape, slots
 from lm.model import params as params_lib
 from lm.nested import nested
 from lm.sharding.layout import Where
 
 # Constants some files carry along; tied heads are dropped by the readers.
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.attn\.bias|\.attn\.masked_bias|attention\.bias|attention\.masked_bias)$")
+
+PIECE = 1 << 20  # numbers that are converted at a time
+_EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80, "float32": 0x7F800000}  # all ones in infinities and NaN
 
 
 class Source(abc.ABC):
@@ -49,7 +52,8 @@ def fill(
     """The parameter tree of `cfg`, in ``cfg.param_dtype``, each tensor read straight to its place.
 
     `change` is done to the tensors meanwhile, in float32; `where` says on which devices a parameter lives. Raises
-    `UserError` for a missing tensor, a wrong shape, or a tensor the model has no place for.
+    `UserError` for a missing tensor, any other shape than the file's library writes, numbers that are not finite or too
+    large for ``cfg.param_dtype``, or a tensor the model has no place for.
     """
     tensors = _Tensors(cfg, table, source, change)
     if cfg.n_layers > len(tensors.names):  # said before anything of that size is built
@@ -94,15 +98,29 @@ class _Tensors:
             return
         tensor = self.source.read(name)
         try:
-            value = np.asarray(turn(tensor, self.cfg)).reshape(shape)
+            value = np.asarray(turn(tensor, self.cfg))
         except (ValueError, IndexError):
             raise self._misfit(name, tensor.shape, ours, shape) from None
+        if not fits(value.shape, short, shape, plain=turn in (same, flip)):
+            raise self._misfit(name, tensor.shape, ours, shape)
+        value = value.reshape(shape)
         if changes:
             value = value.astype(np.float32)
             for single, within in changes:
                 assert self.change is not None
                 value[within] = self.change.apply(single, value[within])
-        memory.put(at, value)
+        rows = max(1, PIECE // max(1, value[:1].size))
+        for first in range(0, len(value), rows):
+            memory.put(at, self._cast(name, value[first : first + rows], memory), (first, *(0,) * (value.ndim - 1)))
+
+    def _cast(self, name: str, value: np.ndarray, memory: Memory) -> np.ndarray:
+        """In the parameter's type. Raises `UserError` for numbers that are none there."""
+        with np.errstate(over="ignore"):
+            made = value.astype(memory.dtype, copy=False)
+        if not finite(made):
+            what = f"numbers too large for {memory.dtype}" if finite(value) else "numbers that are not finite"
+            raise UserError(f"{self.file}: tensor {name!r} has {what}; valid: finite weights")
+        return made
 
     def _changes(self, slot: Slot, shape: tuple[int, ...]) -> list[tuple[Slot, Index]]:
         """What changes of a tensor of that shape: the whole, or some of the experts in it, and where they are."""
@@ -123,7 +141,7 @@ class _Tensors:
             rows = first + len(some)
             if some.shape[1:] != wanted[1:] or rows > wanted[0]:
                 raise self._misfit(name, self.source.read(name).shape, ours, shape)
-            some = some.astype(memory.dtype)  # faster than on the way to other strides
+            some = self._cast(name, some, memory)  # faster than on the way to other strides
             memory.put(at, some.T if flipped else some, (0, first) if flipped else (first, 0))
         if rows != wanted[0]:
             raise self._misfit(name, (rows, *wanted[1:]), ours, shape)
@@ -136,6 +154,21 @@ class _Tensors:
     def foreign(self) -> list[str]:
         """What has not been read and is no constant of the file's library, sorted."""
         return sorted(name for name in self.names - self.used if not BUFFERS.search(name))
+
+
+def fits(found: tuple[int, ...], short: str, shape: tuple[int, ...], plain: bool) -> bool:
+    """Whether what a file's tensor was turned into is a tensor of `shape`, named `short` within its layer: with heads
+    in one axis or, where a turn made them (not `plain`), in their own."""
+    return found == flat_shape(short, shape) or (not plain and found == shape)
+
+
+def finite(x: np.ndarray) -> bool:
+    """Whether all numbers are; by their exponents, which is quick for every type."""
+    mask = _EXPONENT.get(x.dtype.name)
+    if mask is None:
+        return bool(np.isfinite(x).all())
+    bits = x.view(np.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return int((bits & bits.dtype.type(mask)).max(initial=0)) != mask
 
 
 def check(cfg: ModelConfig, params: Mapping[str, object], source: str) -> None:

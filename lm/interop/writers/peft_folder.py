@@ -112,7 +112,7 @@ def write(folder: Path, lora: LoRA, cfg: ModelConfig, trained: Mapping[str, obje
     `base`: where PEFT finds the adapter's model. Raises `UserError` as `tensors` does, and for a place that cannot be
     written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     made = tensors(cfg, trained, family)
     other = {name: rank for name, rank in made.ranks.items() if rank != lora.rank}
@@ -137,7 +137,8 @@ def write(folder: Path, lora: LoRA, cfg: ModelConfig, trained: Mapping[str, obje
         settings["rank_pattern"] = other
         settings["alpha_pattern"] = {n: lora.alpha * (math.sqrt(t) if root else t) for n, t in times.items()}
     with new_folder(folder) as swap:
-        save_file(made.tensors, swap / "adapter_model.safetensors", metadata={"format": "pt"})
+        data = save(made.tensors, metadata={"format": "pt"})  # `save_file` makes files that their owner alone can read
+        (swap / "adapter_model.safetensors").write_bytes(data)
         write_json(swap / "adapter_config.json", settings)
 
 

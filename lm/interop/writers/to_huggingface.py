@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lm.errors import UserError, unknown
 from lm.files import new_folder, write_json, write_text
 from lm.interop.families import FAMILIES, Family
 from lm.interop.families.table import flip
-from lm.interop.slots import Index, slots
+from lm.interop.slots import Index, flat_shape, slots
 from lm.interop.writers import shards
 from lm.interop.writers.shards import Entry
 from lm.nested import flat
@@ -102,7 +101,7 @@ def tensors(cfg: ModelConfig, params: Mapping[str, object], family: str) -> list
         for (ours, i, e), at in places[name]:
             stored, turn = kind.table[ours]
             file = stored.format(i=i, e=e)
-            shape = _flat_shape(ours, tuple(leaf.shape[len(at) :]))
+            shape = flat_shape(ours, tuple(leaf.shape[len(at) :]))
             flat = functools.partial(_flat_heads, ours, leaf, at)
             if kind.fuses(ours) is not None:
                 fused.setdefault(file, {})[ours] = Entry(file, shape, flat)
@@ -133,21 +132,13 @@ def _flat_heads(ours: str, leaf: np.ndarray | jax.Array, at: Index) -> np.ndarra
         leaf = leaf[at]  # this one alone is brought here
         at = ()
     value = np.asarray(leaf)[at]
-    return value.reshape(_flat_shape(ours, value.shape))
+    return value.reshape(flat_shape(ours, value.shape))
 
 
 def _here(leaf: jax.Array) -> bool:
     """Whether the host reads the array where it is."""
     devices = leaf.devices()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
-
-
-def _flat_shape(ours: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if not ours.startswith("attn/") or not ours.endswith(("/bias", "/kernel")):
-        return shape
-    if ours.endswith("/bias"):
-        return (math.prod(shape),)
-    return (math.prod(shape[:-1]), shape[-1]) if "/o/" in ours else (shape[0], math.prod(shape[1:]))
 
 
 def write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.measures.base import Measure, Measured, Progress, Subject
+from lm.train import folder
 from lm.train.log import read
 
 
@@ -22,7 +22,7 @@ class TrainLog(Measure):
     over the last `tail` of the steps, ``skipped`` steps, ``tokens_per_second`` (median step) and ``optimizer_mib``; and
     whatever the layers report under a name with a slash (``moe/dropped`` as ``moe_dropped``), over the same tail.
     Curves by step: held-out bits per byte, and the training loss averaged over `bin` steps. A run whose loss is not
-    finite at the end gives infinity.
+    finite at the end gives infinity. A damaged log is refused; lines that the training found lost are noted.
     """
 
     tail: float = 0.05
@@ -41,8 +41,9 @@ class TrainLog(Measure):
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:
             raise UserError("measures.train_log: the parameters were not trained by this experiment; valid: set train")
-        lines = read(subject.run / "metrics.jsonl")
-        about = json.loads((subject.run / "run.json").read_text(encoding="utf-8"))
+        about = folder.read_about(subject.run)
+        last = about.get("train", {}).get("steps")
+        lines = read(subject.run / folder.METRICS, None if last is None else last - 1)
         steps = [x for x in lines if "loss" in x]
         held = [x for x in lines if "held_out_nll" in x]
         final = [x for x in lines if "final_nll" in x]
@@ -78,7 +79,10 @@ class TrainLog(Measure):
                 "ylabel": "held-out bits per byte",
             }
         progress(1.0, "read")
-        return Measured(samples, curves, {"steps": len(steps), "data": about["data"]})
+        lost = [str(x["lost"]) for x in lines if "lost" in x]  # when a session of the training went on
+        return Measured(
+            samples, curves, {"steps": len(steps), "data": about["data"], **({"lost": lost} if lost else {})}
+        )
 
 
 def _number(value: Any) -> float:

@@ -15,7 +15,7 @@ from lm.data.tokenizers.values import ValueTokenizer
 from lm.decoding.generator import Generator
 from lm.errors import UserError
 from lm.measures.base import Measure, Measured, Progress, Subject
-from lm.plug import bounded, check_bounds
+from lm.plug import SEEDS, bounded, check_bounds
 
 LEVELS = np.arange(1, 10) / 10  # the quantiles of the weighted quantile loss
 
@@ -119,7 +119,7 @@ class Forecast(Measure):
         for i, o in enumerate(origins):
             progress(i / len(origins), f"{self.method} {i + 1}/{len(origins)}")
             if self.method == "ets":
-                out.append(self._ets(values[o - self.history : o], subject.seed + i))
+                out.append(self._ets(values[o - self.history : o], (subject.seed + i) % SEEDS))
             else:
                 out.append(np.resize(values[o - self.season : o], self.horizon)[None])
         return np.stack(out)
@@ -155,7 +155,8 @@ class Forecast(Measure):
         contexts = [values[o - self.context : o] for o in origins]
         scales = np.array([tokenizer.scale(c) for c in contexts])
         prompts = [tokenizer.quantise(c / s).tolist() for c, s in zip(contexts, scales, strict=True)]
-        seeds = [1000 * subject.seed + i for i in range(len(prompts))]
+        again, first = divmod(subject.seed, SEEDS // 1000)  # no two seeds begin at the same number
+        seeds = [(1000 * first + again + i) % SEEDS for i in range(len(prompts))]
         ids = np.zeros((len(prompts), self.paths, self.horizon), np.int64)
         at = np.zeros(ids.shape[:2], int)
         generator = Generator(subject.model, subject.params)

@@ -18,6 +18,7 @@ from toy_experiment import Lab, Toy
 from experiments.reports import results_file
 from experiments.running import runner
 from lm.errors import UserError
+from lm.files import summed
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -112,7 +113,7 @@ def test_points_of_another_code_are_announced(lab: Lab, capsys: pytest.CaptureFi
     lab()
     for path in (lab.folder / "points").iterdir():
         data = json.loads(path.read_text())
-        path.write_text(json.dumps({**data, "made": {**data["made"], "code": "old"}}))
+        path.write_text(json.dumps(summed({**data, "made": {**data["made"], "code": "old"}})))
     capsys.readouterr()
     lab()
     assert "note: 10 kept points were measured by another version of lm/" in capsys.readouterr().out
@@ -286,6 +287,6 @@ def test_records_are_typed(lab: Lab) -> None:
     lab("--arms=also")
     for path in (lab.folder / "points").iterdir():
         data: dict[str, Any] = json.loads(path.read_text())
-        assert set(data) == {"what", "samples", "curves", "notes", "seconds", "made"}
+        assert set(data) == {"what", "samples", "curves", "notes", "seconds", "made", "sum"}
         assert set(data["what"]) == {"checkpoint", "model", "measure", "reads", "seed", "device"}
         assert data["made"]["jax"] and data["made"]["code"]

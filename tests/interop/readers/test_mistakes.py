@@ -396,3 +396,61 @@ def test_foreign_vocabulary(tmp_path: Path) -> None:
 def test_tokenizer_file_is_broken(tmp_path: Path) -> None:
     (_make(tmp_path) / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in _refused(tmp_path)
+
+
+Q, NORM, DOWN = (f"model.layers.0.{n}.weight" for n in ("self_attn.q_proj", "input_layernorm", "mlp.down_proj"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (DOWN, lambda x: x.T.copy(), "has shape (12, 8), which does not give"),
+        (DOWN, lambda x: x.reshape(-1), "has shape (96,), which does not give"),
+        (Q, lambda x: x.reshape(-1), "has shape (64,), which does not give"),
+        (Q, lambda x: x.reshape(4, 16), "has shape (4, 16), which does not give"),
+        (Q, lambda x: x.reshape(2, 4, 8), "has shape (2, 4, 8), which does not give"),
+        (NORM, lambda x: x[None], "has shape (1, 8), which does not give"),
+        ("model.embed_tokens.weight", lambda x: x.T.copy(), "has shape (8, 16), which does not give"),
+        (Q, lambda x: np.where(x == x[3, 5], np.nan, x), "has numbers that are not finite"),
+        (NORM, lambda x: np.where(x == x[7], np.inf, x), "has numbers that are not finite"),
+        (DOWN, lambda x: np.where(x == x[7, 11], -np.inf, x).astype(np.float16), "has numbers that are not finite"),
+        (Q, lambda x: np.where(x == x[0, 0], 1e300, x.astype(np.float64)), "has numbers too large for float32"),
+        (Q, lambda x: x.astype(np.int32), "is stored as I32"),
+        (Q, lambda x: x > 0, "is stored as BOOL"),
+    ],
+)
+def test_tensors_that_are_no_weights(tmp_path: Path, name: str, change: Any, words: str) -> None:
+    """Of any other shape than the library of the file writes, of another type, or not finite: the tensor is named."""
+    tensors = load_file(_make(tmp_path) / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name])}, str(tmp_path / "model.safetensors"))
+    message = _refused(tmp_path)
+    assert f"tensor {name!r} {words}" in message, message
+
+
+def test_weights_that_are_too_large_for_the_type_asked_for(tmp_path: Path) -> None:
+    tensors = load_file(_make(tmp_path) / "model.safetensors")
+    tensors[DOWN][0, 0] = 70000.0
+    save_file(tensors, str(tmp_path / "model.safetensors"))
+    interop.load(str(tmp_path))
+    with pytest.raises(UserError, match=r"mlp\.down_proj\.weight' has numbers too large for float16"):
+        interop.load(str(tmp_path), dtype="float16")
+
+
+@pytest.mark.parametrize("eps", ["NaN", "Infinity", "1e999", "-1e-6", "1.0", "1e10", "true"])
+def test_an_epsilon_that_no_norm_has(tmp_path: Path, eps: str) -> None:
+    text = (_make(tmp_path) / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text[:-1] + f', "rms_norm_eps": {eps}}}')
+    assert "rms_norm_eps: expected a number from 0 to 1" in _refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "shard", ["/etc/passwd", "../other/model.safetensors", "a/../../model.safetensors", "..", "a\0b"]
+)
+def test_shards_stay_in_their_folder(tmp_path: Path, shard: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "other").mkdir()
+    folder = _make(tmp_path / "model")
+    _make(tmp_path / "other")
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES, shard)}))
+    assert "model.safetensors.index.json" in _refused(folder) or shard in _refused(folder)
