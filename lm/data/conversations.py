@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,22 @@ _VERSION = 1  # raise when other tokens count as answers
 
 
 def documents(spec: str) -> list[Document]:
+    """All that `stream` gives."""
+    return list(stream(spec))
+
+
+def stream(spec: str) -> Iterator[Document]:
     """The conversations of `spec` (`lm.data.texts.records`): a document's text is its messages and tools as JSON.
 
     Raises `UserError` naming the row whose ``messages`` is no list of messages, or whose ``tools`` is no list.
     """
-    out = []
+    some = False
     for name, where, row in texts.records(spec, COLUMNS):
         said = {key: value for key, value in _checked(row, where).items() if value}
-        out.append(Document(name, json.dumps(said, ensure_ascii=True), where, "the user's own; not known"))
-    if not out:
+        some = True
+        yield Document(name, json.dumps(said, ensure_ascii=True), where, "the user's own; not known")
+    if not some:
         raise UserError(f"texts: {spec!r} has no conversations; valid: rows with 'messages'")
-    return out
 
 
 def _checked(row: Mapping[str, object], where: str) -> dict[str, Any]:
@@ -162,7 +168,7 @@ class Conversations:
         return Rendered(whole.text, tuple(spans)), False
 
 
-def tokenize(found: Sequence[Document], text: TextRecord, template: str, seq_len: int, cache: Path) -> Corpus:
+def tokenize(found: Iterable[Document], text: TextRecord, template: str, seq_len: int, cache: Path) -> Corpus:
     """The corpus of conversations; those without an answer are left out, and said, as are those longer than a row.
 
     Raises `UserError` for a conversation that the template refuses, and where no answer is left.
@@ -170,20 +176,20 @@ def tokenize(found: Sequence[Document], text: TextRecord, template: str, seq_len
     made = corpus.tokenize(found, Conversations(text, template if template in text.templates else None), cache)
     assert made.answers is not None
     # A first token has nothing to be predicted from.
-    targets = [int(made.answers[a + 1 : b].sum()) for a, b in zip(made.offsets[:-1], made.offsets[1:], strict=True)]
-    answered = np.array(targets) > 0
-    _tell(
-        "has no answer of the assistant and is left out", [d for d, ok in zip(found, answered, strict=True) if not ok]
-    )
+    targets = (made.answers[a + 1 : b].any() for a, b in zip(made.offsets[:-1], made.offsets[1:], strict=True))
+    answered = np.fromiter(targets, bool, len(made))
+    _tell("has no answer of the assistant and is left out", found, ~answered)
     if not answered.any():
-        raise UserError(f"train.data.texts: none of {len(found)} conversations has an answer of the assistant")
+        raise UserError(f"train.data.texts: none of {len(made)} conversations has an answer of the assistant")
     long = answered & (np.diff(made.offsets) > seq_len + 1)
     said = f"is longer than train.data.seq_len = {seq_len} tokens: its pieces do not see each other"
-    _tell(said, [d for d, is_long in zip(found, long, strict=True) if is_long])
+    _tell(said, found, long)
     return made if answered.all() else corpus.take(made, np.flatnonzero(answered), "answered")
 
 
-def _tell(what: str, rows: Sequence[Document]) -> None:
-    if rows:
-        more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
-        print(f"note: {rows[0].source}: the conversation {what}{more}", file=sys.stderr)
+def _tell(what: str, found: Iterable[Document], which: np.ndarray) -> None:
+    """Says it of the first of the conversations that `which`, bool ``[n]``, marks, and how many more there are."""
+    if which.any():
+        first = next(itertools.islice(found, int(which.argmax()), None))
+        more = f" (and {which.sum() - 1} more)" if which.sum() > 1 else ""
+        print(f"note: {first.source}: the conversation {what}{more}", file=sys.stderr)
