@@ -6,6 +6,8 @@ A spec is one of the following, or several separated by commas (a comma inside a
 * a file of UTF-8 text, a folder (its text files, recursively), a glob;
 * JSON lines: ``path.jsonl`` (field ``text``) or ``path.jsonl#meta.body``; one document a line; likewise ``.json`` (a
   list of objects) and ``.parquet``; any file may be ``.gz`` or ``.zst``;
+* the same at an address: ``s3://bucket/*.jsonl.gz#text``, ``gs://…``, ``https://…``, ``hf://datasets/…``, whatever
+  fsspec reaches (`lm.data.texts.remote`);
 * ``tfds:name[/config][:version][:split][#field]``: a prepared array_record dataset; one document an example;
 * ``hf:[owner/]name[:split][#field]``, ``hf:owner/name/config…`` or ``hf:./folder…``: a Hugging Face dataset, likewise;
   ``?streaming`` at its end reads it as it comes, ``?take=N`` the first N examples;
@@ -21,7 +23,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from lm.data.texts import files, hf_datasets
+from lm.data.texts import files, hf_datasets, remote
 from lm.data.texts.document import Document, Documents, identity
 from lm.data.texts.rows import FIELDS
 from lm.data.texts.sources import SOURCES, Source
@@ -65,7 +67,9 @@ def records(spec: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[
     """
     for part in _parts(spec):
         name, _, member = part.partition(":")
-        if name == "hf":
+        if remote.is_address(part):
+            yield from files.records(part, columns)
+        elif name == "hf":
             yield from hf_datasets.records(member, columns)
         elif name in SOURCES:
             raise UserError(f"texts: {part!r} is text, not conversations; valid: {', '.join(FIELDS)}, hf:NAME")
@@ -84,6 +88,8 @@ def _parts(spec: str) -> list[str]:
 
 def _one(spec: str) -> Iterable[Document]:
     name, colon, member = spec.partition(":")
+    if remote.is_address(spec):
+        return files.read(spec)
     if name in SOURCES:
         if colon and not member:
             raise UserError(f"texts: {spec!r} names no member; valid: {name} or {SOURCES[name].members}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lm.data.texts.document import Document
+from lm.data.texts.remote import find, is_address
 from lm.data.texts.rows import FIELDS, decode, objects
 from lm.data.texts.stored import Stored, local
 from lm.errors import UserError, nearest
@@ -53,7 +54,10 @@ def records(spec: str, columns: Sequence[str]) -> Iterator[tuple[str, str, dict[
     Raises `UserError` for a missing or damaged file, and for one that has no rows.
     """
     path = Path(spec).expanduser()
-    found = [local(path, path.name)] if path.is_file() else []
+    if is_address(spec):
+        found = find(spec, FIELDS, None)[0]
+    else:
+        found = [local(path, path.name)] if path.is_file() else []
     if not found and glob.has_magic(spec):
         found = _globbed(path)
     if not found:
@@ -113,25 +117,30 @@ def split_field(spec: str) -> tuple[str, str | None]:
 
 
 def read(spec: str) -> Iterator[Document]:
-    """Documents of a file, directory or glob, in sorted order; files without any text are skipped unless alone.
+    """Documents of a file, directory or glob, here or at an address (`lm.data.texts.remote`), in sorted order; files
+    without any text are skipped unless alone.
 
     Raises `UserError` for a missing, empty, binary or undecodable file, a malformed JSON line, a missing field, a
     folder without text files and a glob that matches no file.
     """
     name, field = split_field(spec)
     path = Path(name).expanduser()
-    if path.is_file():
-        found, empty = [local(path, path.name)], f"{path}: empty file; valid: a file with text in it"
+    root: Path | str | None
+    if is_address(name):
+        found, root = find(name, SUFFIXES, field)
+    elif path.is_file():
+        found, root = [local(path, path.name)], None
     else:
         found, root = _several(path, name, field)
-        empty = f"texts: all {len(found)} files below {str(root)!r} are empty; valid: files with text in them"
     some = False
     for file in found:
         for document in _file(file, field):
             some = True
             yield document
+    if not some and root is None:
+        raise UserError(f"{found[0].where}: empty file; valid: a file with text in it")
     if not some:
-        raise UserError(empty)
+        raise UserError(f"texts: all {len(found)} files below {str(root)!r} are empty; valid: files with text in them")
 
 
 def _several(path: Path, name: str, field: str | None) -> tuple[list[Stored], Path]:
