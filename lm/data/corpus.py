@@ -277,16 +277,19 @@ def held_out(names: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     return held
 
 
-def take(corpus: Corpus, which: np.ndarray, how: str) -> Corpus:
-    """The documents `which` (their numbers, in order); `how` says how they were chosen, for the identity.
+def take(corpus: Corpus, which: np.ndarray, how: str, longest: int | None = None) -> Corpus:
+    """The documents `which` (their numbers, in order), of each the first `longest` tokens (None = all); `how` says how
+    they were chosen, for the identity.
 
-    Tokens stay where they are, on disk for example.
+    Tokens stay where they are, on disk for example. Bytes are shared out among a document's tokens alike.
     """
-    offsets = offsets_of(np.diff(corpus.offsets)[which])
-    answers = None if corpus.answers is None else rows(corpus.answers, corpus.offsets, which)
+    whole = np.diff(corpus.offsets)[which]
+    lengths = whole if longest is None else np.minimum(whole, longest)
+    n_bytes = np.rint(corpus.n_bytes[which] * (lengths / np.maximum(whole, 1))).astype(np.int64)
+    answers = None if corpus.answers is None else rows(corpus.answers, corpus.offsets, which, longest)
     names, mark = Names.of(corpus.names).take(which), _hash(f"{corpus.identity} {how}")
-    tokens = rows(corpus.tokens, corpus.offsets, which)
-    return Corpus(tokens, offsets, np.asarray(corpus.n_bytes[which]), names, mark, answers)
+    tokens = rows(corpus.tokens, corpus.offsets, which, longest)
+    return Corpus(tokens, offsets_of(lengths), n_bytes, names, mark, answers)
 
 
 def join(corpora: Sequence[Corpus]) -> Corpus:

@@ -50,8 +50,12 @@ class Spliced:
 Array = np.ndarray | Spliced
 
 
-def rows(values: Array, offsets: np.ndarray, which: np.ndarray) -> Spliced:
-    """Rows `which` (their numbers) of those that ``values[offsets[i]:offsets[i + 1]]`` are, one behind the other."""
+def rows(values: Array, offsets: np.ndarray, which: np.ndarray, longest: int | None = None) -> Spliced:
+    """Rows `which` (their numbers) of those that ``values[offsets[i]:offsets[i + 1]]`` are, one behind the other; of
+    each the first `longest` values (None = all)."""
+    if longest is not None:
+        starts, stops = np.asarray(offsets[which]), np.asarray(offsets[which + 1])
+        return Spliced([values], np.zeros(len(which), np.int64), starts, np.minimum(stops, starts + longest))
     new = np.concatenate([[True], np.diff(which) != 1]) if len(which) else np.zeros(0, bool)
     last = np.concatenate([new[1:], [True]]) if len(which) else new
     starts, stops = np.asarray(offsets[which[new]]), np.asarray(offsets[which[last] + 1])

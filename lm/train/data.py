@@ -77,7 +77,9 @@ def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> 
         )
     if chat:
         text = conversations.with_template(text, d.template)
-        whole = [conversations.tokenize(docs, text, d.template, d.seq_len, cache) for docs in sources]
+        whole = [
+            conversations.tokenize(docs, text, d.template, d.seq_len, cache, d.learn, d.overlong) for docs in sources
+        ]
     else:
         whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
     halves = [corpus.split(c, d.held_out, d.split_seed) for c in whole]
