@@ -42,7 +42,7 @@ def prepare(
 ) -> Plan:
     """Checks settings, overrides and all arms; no weights are read. Raises `UserError` for the first mistake, and what
     JAX does for a platform that is asked for and not there."""
-    if jax.config.jax_platforms:
+    if jax.config.jax_platforms:  # type: ignore[attr-defined]
         jax.devices()
     for dotted, value in (o for o in overrides if o[0] in FIRST):
         raw = settings.override(raw, dotted, value)

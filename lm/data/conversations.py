@@ -1,12 +1,13 @@
-"""Conversations as documents of which only the assistant's answers are learned."""
+"""Conversations as documents, of which the assistant's answers alone are learned, or all."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,22 @@ _VERSION = 1  # raise when other tokens count as answers
 
 
 def documents(spec: str) -> list[Document]:
+    """All that `stream` gives."""
+    return list(stream(spec))
+
+
+def stream(spec: str) -> Iterator[Document]:
     """The conversations of `spec` (`lm.data.texts.records`): a document's text is its messages and tools as JSON.
 
     Raises `UserError` naming the row whose ``messages`` is no list of messages, or whose ``tools`` is no list.
     """
-    out = []
+    some = False
     for name, where, row in texts.records(spec, COLUMNS):
         said = {key: value for key, value in _checked(row, where).items() if value}
-        out.append(Document(name, json.dumps(said, ensure_ascii=True), where, "the user's own; not known"))
-    if not out:
+        some = True
+        yield Document(name, json.dumps(said, ensure_ascii=True), where, "the user's own; not known")
+    if not some:
         raise UserError(f"texts: {spec!r} has no conversations; valid: rows with 'messages'")
-    return out
 
 
 def _checked(row: Mapping[str, object], where: str) -> dict[str, Any]:
@@ -99,20 +105,20 @@ def with_template(text: TextRecord, template: str) -> TextRecord:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Conversations by the template `name` of `text` (empty = its first choice), as an encoder of a corpus."""
+    """Conversations by the template `name` of `text` (None = its first choice), as an encoder of a corpus.
+
+    `answers`: the assistant's answers alone are to be predicted, else all.
+    """
 
     text: TextRecord
     name: str | None = None
+    answers: bool = True
 
     @property
     def identity(self) -> str:
         t = self.text
         said = [_VERSION, t.needs_tokenizer(KEY).identity, dict(t.templates), self.name, dict(t.words), t.stop_ids]
-        return "chat " + json.dumps(said, sort_keys=True)
-
-    @property
-    def answers(self) -> bool:
-        return True
+        return ("chat " if self.answers else "whole chat ") + json.dumps(said, sort_keys=True)
 
     @property
     def vocab_size(self) -> int:
@@ -124,13 +130,20 @@ class Conversations:
 
     def _one(self, doc: Document, stops: Sequence[int]) -> Encoded:
         said = json.loads(doc.text)
-        if not any(m["role"] == "assistant" for m in said.get("messages", [])):
+        messages, tools = said.get("messages", []), said.get("tools")
+        if not any(m["role"] == "assistant" or not self.answers for m in messages):
             return Encoded([], 0, [])  # nothing to learn; left out by `tokenize`
         try:
-            made, marked = self._spans(said["messages"], said.get("tools"))
+            if self.answers:
+                made, marked = self._spans(messages, tools)
+            else:
+                made = self.text.render(messages, template=self.name, tools=tools, add_generation_prompt=False)
         except UserError as e:
             found = re.sub(r"^--(chat|template): ", "", str(e))
             raise UserError(f"train.data.texts: {doc.source}: {found}") from None
+        n_bytes = len(made.text.encode("utf-8", "surrogatepass"))
+        if not self.answers:
+            return Encoded(self.text.needs_tokenizer(KEY).encode(made.text), n_bytes)
         ids, ranges = self.text.needs_tokenizer(KEY).encode_spans(made.text, made.answers)
         learned = np.zeros(len(ids), bool)
         for a, b in ranges:
@@ -139,7 +152,7 @@ class Conversations:
             else:  # and what stands behind that mark is not
                 b = next((i + 1 for i in range(b - 1, a - 1, -1) if ids[i] in stops), b)
             learned[a:b] = True
-        return Encoded(ids, len(made.text.encode("utf-8", "surrogatepass")), learned.tolist())
+        return Encoded(ids, n_bytes, learned.tolist())
 
     def _spans(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> tuple[Rendered, bool]:
         """The text with the ranges of its answers, and whether the template marks them itself."""
@@ -163,28 +176,66 @@ class Conversations:
         return Rendered(whole.text, tuple(spans)), False
 
 
-def tokenize(found: Sequence[Document], text: TextRecord, template: str, seq_len: int, cache: Path) -> Corpus:
-    """The corpus of conversations; those without an answer are left out, and said, as are those longer than a row.
+def tokenize(
+    found: Iterable[Document],
+    text: TextRecord,
+    template: str,
+    seq_len: int,
+    cache: Path,
+    learn: str = "answers",
+    overlong: str = "split",
+) -> Corpus:
+    """The corpus of conversations; those without an answer (`learn` ``all``: without text) are left out, and said.
 
-    Raises `UserError` for a conversation that the template refuses, and where no answer is left.
+    Those of more than `seq_len` + 1 tokens, which a row has not, are said too: `overlong` is ``split`` (into pieces
+    that do not see each other), ``truncate`` (the beginning is kept) or ``drop``.
+    Raises `UserError` for a conversation that the template refuses, and where nothing is left to learn.
     """
-    made = corpus.tokenize(found, Conversations(text, template if template in text.templates else None), cache)
-    assert made.answers is not None
+    name = template if template in text.templates else None
+    made = corpus.tokenize(found, Conversations(text, name, learn == "answers"), cache)
+    size = seq_len + 1
+    cut = size if overlong == "truncate" else None
+    useful = _useful(made, cut)
+    some, what = ("an", "answer of the assistant") if learn == "answers" else ("any", "text")
+    where = "" if cut is None else f" within train.data.seq_len = {seq_len} tokens"
+    _tell(f"has no {what}{where} and is left out", found, ~useful)
+    if not useful.any():
+        raise UserError(f"train.data.texts: none of {len(made)} conversations has {some} {what}{where}")
+    over = useful & (np.diff(made.offsets) > size)
+    _tell(f"is longer than train.data.seq_len = {seq_len} tokens: {_OVERLONG[overlong]}", found, over)
+    if overlong == "drop":
+        useful &= ~over
+        if not useful.any():
+            raise UserError(
+                f"train.data.seq_len: all conversations are longer than {seq_len} tokens, and train.data.overlong = "
+                "drop leaves them out; valid: a longer seq_len, or overlong = truncate or split"
+            )
+    how = f", {overlong} {size}" if overlong != "split" and over.any() else ""
+    if useful.all() and not how:
+        return made
+    return corpus.take(made, np.flatnonzero(useful), "answered" + how, cut)
+
+
+_OVERLONG = {
+    "split": "its pieces do not see each other",
+    "truncate": "what lies beyond is left out",
+    "drop": "it is left out",
+}
+
+
+def _useful(made: Corpus, cut: int | None) -> np.ndarray:
+    """bool ``[n]``: which conversations have a token to predict among their first `cut` (None = all)."""
+    offsets, answers = made.offsets, made.answers
+    stops = offsets[1:] if cut is None else np.minimum(offsets[1:], offsets[:-1] + cut)
+    if answers is None:
+        return np.asarray(stops - offsets[:-1] > 1)
     # A first token has nothing to be predicted from.
-    targets = [int(made.answers[a + 1 : b].sum()) for a, b in zip(made.offsets[:-1], made.offsets[1:], strict=True)]
-    answered = np.array(targets) > 0
-    _tell(
-        "has no answer of the assistant and is left out", [d for d, ok in zip(found, answered, strict=True) if not ok]
-    )
-    if not answered.any():
-        raise UserError(f"train.data.texts: none of {len(found)} conversations has an answer of the assistant")
-    long = answered & (np.diff(made.offsets) > seq_len + 1)
-    said = f"is longer than train.data.seq_len = {seq_len} tokens: its pieces do not see each other"
-    _tell(said, [d for d, is_long in zip(found, long, strict=True) if is_long])
-    return made if answered.all() else corpus.take(made, np.flatnonzero(answered), "answered")
+    return np.fromiter((answers[a + 1 : b].any() for a, b in zip(offsets[:-1], stops, strict=True)), bool, len(made))
 
 
-def _tell(what: str, rows: Sequence[Document]) -> None:
-    if rows:
-        more = f" (and {len(rows) - 1} more)" if len(rows) > 1 else ""
-        print(f"note: {rows[0].source}: the conversation {what}{more}", file=sys.stderr)
+def _tell(what: str, found: Iterable[Document], which: np.ndarray) -> None:
+    """Says it of the first of the conversations that `which`, bool ``[n]``, marks, and how many more there are."""
+    if which.any():
+        first = next(itertools.islice(found, int(which.argmax()), None))
+        more = f" (and {which.sum() - 1} more)" if which.sum() > 1 else ""
+        print(f"note: {first.source}: the conversation {what}{more}", file=sys.stderr)

@@ -10,18 +10,20 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lm.data.texts.document import Document, identity
+from lm.data.ragged import Array, Names, encoded, joined, offsets_of, rows
+from lm.data.texts.document import Document, Documents
 from lm.data.tokenizers import Tokenizer
 from lm.errors import UserError
 
 _VERSION = 2  # raise when the format or the way of tokenizing changes
+_TYPES: dict[str, Any] = {"offsets": np.int64, "n_bytes": np.int64, "names": np.uint8, "name_offsets": np.int64}
 _PIECE = 2**20  # characters that are tokenized at a time
 _PATIENCE = 5.0  # seconds between two lines of progress
 
@@ -78,18 +80,18 @@ class Plain:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """`tokens`: uint16 or uint32, all documents in order, each begun and ended as its
-    tokenizer does (`Tokenizer.encode_document`).
+    """`tokens`: uint16 or uint32, all documents in order, each begun and ended as its tokenizer does
+    (`Tokenizer.encode_document`), in a file that is read where a slice asks for it.
     Document i is ``tokens[offsets[i]:offsets[i + 1]]`` (int64 ``[n + 1]``), of ``n_bytes[i]`` UTF-8 bytes (int64
     ``[n]``). `identity` hashes documents, tokenizer and, of a part, how it was chosen. `answers`: uint8 as `tokens`, 1
     for tokens that are to be predicted; None = all."""
 
-    tokens: np.ndarray
+    tokens: Array
     offsets: np.ndarray
     n_bytes: np.ndarray
-    names: tuple[str, ...]
+    names: Sequence[str]
     identity: str
-    answers: np.ndarray | None = None
+    answers: Array | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,20 +101,22 @@ class Corpus:
         return int(self.offsets[-1])
 
 
-def tokenize(documents: Sequence[Document], by: Tokenizer | Encoder, cache: Path) -> Corpus:
+def tokenize(documents: Iterable[Document], by: Tokenizer | Encoder, cache: Path) -> Corpus:
     """The corpus of `documents`; made once per content and tokenizer, and again, which is told, if the copy on disk is
     damaged.
 
-    Documents are tokenized and written piece by piece. Raises `UserError` when the cache cannot be written.
+    `documents` is gone through twice, once for what they are, once for their tokens, which are written piece by piece.
+    Raises `UserError` when the cache cannot be written, and when the second pass finds other documents.
     """
     encoder = Plain(by) if isinstance(by, Tokenizer) else by
-    mark = _hash(f"{_VERSION} {encoder.identity} {identity(documents)}")
+    again = documents if isinstance(documents, Documents) else Documents(lambda: documents)
+    mark = _hash(f"{_VERSION} {encoder.identity} {again.known[0]}")
     folder = cache / "tokens" / mark
     found, why = _read(folder, mark, encoder)
     if found is None:
         if why:
             print(f"note: {folder}: damaged ({why}), made again", file=sys.stderr)
-        _write(folder, mark, documents, encoder)
+        _write(folder, mark, again, encoder)
         found, _ = _read(folder, mark, encoder)
     if found is None:
         raise UserError(f"{folder}: what was just written cannot be read back; valid: a working disk for the cache")
@@ -123,7 +127,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _write(folder: Path, mark: str, documents: Sequence[Document], encoder: Encoder) -> None:
+def _write(folder: Path, mark: str, documents: Documents, encoder: Encoder) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as above:
@@ -138,34 +142,38 @@ def _write(folder: Path, mark: str, documents: Sequence[Document], encoder: Enco
             raise UserError(f"{folder}: cannot be written ({e.strerror or e})") from None
 
 
-def _fill(folder: Path, documents: Sequence[Document], encoder: Encoder) -> None:
-    """All files of a corpus; no more than a piece of its tokens is in memory."""
-    lengths, n_bytes, names = list[int](), list[int](), list[str]()
-    tokens = _Growing(folder / "tokens.npy", _kinds(encoder)["tokens"])
-    answers = _Growing(folder / "answers.npy", np.uint8) if encoder.answers else None
-    told = time.monotonic()
+def _fill(folder: Path, documents: Documents, encoder: Encoder) -> None:
+    """All files of a corpus; no more than a piece of its documents and tokens is in memory."""
+    kinds = _kinds(encoder)
+    files = {name: _Growing(folder / f"{name}.npy", dtype) for name, dtype in kinds.items()}
+    ends = {"offsets": 0, "name_offsets": 0}
+    for name in ends:
+        files[name].add([0])
+    done, told = 0, time.monotonic()
     for piece in _pieces(documents):
-        for document, made in zip(piece, encoder.encode(piece), strict=True):
-            tokens.add(made.ids)
-            if answers is not None:
-                answers.add([True] * len(made.ids) if made.answers is None else made.answers)
-            lengths.append(len(made.ids))
-            n_bytes.append(made.n_bytes)
-            names.append(document.name)
+        made = encoder.encode(piece)
+        names = [encoded(document.name) for document in piece]
+        for one in made:
+            files["tokens"].add(one.ids)
+            if encoder.answers:
+                files["answers"].add([True] * len(one.ids) if one.answers is None else one.answers)
+        files["n_bytes"].add([one.n_bytes for one in made])
+        files["names"].add(np.frombuffer(b"".join(names), np.uint8))
+        for name, lengths in (("offsets", [len(one.ids) for one in made]), ("name_offsets", [len(n) for n in names])):
+            places = ends[name] + np.cumsum(lengths, dtype=np.int64)
+            files[name].add(places)
+            ends[name] = int(places[-1])
+        done += len(piece)
         if time.monotonic() - told > _PATIENCE:
             told = time.monotonic()
-            print(f"tokenizing: {len(names):,} of {len(documents):,} documents", file=sys.stderr)
-    tokens.close()
-    if answers is not None:
-        answers.close()
-    np.save(folder / "offsets.npy", _offsets(lengths))
-    np.save(folder / "n_bytes.npy", np.array(n_bytes, np.int64))
-    sums = {n: _sum(folder / f"{n}.npy") for n in _kinds(encoder)}
-    about = {"names": names, "sums": {**sums, "names": _sum_of(names)}}
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+            print(f"tokenizing: {done:,} of {documents.known[1]:,} documents", file=sys.stderr)
+    for file in files.values():
+        file.close()
+    sums = {name: _sum(folder / f"{name}.npy") for name in kinds}
+    (folder / "about.json").write_text(json.dumps({"sums": sums}), encoding="utf-8")
 
 
-def _pieces(documents: Sequence[Document]) -> Iterator[list[Document]]:
+def _pieces(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in order, as many at a time as have `_PIECE` characters, at least one."""
     piece, size = list[Document](), 0
     for document in documents:
@@ -189,7 +197,7 @@ class _Growing:
         about = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.n,)}
         np.lib.format.write_array_header_1_0(self.file, about)  # NumPy leaves room for a longer shape
 
-    def add(self, values: Sequence[int] | Sequence[bool]) -> None:
+    def add(self, values: Sequence[int] | Sequence[bool] | np.ndarray) -> None:
         self.file.write(np.asarray(values, self.dtype).tobytes())
         self.n += len(values)
 
@@ -202,7 +210,7 @@ class _Growing:
 def _kinds(encoder: Encoder) -> dict[str, Any]:
     """The files of a corpus and the type of each one's numbers."""
     tokens = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-    kinds: dict[str, Any] = {"tokens": tokens, "offsets": np.int64, "n_bytes": np.int64}
+    kinds = {"tokens": tokens, **_TYPES}
     return {**kinds, "answers": np.uint8} if encoder.answers else kinds
 
 
@@ -212,8 +220,11 @@ def _read(folder: Path, mark: str, encoder: Encoder) -> tuple[Corpus | None, str
         return None, ""
     try:
         about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        arrays, sums = dict[str, np.ndarray](), {"names": _sum_of(about["names"])}
+        listed = about.get("names")  # as copies were written at first
+        arrays, sums = dict[str, np.ndarray](), {} if listed is None else {"names": _sum_of(listed)}
         for name, kind in _kinds(encoder).items():
+            if listed is not None and name in ("names", "name_offsets"):
+                continue
             path = folder / f"{name}.npy"
             arrays[name], sums[name] = np.load(path, mmap_mode="r"), _sum(path)
             found = arrays[name]
@@ -222,8 +233,9 @@ def _read(folder: Path, mark: str, encoder: Encoder) -> tuple[Corpus | None, str
         wrong = [name for name in sums if about["sums"].get(name) != sums[name]]
         if wrong or len(about["sums"]) != len(sums):
             return None, f"by the sum of its {wrong[0] if wrong else 'files'}"
-        offsets, n_bytes = np.array(arrays["offsets"]), np.array(arrays["n_bytes"])
-        return Corpus(arrays["tokens"], offsets, n_bytes, tuple(about["names"]), mark, arrays.get("answers")), ""
+        names = Names(arrays["names"], arrays["name_offsets"]) if listed is None else Names.of(listed)
+        answers = arrays.get("answers")
+        return Corpus(arrays["tokens"], arrays["offsets"], arrays["n_bytes"], names, mark, answers), ""
     except Exception as e:  # a damaged header of an array ends in errors of Python's own parser
         return None, type(e).__name__
 
@@ -271,8 +283,8 @@ def held_out(names: Sequence[str], fraction: float, seed: int) -> np.ndarray:
             f"train.data.held_out: {fraction} asked for, but the text is one document ({', '.join(names)}), and whole "
             "documents are held out; valid: several documents, or held_out = 0"
         )
-    digests = [hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest() for name in names]
-    place = np.array([int.from_bytes(d[:8], "big") / 2**64 for d in digests])
+    digests = (hashlib.sha256(f"{seed} {name}".encode("utf-8", "surrogatepass")).digest() for name in names)
+    place = np.fromiter((int.from_bytes(d[:8], "big") / 2**64 for d in digests), np.float64, len(names))
     held = place < fraction
     if not held.any():
         held[np.argmin(place)] = True
@@ -281,37 +293,34 @@ def held_out(names: Sequence[str], fraction: float, seed: int) -> np.ndarray:
     return held
 
 
-def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+def take(corpus: Corpus, which: np.ndarray, how: str, longest: int | None = None) -> Corpus:
+    """The documents `which` (their numbers, in order), of each the first `longest` tokens (None = all); `how` says how
+    they were chosen, for the identity.
 
-
-def take(corpus: Corpus, which: np.ndarray, how: str) -> Corpus:
-    """The documents `which` (their numbers, in order); `how` says how they were chosen, for the identity."""
-    parts = [corpus.tokens[corpus.offsets[i] : corpus.offsets[i + 1]] for i in which]
-    names = tuple(corpus.names[i] for i in which)
-    offsets = _offsets([len(p) for p in parts])
-    answers = None
-    if corpus.answers is not None:
-        answers = np.concatenate([corpus.answers[corpus.offsets[i] : corpus.offsets[i + 1]] for i in which])
-    mark = _hash(f"{corpus.identity} {how}")
-    return Corpus(np.concatenate(parts), offsets, corpus.n_bytes[which], names, mark, answers)
+    Tokens stay where they are, on disk for example. Bytes are shared out among a document's tokens alike.
+    """
+    whole = np.diff(corpus.offsets)[which]
+    lengths = whole if longest is None else np.minimum(whole, longest)
+    n_bytes = np.rint(corpus.n_bytes[which] * (lengths / np.maximum(whole, 1))).astype(np.int64)
+    answers = None if corpus.answers is None else rows(corpus.answers, corpus.offsets, which, longest)
+    names, mark = Names.of(corpus.names).take(which), _hash(f"{corpus.identity} {how}")
+    tokens = rows(corpus.tokens, corpus.offsets, which, longest)
+    return Corpus(tokens, offsets_of(lengths), n_bytes, names, mark, answers)
 
 
 def join(corpora: Sequence[Corpus]) -> Corpus:
-    """One corpus of all documents, in order; all of one tokenizer."""
+    """One corpus of all documents, in order; all of one tokenizer. Tokens stay where they are."""
     if len(corpora) == 1:
         return corpora[0]
+    answers = None
+    if any(c.answers is not None for c in corpora):
+        answers = joined([np.ones(c.n_tokens, np.uint8) if c.answers is None else c.answers for c in corpora])
+    names = [Names.of(c.names) for c in corpora]
     return Corpus(
-        np.concatenate([c.tokens for c in corpora]),
-        _offsets(np.concatenate([np.diff(c.offsets) for c in corpora])),
+        joined([c.tokens for c in corpora]),
+        offsets_of(np.concatenate([np.diff(c.offsets) for c in corpora])),
         np.concatenate([c.n_bytes for c in corpora]),
-        tuple(name for c in corpora for name in c.names),
+        Names(joined([n.values for n in names]), offsets_of(np.concatenate([np.diff(n.offsets) for n in names]))),
         _hash(" ".join(c.identity for c in corpora)),
-        _join_answers(corpora),
+        answers,
     )
-
-
-def _join_answers(corpora: Sequence[Corpus]) -> np.ndarray | None:
-    if all(c.answers is None for c in corpora):
-        return None
-    return np.concatenate([np.ones(c.n_tokens, np.uint8) if c.answers is None else c.answers for c in corpora])

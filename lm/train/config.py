@@ -36,8 +36,10 @@ class DataConfig:
     `tokenizer`: ``bytes``, ``bpe:SIZE`` (trained on the texts), a ``tokenizer.json``, a SentencePiece model, or ``""``:
     the checkpoint's own. `seq_len`: tokens per row. `packing`: ``concat`` cuts one stream of documents, ``best_fit``
     keeps pieces whole. `held_out`: fraction of documents never trained on, chosen by `split_seed`. `kind`: ``text``, or
-    ``chat`` for rows with ``messages``, of which the assistant's answers alone are learned. `template`: how they become
-    text, ``""`` for the checkpoint's own template, else one of its names, ``chatml``, or a ``.jinja`` file.
+    ``chat`` for rows with ``messages``. Of such, `template` is how they become text, ``""`` for the checkpoint's own
+    template, else one of its names, ``chatml``, or a ``.jinja`` file; `learn`: the assistant's ``answers`` alone, or
+    ``all``; `overlong`: what becomes of more than seq_len + 1 tokens: ``split`` into pieces that do not see each other,
+    ``truncate``, or ``drop`` (both with ``best_fit``, since ``concat`` cuts conversations of any length).
     """
 
     texts: tuple[str, ...] = ("kjv",)
@@ -49,6 +51,8 @@ class DataConfig:
     split_seed: int = 0
     kind: Literal["text", "chat"] = field(default="text", metadata={"later": True})
     template: str = field(default="", metadata={"later": True})
+    learn: Literal["answers", "all"] = field(default="answers", metadata={"later": True})
+    overlong: Literal["split", "truncate", "drop"] = field(default="split", metadata={"later": True})
 
     def __post_init__(self) -> None:
         check_bounds(self, "train.data")
@@ -56,6 +60,14 @@ class DataConfig:
             raise UserError("train.data.texts: is empty; valid: one or more texts, python -m lm.data.texts lists them")
         if self.template and self.kind != "chat":
             raise UserError(f"train.data.template: {self.template!r} is for train.data.kind = chat, found {self.kind}")
+        for name, value, default in (("learn", self.learn, "answers"), ("overlong", self.overlong, "split")):
+            if value != default and self.kind != "chat":
+                raise UserError(f"train.data.{name}: {value!r} is for train.data.kind = chat, found {self.kind}")
+        if self.overlong != "split" and self.packing != "best_fit":
+            raise UserError(
+                f"train.data.overlong: {self.overlong!r} keeps conversations whole, but train.data.packing = "
+                f"{self.packing} cuts them; valid: packing = best_fit, or overlong = split"
+            )
         if not 0 <= self.held_out < 1:
             raise UserError(f"train.data.held_out: must lie in [0, 1), found {self.held_out}")
         if self.weights and len(self.weights) != len(self.texts):

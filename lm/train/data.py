@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lm.data import conversations, corpus, record, texts
 from lm.data.loader import Loader
 from lm.data.packing import Packed
+from lm.data.ragged import Names
 from lm.data.record import TextRecord
-from lm.data.texts import Document
+from lm.data.texts import Document, Documents
 from lm.data.tokenizers import Tokenizer, check_ids
 from lm.errors import UserError
 from lm.train.config import DataConfig, TrainConfig
+
+_PIECE = 2**20  # tokens that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,9 @@ class Data:
         """Raises `UserError` where a text has a token that a model of `vocab_size` rows has no embedding for."""
         if self.tokenizer.vocab_size > vocab_size:
             for part in (*self.train, *([] if self.held_out is None else [self.held_out])):
-                check_ids(self.tokenizer, part.corpus.tokens.tolist(), vocab_size, "train.data.texts")
+                for first in range(0, part.corpus.n_tokens, _PIECE):
+                    ids = part.corpus.tokens[first : first + _PIECE].tolist()
+                    check_ids(self.tokenizer, ids, vocab_size, "train.data.texts")
 
     def loader(self, train: TrainConfig, seed: int, share: tuple[int, int] = (0, 1)) -> Loader:
         """The batches, or of each the part `share` = (which, of how many)."""
@@ -57,13 +63,12 @@ def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> 
     """
     d = train.data
     chat = d.kind == "chat"
-    sources = [_documents(spec, chat) for spec in d.texts]
-    if not d.weights:  # then all texts are one source, so that texts of one document each can be split as well
-        sources = [[doc for docs in sources for doc in docs]]
+    # Without weights all texts are one source, so that texts of one document each can be split as well.
+    sources = [_documents(specs, chat) for specs in ([(spec,) for spec in d.texts] if d.weights else [d.texts])]
+    for docs in sources:
+        docs.known  # noqa: B018  (faults of the texts come before any work)
     if d.tokenizer or text is None or text.tokenizer is None:
-        text = record.by_name(
-            d.tokenizer or "bytes", lambda: [x for docs in sources for x in _trained_on(docs, d)], cache
-        )
+        text = record.by_name(d.tokenizer or "bytes", lambda: _trained_on(sources, d), cache)
     tokenizer = text.needs_tokenizer("train.data.tokenizer")
     if tokenizer.eos_id is None and tokenizer.ends_documents and not chat:
         raise UserError(
@@ -72,7 +77,9 @@ def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> 
         )
     if chat:
         text = conversations.with_template(text, d.template)
-        whole = [conversations.tokenize(docs, text, d.template, d.seq_len, cache) for docs in sources]
+        whole = [
+            conversations.tokenize(docs, text, d.template, d.seq_len, cache, d.learn, d.overlong) for docs in sources
+        ]
     else:
         whole = [corpus.tokenize(docs, tokenizer, cache) for docs in sources]
     halves = [corpus.split(c, d.held_out, d.split_seed) for c in whole]
@@ -86,14 +93,28 @@ def prepare(train: TrainConfig, cache: Path, text: TextRecord | None = None) -> 
     return Data(text, trained, held_out, n_bytes / n_tokens, identity)
 
 
-def _trained_on(documents: list[Document], d: DataConfig) -> list[Document]:
+def _trained_on(sources: Sequence[Documents], d: DataConfig) -> Documents:
     """Those that are not held out: a tokenizer must not have seen the others either."""
-    held = corpus.held_out([doc.name for doc in documents], d.held_out, d.split_seed)
-    return [doc for doc, out in zip(documents, held, strict=True) if not out]
+    held = [corpus.held_out(Names.of(doc.name for doc in docs), d.held_out, d.split_seed) for docs in sources]
+    return Documents(
+        lambda: (
+            doc
+            for docs, outs in zip(sources, held, strict=True)
+            for doc, out in zip(docs, outs, strict=True)
+            if not out
+        )
+    )
 
 
-def _documents(spec: str, chat: bool) -> list[Document]:
-    try:
-        return conversations.documents(spec) if chat else texts.documents(spec)
-    except UserError as e:
-        raise UserError(f"train.data.{e}" if str(e).startswith("texts") else f"train.data.texts: {e}") from None
+def _documents(specs: Sequence[str], chat: bool) -> Documents:
+    """Those of all of the specs, in order."""
+    one = conversations.stream if chat else texts.stream
+
+    def read() -> Iterator[Document]:
+        try:
+            for spec in specs:
+                yield from one(spec)
+        except UserError as e:
+            raise UserError(f"train.data.{e}" if str(e).startswith("texts") else f"train.data.texts: {e}") from None
+
+    return Documents(read)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from experiments.spec import registry
 from lm.config import build, model_config
 from lm.data import conversations, record
 from lm.data.packing import Packed, split_row
@@ -223,6 +224,56 @@ def test_rows_without_an_answer_and_long_ones_are_told(
     assert len(made.train[0].corpus) == 3
 
 
+def test_the_whole_conversation_may_be_learned(folder: Path, tmp_path: Path) -> None:
+    """As `transformers` writes it; an answer is not asked for, nor a template that marks or keeps its turns."""
+    transformers = pytest.importorskip("transformers")
+    path = write(tmp_path / "a.jsonl", [*TALKS, TALKS[0][:1], []])
+    made = prepare(settings(path, str(folder), learn="all"), tmp_path / "cache").train[0].corpus
+    assert made.answers is None and len(made) == len(TALKS) + 1
+    theirs = transformers.AutoTokenizer.from_pretrained(str(folder))
+    want = [theirs.apply_chat_template(talk, return_dict=False) for talk in (*TALKS, TALKS[0][:1])]
+    assert made.tokens[:].tolist() == [i for ids in want for i in ids]
+    other = prepare(settings(path, str(folder)), tmp_path / "cache").train[0].corpus
+    assert other.identity != made.identity
+    (tmp_path / "g.jinja").write_text(GROWS)
+    prepare(settings(path, str(folder), learn="all", template=str(tmp_path / "g.jinja")), tmp_path / "cache")
+
+
+def test_what_is_longer_than_a_row_is_split_cut_or_left_out(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.jsonl", TALKS)
+    rows = learned(tmp_path / "a.jsonl", text_of(folder))
+    lengths = [len(ids) for ids, _ in rows]
+    size = lengths[2]  # the second is longer, the third as long as fits
+    assert lengths[1] > size >= lengths[0]
+    made = {}
+    for overlong in ("split", "truncate", "drop"):
+        train = settings(path, str(folder), packing="best_fit", seq_len=size - 1, overlong=overlong)
+        data = prepare(train, tmp_path / "cache")
+        made[overlong] = data.train[0]
+        told = capsys.readouterr().err
+        assert f"{path} line 2: the conversation is longer than train.data.seq_len = {size - 1} tokens" in told
+        assert conversations._OVERLONG[overlong] in told and told.count("note:") == 1
+        assert len({part.corpus.identity for part in made.values()}) == len(made)
+    want = {"split": lengths, "truncate": np.minimum(lengths, size).tolist(), "drop": [lengths[0], lengths[2]]}
+    for overlong, packed in made.items():
+        assert np.diff(packed.corpus.offsets).tolist() == want[overlong]
+        answers = [
+            [bool(a) for a in packed.corpus.answers[a:b]]  # type: ignore[index]
+            for a, b in zip(packed.corpus.offsets[:-1], packed.corpus.offsets[1:], strict=True)
+        ]
+        kept = rows if overlong != "drop" else [rows[0], rows[2]]
+        assert answers == [[bool(x) for x in a][: len(b)] for (_, a), b in zip(kept, answers, strict=True)]
+    assert made["truncate"].corpus.n_bytes[1] < made["split"].corpus.n_bytes[1]
+    train = settings(path, str(folder), packing="best_fit", seq_len=10, overlong="truncate")
+    with pytest.raises(UserError, match=r"none of 3 conversations has an answer .* within train\.data\.seq_len = 10"):
+        prepare(train, tmp_path / "cache")
+    train = settings(path, str(folder), packing="best_fit", seq_len=10, overlong="drop")
+    with pytest.raises(UserError, match=r"train\.data\.seq_len: all conversations are longer than 10 tokens"):
+        prepare(train, tmp_path / "cache")
+
+
 GROWS = (  # thoughts of earlier turns are dropped once others follow
     "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] if loop.last else m['content'] | upper) + '\n' }}"
     "{% endfor %}"
@@ -276,8 +327,27 @@ def test_rows_that_are_no_conversations(tmp_path: Path, line: Any, words: str) -
         ({"texts": ("nowhere.jsonl",)}, "train.data.texts: 'nowhere.jsonl' is no file with conversations"),
         ({"kind": "text", "template": "chatml"}, "train.data.template: 'chatml' is for train.data.kind = chat"),
         ({"kind": "chats"}, "train.data.kind"),
+        ({"learn": "answer"}, "train.data.learn: unknown name 'answer' (did you mean 'answers'?)"),
+        ({"overlong": "trunc"}, "train.data.overlong: unknown name 'trunc' (did you mean 'truncate'?)"),
+        ({"kind": "text", "learn": "all"}, "train.data.learn: 'all' is for train.data.kind = chat, found text"),
+        (
+            {"overlong": "drop"},
+            "train.data.overlong: 'drop' keeps conversations whole, but train.data.packing = concat",
+        ),
     ],
-    ids=["no template", "unknown", "no file", "texts", "nowhere", "kind text", "kind unknown"],
+    ids=[
+        "no template",
+        "unknown",
+        "no file",
+        "texts",
+        "nowhere",
+        "kind text",
+        "kind unknown",
+        "learn unknown",
+        "overlong unknown",
+        "learn of text",
+        "overlong with concat",
+    ],
 )
 def test_settings_that_cannot_be(folder: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     path = write(tmp_path / "a.jsonl", TALKS)
@@ -288,7 +358,7 @@ def test_settings_that_cannot_be(folder: Path, tmp_path: Path, change: dict[str,
 
 def test_a_run_without_the_keys_keeps_its_address() -> None:
     about = TrainConfig().determines()["data"]
-    assert "kind" not in about and "template" not in about
+    assert not {"kind", "template", "learn", "overlong"} & set(about)
     chat = build(TrainConfig, {"data": {"kind": "chat", "template": "chatml"}}, "train").determines()["data"]
     assert (chat["kind"], chat["template"]) == ("chat", "chatml")
 
@@ -304,3 +374,17 @@ def test_rows_of_a_corpus_with_answers_keep_them_through_a_damaged_copy(folder: 
         assert again.answers is not None
         np.testing.assert_array_equal(again.answers, want)
     assert isinstance(Packed(again, 24)[0]["answers"], np.ndarray)
+
+
+def test_the_rows_of_the_example_are_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``configs/chat.py:smoke``, before its model: every conversation is in a row, two of them cut."""
+    train = build(TrainConfig, registry.load(registry.CONFIGS / "chat.py").settings("smoke")["train"], "train")
+    made = prepare(train, tmp_path)
+    assert made.held_out is not None and len(made.train[0].corpus) + len(made.held_out.corpus) == 42
+    assert (
+        "the conversation is longer than train.data.seq_len = 128 tokens: what lies beyond is left out (and 3 more)"
+        in (capsys.readouterr().err)
+    )
+    row = split_row(made.train[0][0])
+    text = made.tokenizer.decode(row["targets"][row["weights"] > 0].tolist())
+    assert text.endswith("<|im_end|>") and "user" not in text

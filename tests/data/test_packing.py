@@ -110,7 +110,9 @@ def documents(*texts: str) -> list[Document]:
     return [Document(f"d{i}", t, "test", "none") for i, t in enumerate(texts)]
 
 
-@pytest.mark.parametrize("file", ["tokens.npy", "offsets.npy", "n_bytes.npy", "about.json"])
+@pytest.mark.parametrize(
+    "file", ["tokens.npy", "offsets.npy", "n_bytes.npy", "names.npy", "name_offsets.npy", "about.json"]
+)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "missing"])
 def test_damaged_corpora_are_made_again(file: str, damage: str, tmp_path: Path) -> None:
     docs = documents("abc", "défg" * 20)
@@ -123,7 +125,7 @@ def test_damaged_corpora_are_made_again(file: str, damage: str, tmp_path: Path) 
     if damage != "missing":
         (folder / file).write_bytes(changed[damage])
     again = corpus.tokenize(docs, ByteTokenizer(), tmp_path)
-    assert again.tokens.tolist() == tokens and again.names == ("d0", "d1") and again.n_bytes.tolist() == [3, 100]
+    assert again.tokens.tolist() == tokens and again.names == ["d0", "d1"] and again.n_bytes.tolist() == [3, 100]
     assert (folder / file).read_bytes() == data
     assert [p.name for p in (tmp_path / "tokens").iterdir()] == [folder.name]  # nothing is left lying about
 

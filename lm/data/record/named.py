@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lm.files import user_path
 KEY = "train.data.tokenizer"
 
 
-def by_name(spec: str, documents: Callable[[], Sequence[Document]], cache: Path) -> TextRecord:
+def by_name(spec: str, documents: Callable[[], Iterable[Document]], cache: Path) -> TextRecord:
     """The record of the tokenizer that the setting ``train.data.tokenizer`` names; without an end of a document where
     its files name none. Raises `UserError` for what is none of these:
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lm.data.texts import documents, hf_datasets, identity, series, tfds
+from lm.data.texts import hf_datasets, series, stream, tfds
+from lm.data.texts.document import Identity
 from lm.data.texts.sources import SOURCES
 from lm.errors import UserError
 
@@ -21,8 +22,8 @@ def _table() -> list[list[str]]:
             if source.name in _LIBRARIES:
                 installed = "yes" if _LIBRARIES[source.name].installed() else "no"
             else:
-                found = source.loader(None)
-                count, size = f"{len(found)}", f"{sum(len(d.text) for d in found):,}"
+                sizes = [len(d.text) for d in source.loader(None)]
+                count, size = f"{len(sizes)}", f"{sum(sizes):,}"
         except UserError:
             installed = "no"
         rows.append([source.name, installed, count, size, source.licence, about])
@@ -41,9 +42,12 @@ def main(argv: Sequence[str]) -> int:
         if not argv:
             _print(_table())
             return 0
-        found = [d for spec in argv for d in documents(spec)]
-        _print([["document", "characters", "licence"], *([d.name, f"{len(d.text):,}", d.licence] for d in found)])
-        print(f"{len(found)} documents, identity {identity(found)}")
+        made, rows = Identity(), [["document", "characters", "licence"]]
+        for d in (d for spec in argv for d in stream(spec)):
+            made.add(d)
+            rows.append([d.name, f"{len(d.text):,}", d.licence])
+        _print(rows)
+        print(f"{made.count} documents, identity {made.hexdigest()}")
         return 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

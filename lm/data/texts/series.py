@@ -16,7 +16,7 @@ import csv
 import functools
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def values(member: str | None) -> np.ndarray:
     return _part(*_parse(member))
 
 
-def read(member: str | None) -> list[Document]:
+def read(member: str | None) -> Iterator[Document]:
     """One document per window, or one for all; a line a value."""
     name, options = _parse(member)
     part = _part(name, options)
@@ -59,10 +59,10 @@ def read(member: str | None) -> list[Document]:
     text = [f"{v:.7g}" for v in part]
     label = f"{name}?{'&'.join(f'{k}={v}' for k, v in options.items())}"
     source = f"series:{name}"
-    return [
+    return (
         Document(f"{label}[{i}]", "\n".join(text[i : i + length]) + "\n", source, "not stated by the table")
         for i in starts
-    ]
+    )
 
 
 def _parse(member: str | None) -> tuple[str, dict[str, str]]:

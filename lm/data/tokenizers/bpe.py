@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ SMALLEST, LARGEST = 258, 2**20  # every byte, the end of a document and one merg
 _VERSION = 1  # raise when the training below changes what comes out
 
 
-def trained(documents: Sequence[Document], vocab_size: int, cache: Path) -> HFTokenizer:
+def trained(documents: Iterable[Document], vocab_size: int, cache: Path) -> HFTokenizer:
     """A tokenizer of `vocab_size` ids or fewer (small texts run out of pairs); eos is ``<|endoftext|>``, id 0.
 
     Deterministic; kept under `cache` by the documents' content, so that it is trained once. One that is damaged is told
@@ -41,7 +41,7 @@ def trained(documents: Sequence[Document], vocab_size: int, cache: Path) -> HFTo
     return HFTokenizer(inner, bos_id=None, eos_id=0)
 
 
-def _train(documents: Sequence[Document], vocab_size: int) -> tokenizers.Tokenizer:
+def _train(documents: Iterable[Document], vocab_size: int) -> tokenizers.Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -54,7 +54,7 @@ def _train(documents: Sequence[Document], vocab_size: int) -> tokenizers.Tokeniz
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    inner.train_from_iterator((d.text for d in documents), trainer, length=len(documents))
+    inner.train_from_iterator((d.text for d in documents), trainer)
     return inner
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def numbers(text: str, name: str) -> np.ndarray:
     return out
 
 
-def trained(spec: str, documents: Callable[[], Sequence[Document]]) -> ValueTokenizer:
+def trained(spec: str, documents: Callable[[], Iterable[Document]]) -> ValueTokenizer:
     """``values:BINS:CONTEXT``, its range that of the scaled values of ``documents()`` and a tenth more."""
     key = "train.data.tokenizer"
     parts = spec.split(":")[1:]
@@ -98,8 +98,10 @@ def trained(spec: str, documents: Callable[[], Sequence[Document]]) -> ValueToke
     if bins < 2 or context < 1:
         raise UserError(f"{key}: {spec!r}: at least 2 bins and a context of 1 are needed")
     unit = ValueTokenizer(bins, context, 0.0, 1.0)
-    found = [numbers(d.text, d.name) for d in documents()]
-    scaled = np.concatenate([v / unit.scale(v) for v in found if len(v)])
-    low, high = float(scaled.min()), float(scaled.max())
+    low, high = np.inf, -np.inf
+    for found in (numbers(d.text, d.name) for d in documents()):
+        if len(found):
+            scaled = found / unit.scale(found)
+            low, high = min(low, float(scaled.min())), max(high, float(scaled.max()))
     margin = 0.05 * (high - low) or 0.5
     return ValueTokenizer(bins, context, low - margin, high + margin)

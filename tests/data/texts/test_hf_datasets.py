@@ -86,6 +86,32 @@ def test_a_folder_of_data_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused("hf:./empty", "hf:./empty:train cannot be read")
 
 
+def test_streams_are_the_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no copy of the dataset is made before the first."""
+    (tmp_path / "files").mkdir()
+    datasets.Dataset.from_dict(ROWS).to_parquet(tmp_path / "files" / "train.parquet")
+    (tmp_path / "lines").mkdir()
+    lines = [json.dumps({"n": i, "body": text}) for i, text in enumerate(ROWS["text"])]
+    (tmp_path / "lines" / "train.jsonl").write_text("\n".join(lines))
+    for spec in (f"hf:{tmp_path / 'files'}#title", f"hf:{tmp_path / 'files'}", f"hf:{tmp_path / 'lines'}"):
+        streamed = texts.documents(f"{spec}?streaming")
+        assert not list((tmp_path / "cache").rglob("*.arrow"))
+        assert texts.documents(f"{spec}?streaming&take=1") == streamed[:1]
+        assert not list((tmp_path / "cache").rglob("*.arrow"))
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "copy")
+        assert texts.documents(spec) == streamed and texts.documents(f"{spec}?take=1") == streamed[:1]
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    files = f"hf:{tmp_path / 'files'}"
+    refused(f"{files}?steaming", "unknown option 'steaming' (did you mean 'streaming'?)")
+    refused(f"{files}?take=0", "unknown option 'take=0'")
+    refused(f"{files}:train[:1]?streaming", "files:train[:1] cannot be read")
+    refused(f"hf:{tmp_path / 'lines'}?streaming#titel", "unknown option 'streaming#titel'")
+    refused(f"hf:{tmp_path / 'lines'}#titel?streaming", "has no field 'titel'", "fields: n, body")
+    with (tmp_path / "lines" / "train.jsonl").open("a") as file:
+        file.write('\n{"n": 3, "body"')
+    refused(f"hf:{tmp_path / 'lines'}?streaming", "cannot be read")
+
+
 def test_the_hub_is_not_asked_when_offline() -> None:
     program = """
 import socket, sys
@@ -110,14 +136,23 @@ for spec in ("hf:nobody/nothing", "hf:nobody/nothing/config:test#body", "hf:noth
 def test_names_are_passed_on_as_the_library_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(path: str, name: str | None, split: str) -> datasets.Dataset:
-        asked.append((path, name, split))
+    def load(path: str, name: str | None, split: str, streaming: bool) -> datasets.Dataset:
+        asked.append((path, name, split, streaming))
         return datasets.Dataset.from_dict(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     for spec in ("hf:imdb", "hf:owner/name:test", "hf:owner/name/config:train[:2%]"):
         assert len(texts.documents(spec)) == 2
-    assert asked == [("imdb", None, "train"), ("owner/name", None, "test"), ("owner/name", "config", "train[:2%]")]
+    assert asked == [
+        ("imdb", None, "train", False),
+        ("owner/name", None, "test", False),
+        ("owner/name", "config", "train[:2%]", False),
+    ]
+    assert [d.name for d in texts.documents("hf:imdb:test#title?streaming&take=2")] == [
+        "hf:imdb:test[0]",
+        "hf:imdb:test[1]",
+    ]
+    assert asked[-1] == ("imdb", None, "test", True)
 
 
 def test_specs_that_name_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

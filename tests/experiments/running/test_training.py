@@ -224,7 +224,7 @@ def test_sigterm_ends_the_command_with_code_0_and_it_goes_on(config: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "name", ["pretrain", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("fourier_head", "sgd_sai"))]
+    "name", ["pretrain", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("chat", "fourier_head", "sgd_sai"))]
 )
 def test_a_training_config_runs_at_its_smallest_scale(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
