@@ -1,12 +1,14 @@
 """What a training survives, counted by doing it: kills, lost processes, other layouts, damaged checkpoints.
 
-    python -m benchmarks.faults [--kills=12] [--pair-kills=4] [--seed=0] [--only=restores,frozen] [--out=FILE.json]
+    python -m benchmarks.faults [--kills=12] [--pair-kills=4] [--damages=300] [--inputs=3000] [--seed=0]
+        [--only=restores,frozen] [--out=FILE.json]
 
 Every run is the training command (`experiments.run`) in processes of its own, on CPU devices. Each count is N of N:
 runs killed by SIGKILL at random moments and in the middle of a save, alone and as one of two processes, that ended with
 the log of a run that nothing happened to, bit for bit; runs that went on from the checkpoint of another layout and
-number of processes with the same losses; and every file of a checkpoint, flipped, cut off and deleted in turn, where
-what counts is that no state is ever used that differs from the one saved.
+number of processes with the same losses; every file of a checkpoint, flipped, cut off and deleted in turn, where what
+counts is that no state is ever used that differs from the one saved; seeded damages of all other files that are kept;
+and malformed configs, command lines and files, where what counts is one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -291,6 +294,31 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
+def stores(folder: Path, n: int, seed: int) -> dict[str, Any]:
+    """`n` damages of every kind of file that is kept (``tests/faults``), read as the commands read them."""
+    kinds = _told(folder, "tests/faults/injector.py", n, seed)
+    total = {what: sum(kind.get(what, 0) for kind in kinds.values()) for what in ("same", "refused", "mended")}
+    return {"damages": n * len(kinds), **total, "bad": n * len(kinds) - sum(total.values()), "kinds": kinds}
+
+
+def inputs(folder: Path, n: int, seed: int) -> dict[str, Any]:
+    """`n` malformed configs, command lines and files (``tests/front``), each given to a command."""
+    return _told(folder, "tests/front/judged.py", n, seed)
+
+
+def _told(folder: Path, script: str, n: int, seed: int) -> dict[str, Any]:
+    """The counts of a script of the tests, in a process of its own."""
+    places = [ROOT, *(ROOT / "tests" / name for name in ("", "train", "faults", "front"))]
+    out, said = folder / "counts.json", folder / "said"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places)), "DECODER_LAB_CACHE": str(folder / "cache")}
+    with said.open("w") as file:
+        args = [sys.executable, script, f"--n={n}", f"--seed={seed}", f"--out={out}"]
+        subprocess.run(args, cwd=ROOT, env=env, stdout=file, stderr=file, check=False)
+    if not out.is_file():
+        raise SystemExit(f"error: {script} did not end: {said.read_text(errors='replace')[-1500:]}")
+    return dict(json.loads(out.read_text(encoding="utf-8")))
+
+
 def reliability(out: dict[str, Any]) -> str:
     """The three figures, each N of N: what survived, what was restored, what was noticed. A part that has not been run
     has none. A damage counts as noticed when it changes what would be read: some bytes of a file nobody reads."""
@@ -307,6 +335,14 @@ def reliability(out: dict[str, Any]) -> str:
         x = out["damages"]
         noticed, all_told = x["older_used_and_told"] + x["refused"], x["damages"] - x["harmless"]
         lines.append(f"corrupt shards detected: {noticed} of {all_told} ({x['harmless']} more damages change nothing)")
+    if "stores" in out:
+        x = out["stores"]
+        lines.append(
+            f"other damaged files told, made again or without effect: {x['damages'] - x['bad']} of {x['damages']}"
+        )
+    if "inputs" in out:
+        x = out["inputs"]
+        lines.append(f"malformed inputs that end in one line, or well: {x['inputs'] - x['bad']} of {x['inputs']}")
     return "\n".join(lines)
 
 
@@ -335,6 +371,15 @@ PARTS: dict[str, tuple[Callable[[Path, random.Random, Any], dict[str, Any]], str
         lambda folder, rng, options: frozen(folder),
         "a process that hangs: the other one ended after {other_ended_after_s} s",
     ),
+    "stores": (
+        lambda folder, rng, options: stores(folder, options.damages, options.seed),
+        "damaged files of runs, caches, points, logs and results: {damages}; refused {refused}, made again and told "
+        "{mended}, no effect {same}, anything else {bad}",
+    ),
+    "inputs": (
+        lambda folder, rng, options: inputs(folder, options.inputs, options.seed),
+        "malformed inputs: {inputs}; ended badly {bad}, accepted {passed}",
+    ),
     "damages": (
         lambda folder, rng, options: damages(folder, rng),
         "damaged files of a checkpoint: {damages}; older one used and told {older_used_and_told}, refused {refused}, "
@@ -345,6 +390,8 @@ GOOD: dict[str, Callable[[dict[str, Any]], bool]] = {
     "kills": lambda x: x["log_identical"],
     "pair_kills": lambda x: x["log_identical"],
     "restores": lambda x: x["same"] == x["restores"],
+    "stores": lambda x: not x["bad"],
+    "inputs": lambda x: not x["bad"] and not x["passed"],
     "damages": lambda x: not x["wrong"],
 }
 
@@ -353,6 +400,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--kills", type=int, default=12, help="of a run of one process")
     parser.add_argument("--pair-kills", type=int, default=4, help="of one process of two")
+    parser.add_argument("--damages", type=int, default=300, help="of every kind of file that is kept")
+    parser.add_argument("--inputs", type=int, default=3000, help="malformed configs, command lines and files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="some of " + ", ".join(PARTS) + "; the rest of FILE stays")
     parser.add_argument("--out", type=Path)

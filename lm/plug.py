@@ -87,7 +87,7 @@ def bounded(default: Any, *, at_least: float, at_most: float = math.inf, **metad
     return field(default=default, metadata={"at_least": at_least, "at_most": at_most, **metadata})
 
 
-def seed_field(default: int = 0) -> Any:
+def seed_field(default: int | None = 0) -> Any:
     """A dataclass field of a seed, 0 to 2^32 - 1."""
     return bounded(default, at_least=0, at_most=SEEDS - 1)
 
@@ -117,9 +117,10 @@ def check_bounds(settings: Any, key: str) -> None:
             if not one >= least:
                 none = " or None" if "None" in str(f.type) else ""
                 raise UserError(f"{key}.{f.name}: must be at least {least}{none}, found {shown(one)}")
-            limit = min(most, whole) if isinstance(one, int) else most
-            if not one <= limit:
-                raise UserError(f"{key}.{f.name}: must be at most {limit:,}, found {shown(one)}")
+            if not one <= most:
+                raise UserError(f"{key}.{f.name}: found {shown(one)}; valid: {least} to {most}")
+            if isinstance(one, int) and not one <= whole:
+                raise UserError(f"{key}.{f.name}: must be at most {whole:,}, found {shown(one)}")
 
 
 class Plug:

@@ -107,6 +107,8 @@ def _read(file: Path) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any], d
         if head is None:
             raise ValueError("it was changed since, by its sum")
         listed = [(p["folder"], dict(p["overrides"]), p["arms"], p["state"]) for p in head["points"]]
+    except UserError as e:
+        raise UserError(f"{e}; {valid}") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: cannot be read ({e}); {valid}") from None
     for i, (name, changes, arms, state) in enumerate(listed):

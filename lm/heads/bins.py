@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.heads.base import Head
-from lm.plug import SEEDS, Model
+from lm.plug import SEEDS, Model, seed_field
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Bins(Head):
 
     order: tuple[int, ...] = ()
     centres: tuple[float, ...] = ()
-    shuffle: int | None = None
+    shuffle: int | None = seed_field(None)
     epsilon: float = 1e-5
 
     def __post_init__(self) -> None:

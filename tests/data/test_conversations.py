@@ -377,7 +377,7 @@ def test_rows_of_a_corpus_with_answers_keep_them_through_a_damaged_copy(folder: 
 
 
 def test_the_rows_of_the_example_are_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``configs/chat.py:smoke``, before its model: every conversation is in a row, two of them cut."""
+    """``configs/chat.py:smoke``, before its model: every conversation is in a row, four of them cut."""
     train = build(TrainConfig, registry.load(registry.CONFIGS / "chat.py").settings("smoke")["train"], "train")
     made = prepare(train, tmp_path)
     assert made.held_out is not None and len(made.train[0].corpus) + len(made.held_out.corpus) == 42

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lm.errors import UserError
+from lm.files import write_json
 
 GOOD = ("same", "refused", "mended")
 BAD = ("silent", "noise", "traceback")
@@ -176,20 +177,24 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=", ".join(kinds.MAKERS))
     parser.add_argument("--n", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file of the counts")
     parser.add_argument("--show", type=int, default=0, help="how many bad cases to print")
     args = parser.parse_args()
-    bad = 0
+    bad, every = 0, dict[str, dict[str, int]]()
     with tempfile.TemporaryDirectory() as place:
         for name in args.kinds or kinds.MAKERS:
             folder = Path(place) / name
             folder.mkdir()
             found = list(outcomes(kinds.MAKERS[name](folder), args.n, args.seed))
             counts = collections.Counter(o.what for o in found)
+            every[name] = dict(counts)
             print(f"{name}: {', '.join(f'{counts[w]} {w}' for w in (*GOOD, *BAD) if counts[w])}", flush=True)
             wrong = [o for o in found if o.what in BAD]
             bad += len(wrong)
             for o in wrong[: args.show]:
                 print(f"  {o.what}: {o.case}: {o.said[:300]}", flush=True)
+    if args.out:
+        write_json(args.out, every)
     return 1 if bad else 0
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import forks
 import hostile
+import judged
 import pytest
-import sandbox
 
 from experiments.commands.listing import SOCKETS
 from lm.config import ModelConfig, build
@@ -26,36 +26,9 @@ from lm.plug import table
 from lm.train.config import DataConfig, TrainConfig
 from lm.train.samples import Samples
 
-LONGEST = 1500  # characters of a message: a key, what was found, and a list of what is valid
-SLOW = 60.0  # seconds until a command counts as endless
 needs_tokenizers = pytest.mark.skipif(
     importlib.util.find_spec("tokenizers") is None, reason="the sandbox's checkpoint needs tokenizers"
 )
-
-
-def wrong(command: str, ended: forks.Ended, changed: set[str]) -> str | None:
-    """What is wrong with how a command ended; None where nothing is."""
-    if ended.code is None:
-        return "it does not end"
-    if "Traceback" in ended.err + ended.out:
-        return "a traceback"
-    if ended.code not in (0, 1, 2):
-        return f"exit code {ended.code}"
-    if ended.code == 2:
-        if not ended.err.startswith("error: ") or ended.err.count("\n") != 1:
-            return "not one line"
-        if len(ended.err) > LONGEST:
-            return "a long line"
-        if ended.out:
-            return "output before the refusal"
-        if changed:
-            return f"written: {sorted(changed)[:3]}"
-    if ended.code == 1 and not ended.err.startswith("error: ") and command not in ("compile", "results_page"):
-        return "exit code 1 without an error"
-    said = [line for line in ended.err.splitlines() if not line.startswith(("note: ", "as the checkpoint"))]
-    if ended.code == 0 and said:
-        return f"said beside the output: {said[0]}"
-    return None
 
 
 @pytest.fixture(scope="module")
@@ -64,35 +37,9 @@ def ask() -> Iterator[forks.Server]:
         yield server
 
 
-def counted(
-    ask: forks.Server, folder: Path, cases: Iterator[tuple[str, hostile.Case]]
-) -> tuple[int, list[str], list[str]]:
-    """How many ended, what was wrong with some, and which passed though they must not."""
-    n, bad, passed = 0, [], []
-    sandbox.build(folder)
-    first = sandbox.look(folder)
-    for kind, case in cases:
-        for name, text in case.files.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
-        before = sandbox.look(folder)
-        ended = ask(case.command, case.argv, folder, SLOW, **case.more)
-        after = sandbox.look(folder)
-        changed = {name for name in {*before, *after} if before.get(name) != after.get(name)}
-        n += 1
-        if (why := wrong(case.command, ended, changed)) is not None:
-            bad.append(f"{kind}: {why}: {case}: {ended.err[-300:]}")
-        if case.refuse and ended.code != 2:
-            passed.append(str(case))
-        if after != first:
-            sandbox.again(folder)
-            first = sandbox.look(folder)
-    return n, bad, passed
-
-
 @needs_tokenizers
 def test_nothing_ends_in_a_traceback(ask: forks.Server, tmp_path: Path) -> None:
-    n, bad, passed = counted(ask, tmp_path / "box", hostile.cases(20, 600, tmp_path / "box"))
+    n, bad, passed = judged.counted(ask, tmp_path / "box", hostile.cases(20, 600, tmp_path / "box"))
     assert n == 600
     assert bad == []
     assert passed == []
@@ -102,7 +49,7 @@ def test_nothing_ends_in_a_traceback(ask: forks.Server, tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_nothing_ends_in_a_traceback_ten_thousand_times(ask: forks.Server, tmp_path: Path) -> None:
     lines = sum(len(p.read_bytes().splitlines()) for p in (forks.ROOT / "lm").rglob("*.py"))
-    n, bad, passed = counted(ask, tmp_path / "box", hostile.cases(lines, 10_000, tmp_path / "box"))
+    n, bad, passed = judged.counted(ask, tmp_path / "box", hostile.cases(lines, 10_000, tmp_path / "box"))
     assert n == 10_000
     assert bad == []
     assert passed == []
@@ -111,13 +58,16 @@ def test_nothing_ends_in_a_traceback_ten_thousand_times(ask: forks.Server, tmp_p
 def test_what_counts_as_wrong() -> None:
     """Every way to end badly is seen, so that a list without any says something."""
     good = forks.Ended(2, "", "error: x\n", 0.0)
-    assert wrong("run", good, set()) is None and wrong("run", forks.Ended(0, "fine", "", 0.0), {"new"}) is None
+    assert (
+        judged.wrong("run", good, set()) is None
+        and judged.wrong("run", forks.Ended(0, "fine", "", 0.0), {"new"}) is None
+    )
     for change in (
         {"code": None}, {"code": 120}, {"err": "Traceback (most …"}, {"err": "error: x\nerror: y\n"}, {"err": "oh\n"},
         {"out": "first"}, {"err": "error: " + "x" * 2000 + "\n"}, {"code": 0}, {"code": 1, "err": ""},
     ):  # fmt: skip
-        assert wrong("run", dataclasses.replace(good, **change), set()) is not None, change
-    assert wrong("run", good, {"new"}) is not None
+        assert judged.wrong("run", dataclasses.replace(good, **change), set()) is not None, change
+    assert judged.wrong("run", good, {"new"}) is not None
 
 
 def numbers() -> Iterator[tuple[type, str]]:

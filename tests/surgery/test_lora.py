@@ -21,6 +21,7 @@ from lm.config import ModelConfig, build, model_config
 from lm.data.record import TextRecord
 from lm.data.tokenizers import ByteTokenizer
 from lm.errors import UserError
+from lm.files import summed
 from lm.interop.writers import to_huggingface
 from lm.model import params as params_lib
 from lm.model.inputs import Inputs
@@ -270,7 +271,7 @@ def test_a_start_that_is_gone_or_changed_is_told(
         if "other" in source:
             params = params_lib.init(CFG, jax.random.key(8))
             to_huggingface.write(Path(source), CFG, params, TextRecord.of(ByteTokenizer()))
-        (folder / "run.json").write_text(json.dumps({**about, "start_source": source}))
+        (folder / "run.json").write_text(json.dumps(summed({**about, "start_source": source})))
         with pytest.raises(UserError, match=words):
             interop.load(str(folder))
     assert convert.main([f"--checkpoint={start / 'model'}", f"--to={tmp_path / 'x'}", "--as=peft"]) == 2

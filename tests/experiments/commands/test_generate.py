@@ -138,7 +138,7 @@ def test_another_pattern_reads_the_same_weights(folder: Path, capsys: pytest.Cap
         (("--prompt=a", "--cache=int4"), "--cache: unknown name 'int4' (did you mean 'int8'?)"),
         (("--prompt=a", "--system=x"), "--system: needs --chat"),
         (("--prompt=a", "--promt=b"), "--promt: unknown argument (did you mean '--prompt'?)"),
-        (("--prompt=a", "--max-new-tokens=0"), "max_new_tokens, samples: must be at least 1"),
+        (("--prompt=a", "--max-new-tokens=0"), "--max-new-tokens: must be at least 1, found 0"),
     ],
 )
 def test_mistakes(folder: Path, args: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -292,5 +292,5 @@ def test_an_epsilon_that_no_norm_has(model: Any, tmp_path: Path, eps: float) -> 
         w.kv_data[0]["llama.attention.layer_norm_rms_epsilon"].value = eps
 
     _write(tmp_path / "m.gguf", cfg, _tensors(cfg, params), more=more)
-    with pytest.raises(UserError, match=r"llama\.attention\.layer_norm_rms_epsilon = .*; valid: a number from 0 to 1"):
+    with pytest.raises(UserError, match=r"llama\.attention\.layer_norm_rms_epsilon.*; valid: a number"):
         interop.load(str(tmp_path / "m.gguf"))
