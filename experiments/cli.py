@@ -12,14 +12,12 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from lm import files
-from lm.errors import Terminated, TrainingStopped, UserError, nearest, shown, told, unknown
-
-LARGEST = 10**11  # of any number
+from lm.errors import Terminated, TrainingStopped, UserError, check_number, nearest, shown, told, unknown
 
 INTERRUPTED = "interrupted; finished points are kept, the same command goes on from there"
 
@@ -38,8 +36,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Numbers are finite and no larger than `LARGEST`, paths such as files can have; `UserError` that names the
-        first argument which is not so."""
+        """Numbers are finite and not too large (`lm.errors.check_number`), paths such as files can have; `UserError`
+        that names the first argument which is not so."""
         found, rest = super().parse_known_args(args, namespace)
         for action in self._actions:
             value = vars(found).get(action.dest)
@@ -61,8 +59,8 @@ def _checked(value: object, flag: str) -> object:
         raise UserError(f"{flag}: found '--'; valid: a value")
     if isinstance(value, list):
         return [_checked(v, flag) for v in value]
-    if isinstance(value, (int, float)) and not abs(value) <= LARGEST:
-        raise UserError(f"{flag}: found {shown(value)}; valid: a finite number, of at most {LARGEST:,}")
+    if isinstance(value, (int, float)):
+        check_number(value, flag)
     if isinstance(value, Path):
         return files.user_path(value, flag)
     return value
@@ -77,6 +75,13 @@ def _utf8(words: Sequence[str]) -> Sequence[str]:
             said = f"character {e.start} of {shown(word)} is not UTF-8"
             raise UserError(f"the command line: {said}; valid: UTF-8 text") from None
     return words
+
+
+def refuse_given(args: argparse.Namespace, flags: Iterable[str], where: str, valid: str) -> None:
+    """Raises `UserError` for the first of `flags` that was given, though it would be ignored."""
+    for flag in flags:
+        if vars(args)[flag] not in (None, False):
+            raise UserError(f"--{flag.replace('_', '-')}: has no meaning {where}; valid: {valid}")
 
 
 def axes(text: str, valid: Collection[str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from ml_collections import ConfigDict
 
 from lm.caches.base import Cache
-from lm.errors import UserError, divisors, nearest, shown, unknown
+from lm.errors import UserError, check_number, divisors, nearest, shown, unknown
 from lm.ffn.base import FFN
 from lm.heads.base import Head
 from lm.mixers.base import Mixer
@@ -30,7 +30,6 @@ from lm.positions.base import Positions
 _SHARED = ("vocab_size", "d_model", "n_layers", "dtype", "head", "embed_scale", "scan_layers")
 _TYPES = ("float32", "bfloat16", "float16")
 _SCALARS = (bool, int, float, str, type(None))
-LARGEST = 10**11  # of any number in a config
 
 
 class LayerOverride(dict[str, Any]):
@@ -202,7 +201,7 @@ def plug(module: str, value: object, key: str) -> Any:
 
 def coerce(value: object, hint: Any, key: str) -> Any:
     """`value` as type `hint` or a `UserError`; an int is accepted where a float is asked, a list where a tuple is.
-    Numbers are finite and no larger than `LARGEST`."""
+    Numbers are finite and no larger than `lm.errors.LARGEST`."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -229,8 +228,7 @@ def coerce(value: object, hint: Any, key: str) -> Any:
             return float(value)
         hint = float
     elif hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not abs(value) <= LARGEST:  # no number, or none that any setting takes
-            raise UserError(f"{key}: found {shown(value)}; valid: a finite number, of at most {LARGEST:,}")
+        check_number(value, key)
         if hint is float or isinstance(value, int):
             return hint(value)
     elif hint in (bool, str) and isinstance(value, hint):

@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Iterable
 
+LARGEST = 10**11  # of any number that a user gives
 LONGEST = 200  # characters of one value in a message
 _RUN = re.compile(rf"\S{{{LONGEST + 1},}}")
 
@@ -43,6 +44,12 @@ def told(e: BaseException) -> str:
         return cut(" ".join(str(e).split()))
     except Exception:
         return ""
+
+
+def check_number(value: float, key: str) -> None:
+    """Raises `UserError` for what is no number, infinite, or larger than `LARGEST`."""
+    if not abs(value) <= LARGEST:
+        raise UserError(f"{key}: found {shown(value)}; valid: a finite number, of at most {LARGEST:,}")
 
 
 def divisors(n: int) -> str:

@@ -110,7 +110,7 @@ def check_bounds(settings: Any, key: str) -> None:
     for f in dataclasses.fields(settings):
         value = settings.__dict__[f.name]
         least, most = f.metadata.get("at_least", -math.inf), f.metadata.get("at_most", math.inf)
-        whole = math.inf if f.name.endswith("seed") or most < math.inf else WHOLE  # seeds have bounds of their own
+        whole = math.inf if most < math.inf else WHOLE
         for one in value if isinstance(value, tuple) else (value,):
             if type(one) not in (int, float):
                 continue

@@ -54,10 +54,10 @@ def parse(rest: Sequence[str], doc: str | None = None) -> argparse.Namespace:
         raise UserError("--estimate: found --search too; valid: one of them")
     if args.tries is not None and (args.tries < 1 or not args.search):
         raise UserError(f"--tries: found {args.tries}; valid: 1 or more, with --search")
-    ignored = [flag for flag in (_ALONE if args.all else _TOGETHER) if vars(args)[flag]]
-    if ignored:
-        valid = "--only and --missing, with --all" if args.all else "with --all"
-        raise UserError(f"--{ignored[0]}: has no meaning {'with' if args.all else 'without'} --all; valid: {valid}")
+    if args.all:
+        cli.refuse_given(args, _ALONE, "with --all", "--only and --missing, with --all")
+    else:
+        cli.refuse_given(args, _TOGETHER, "without --all", "with --all")
     return args
 
 
@@ -83,9 +83,7 @@ def report(
         todo = [] if one["fits"] else advice.serving(one, one["hbm"])
         print("\n".join(text(one, about, todo)))
         return {**about, **one}, bool(one["fits"])
-    for flag in _GENERATION:
-        if vars(args)[flag] is not None:
-            raise UserError(f"--{flag}: has no meaning for a training step; valid: with {' or '.join(serving.STEPS)}")
+    cli.refuse_given(args, _GENERATION, "for a training step", f"with {' or '.join(serving.STEPS)}")
     cfg, train = trained(arm, args.mesh)
     if args.estimate:
         content = {**about, **estimate(cfg, train, args.topology)}

@@ -73,9 +73,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.dtype is not None and args.dtype not in source.DTYPES:
         raise unknown("--dtype", args.dtype, source.DTYPES)
     for flag, forms in _FOR.items():
-        if vars(args)[flag] is not None and args.form not in forms:
-            name, valid = flag.replace("_", "-"), " or ".join(f"--as={form}" for form in forms)
-            raise UserError(f"--{name}: has no meaning with --as={args.form}; valid: with {valid}")
+        if args.form not in forms:
+            valid = " or ".join(f"--as={form}" for form in forms)
+            cli.refuse_given(args, [flag], f"with --as={args.form}", f"with {valid}")
     largest(args.max_shard_size or LARGEST)
     if args.to.exists():
         raise UserError(f"--to: {args.to} exists already; valid: a new folder")

@@ -19,6 +19,7 @@ from experiments.spec.surgery import applicable, surgeries
 from lm import interop
 from lm.config import ModelConfig, build, merge, overlay, to_dict
 from lm.data.chat import Message
+from lm.data.record import DRAWN
 from lm.data.tokenizers import Tokenizer
 from lm.data.tokenizers.base import TORN
 from lm.decoding import Generator, Row, Sampling
@@ -328,9 +329,6 @@ def objects(key: str, path: str | None) -> list[dict[str, Any]] | None:
     if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
         raise UserError(f"{key}: {path}: expected a list of objects, found {type(found).__name__}")
     return found
-
-
-DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # a checkpoint may set these
 
 
 def default_sampling(generation: Mapping[str, Any], given: Mapping[str, float], silent: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from pathlib import Path
 
@@ -28,15 +29,18 @@ def check(plan: Plan, source: registry.Source, workdir: Workdir, hosts: int = 1)
             if train is not None:
                 train.mesh.sizes(jax.device_count() * hosts)
         return
-    with tempfile.TemporaryDirectory() as name:
-        _borrow(shared_folder() / "data", Path(name))
-        Runner(plan, source, workdir, cache=Path(name)).results()
+    Runner(plan, source, workdir, cache=Path(_scratch(shared_folder() / "data").name)).results()
 
 
-def _borrow(kept: Path, into: Path) -> None:
-    """Links to what is kept, so that it is found."""
+@functools.cache
+def _scratch(kept: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder with links to what is kept, so that it is found. One in a process: points of a sweep share what they
+    tokenize. It goes when the process ends."""
+    made = tempfile.TemporaryDirectory()
     with contextlib.suppress(OSError):
         for kind in (p for p in kept.iterdir() if p.is_dir()):
-            (into / kind.name).mkdir()
+            into = Path(made.name) / kind.name
+            into.mkdir()
             for one in kind.iterdir():
-                (into / kind.name / one.name).symlink_to(one.absolute())
+                (into / one.name).symlink_to(one.absolute())
+    return made

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-from experiments.commands.generate import DRAWN, Opened, default_sampling, seed_of
+from experiments.commands.generate import Opened, default_sampling, seed_of
 from experiments.serving.fields import ALTERNATIVES, CHAT, TEXT, Fields
 from experiments.serving.refusal import Refused
 from lm.data.chat import Message
+from lm.data.record import DRAWN
 from lm.decoding import Row, Sampling
 from lm.errors import UserError, nearest
 from lm.plug import SEEDS

@@ -49,16 +49,13 @@ def arguments(argv: Sequence[str], doc: str | None = None) -> tuple[argparse.Nam
     parser.refuse(extra)
     if parsed.parallel is not None and parsed.parallel < 1:
         raise UserError(f"--parallel: found {parsed.parallel}; valid: 1 or more")
-    if parsed.parallel is not None and parsed.engine == "print":
-        raise UserError("--parallel: has no meaning with --engine=print; valid: --engine=local, --engine=slurm")
+    if parsed.engine == "print":
+        cli.refuse_given(parsed, ["parallel"], "with --engine=print", "--engine=local, --engine=slurm")
     if parsed.slurm and parsed.engine != "slurm":
         raise UserError(f"--slurm: has no meaning with --engine={parsed.engine}; valid: --engine=slurm")
     if parsed.search is None:
-        for flag in ("trials", "minimise", "maximise", "storage", "search_seed"):
-            if vars(parsed)[flag] is not None:
-                raise UserError(
-                    f"--{flag.replace('_', '-')}: has no meaning without --search; valid: --search=optuna[:SAMPLER]"
-                )
+        flags = ("trials", "minimise", "maximise", "storage", "search_seed")
+        cli.refuse_given(parsed, flags, "without --search", "--search=optuna[:SAMPLER]")
     else:
         if parsed.search.partition(":")[0] != "optuna":
             raise UserError(f"--search: found {parsed.search!r}; valid: optuna, or optuna:SAMPLER")

@@ -9,7 +9,7 @@ import numpy as np
 
 from lm.errors import UserError
 from lm.heads.base import Head
-from lm.plug import SEEDS, Model, seed_field
+from lm.plug import Model, seed_field
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ class Bins(Head):
             raise UserError(f"model.head.centres: found {_short(self.centres)}; valid: numbers in [-1, 1]")
         if len(set(self.centres)) < len(self.centres):
             raise UserError(f"model.head.centres: found {_short(self.centres)}; valid: no centre twice")
-        if self.shuffle is not None and not 0 <= self.shuffle < SEEDS:
-            raise UserError(f"model.head.shuffle: found {self.shuffle}; valid: a seed from 0 to {SEEDS - 1}, or None")
         if not 0.0 < self.epsilon < 1.0 or not math.isfinite(self.epsilon):
             raise UserError(f"model.head.epsilon: must lie in (0, 1), found {self.epsilon}")
 

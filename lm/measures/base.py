@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lm.config import ModelConfig
+from lm.data.texts import Document
 from lm.data.tokenizers import check_ids
 from lm.errors import UserError
 from lm.model.inputs import Inputs
@@ -114,6 +115,17 @@ def encode(subject: Subject, text: str, what: str, alone: bool = True) -> list[i
         )
     ids = tokenizer.encode_text(text) if alone else tokenizer.encode(text)
     return check_ids(tokenizer, ids, subject.model.vocab_size, what)
+
+
+def beginning(subject: Subject, doc: Document, tokens: int, what: str) -> list[int]:
+    """The first `tokens` ids of a document; `UserError` as `encode`, and for one that is too short."""
+    ids = encode(subject, doc.text, what)[:tokens]
+    if len(ids) < tokens:
+        raise UserError(
+            f"{what}.tokens: {tokens} asked for, document {doc.name!r} has {len(ids)}; "
+            "choose a longer document or fewer tokens"
+        )
+    return ids
 
 
 @functools.lru_cache(maxsize=8)

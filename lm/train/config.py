@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lm.config import ModelConfig, to_dict
-from lm.errors import UserError, divisors, unknown
+from lm.errors import LARGEST, UserError, divisors, unknown
 from lm.model import params
 from lm.objectives.base import Objective
 from lm.optimizers.base import Optimizer
@@ -48,7 +48,7 @@ class DataConfig:
     seq_len: int = bounded(256, at_least=2)
     packing: Literal["concat", "best_fit"] = "concat"
     held_out: float = 0.05
-    split_seed: int = 0
+    split_seed: int = bounded(0, at_least=-LARGEST, at_most=LARGEST)  # of a hash, which takes any number
     kind: Literal["text", "chat"] = field(default="text", metadata={"later": True})
     template: str = field(default="", metadata={"later": True})
     learn: Literal["answers", "all"] = field(default="answers", metadata={"later": True})
@@ -58,9 +58,12 @@ class DataConfig:
         check_bounds(self, "train.data")
         if not self.texts:
             raise UserError("train.data.texts: is empty; valid: one or more texts, python -m lm.data.texts lists them")
-        if self.template and self.kind != "chat":
-            raise UserError(f"train.data.template: {self.template!r} is for train.data.kind = chat, found {self.kind}")
-        for name, value, default in (("learn", self.learn, "answers"), ("overlong", self.overlong, "split")):
+        of_chat = (
+            ("template", self.template, ""),
+            ("learn", self.learn, "answers"),
+            ("overlong", self.overlong, "split"),
+        )
+        for name, value, default in of_chat:
             if value != default and self.kind != "chat":
                 raise UserError(f"train.data.{name}: {value!r} is for train.data.kind = chat, found {self.kind}")
         if self.overlong != "split" and self.packing != "best_fit":

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from cases import tiny_llama
 from fake_sweeps import Cluster, Sweeps
-from safetensors.numpy import save_file
-from toy_experiment import CONFIG, HF, Fixed, Lab, Toy
+from toy_experiment import CONFIG, Fixed, Lab, Toy
 
 import lm.measures
 from experiments.sweeps import local, slurm
@@ -74,16 +72,7 @@ def checkpoint(tmp_path: Path) -> Callable[..., Path]:
     def write(change: Callable[[dict[str, Any]], None] = lambda tensors: None, **config: Any) -> Path:
         folder = tmp_path / "checkpoint"
         folder.mkdir(exist_ok=True)
-        shapes = {"embed_tokens": (258, 8), "norm": (8,)}
-        layer = {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
-        layer |= {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8)}
-        layer |= {"self_attn.o_proj": (8, 8), "mlp.gate_proj": (8, 8), "mlp.up_proj": (8, 8), "mlp.down_proj": (8, 8)}
-        shapes |= {f"layers.0.{k}": v for k, v in layer.items()}
-        rng = np.random.default_rng(0)
-        tensors = {f"model.{k}.weight": rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
-        change(tensors)
-        save_file(tensors, str(folder / "model.safetensors"))
-        (folder / "config.json").write_text(json.dumps({**HF, **config}))
+        tiny_llama.write(folder, change, **config)
         return folder
 
     return write

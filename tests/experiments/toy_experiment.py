@@ -112,16 +112,3 @@ class Lab:
         made = without_sum(json.loads(text, parse_constant=refuse))
         assert made is not None
         return made
-
-
-HF = {
-    "model_type": "llama",
-    "vocab_size": 258,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 8,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": True,
-}

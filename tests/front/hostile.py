@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import sandbox
+from cases import tiny_llama
 
 from experiments.commands.listing import SOCKETS
 from lm.config import ModelConfig
@@ -750,7 +751,8 @@ def checkpoints(rng: random.Random, known: object) -> Case:
     }
     trees: dict[str, Any] = {
         "config.json": {
-            **sandbox.HF,
+            **tiny_llama.HF,
+            "vocab_size": 300,
             "rms_norm_eps": 1e-5,
             "rope_theta": 1e4,
             "hidden_act": "silu",

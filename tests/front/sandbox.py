@@ -9,8 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
+from cases import tiny_llama
 
 CONFIG = '''
 """A toy: it trains a little and reads a little."""
@@ -103,32 +102,13 @@ SWEEP: dict[str, Any] = {
         for i in range(2)
     ],
 }
-HF = {
-    "model_type": "llama",
-    "vocab_size": 300,
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "intermediate_size": 8,
-    "max_position_embeddings": 32,
-    "tie_word_embeddings": True,
-}
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 def checkpoint(folder: Path) -> None:
     """A tiny Llama with a tokenizer of bytes and a chat template."""
     folder.mkdir()
-    shapes = {"embed_tokens": (300, 8), "norm": (8,)}
-    layer = {"input_layernorm": (8,), "post_attention_layernorm": (8,)}
-    layer |= {"self_attn.q_proj": (8, 8), "self_attn.k_proj": (4, 8), "self_attn.v_proj": (4, 8)}
-    layer |= {"self_attn.o_proj": (8, 8), "mlp.gate_proj": (8, 8), "mlp.up_proj": (8, 8), "mlp.down_proj": (8, 8)}
-    shapes |= {f"layers.0.{k}": v for k, v in layer.items()}
-    rng = np.random.default_rng(0)
-    tensors = {f"model.{k}.weight": rng.normal(size=v).astype(np.float32) for k, v in shapes.items()}
-    save_file(tensors, str(folder / "model.safetensors"))
-    (folder / "config.json").write_text(json.dumps(HF))
+    tiny_llama.write(folder, rows=300, vocab_size=300)
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -27,7 +27,7 @@ FILES = (
     "additional_chat_templates/*.jinja",
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # how a token is drawn
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")  # what a checkpoint may say of it
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # What is no setting of a tokenizer: written anew, or a path on the machine of whoever saved it.
 ASIDE = ("chat_template", "name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file", "auto_map", *NAMED)

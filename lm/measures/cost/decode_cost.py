@@ -88,12 +88,14 @@ def _filled(cfg: ModelConfig, length: int, room: int, seed: int) -> caches.Cache
     """A cache as it is after `length` tokens, with noise for keys and values, and room for more."""
     empty = list(caches.init(cfg, 1, length + room))
     index = jnp.arange(length, dtype=jnp.int32)[None]
-    layers = list(cfg.layers())
+    layers, noises = list(cfg.layers()), dict[tuple[int, ...], jax.Array]()
     tokens, full = Tokens(index, index.astype(jnp.float32)), list[caches.State | None]()
     while empty:  # one layer at a time exists twice
         state, layer = empty.pop(0), layers.pop(0)
         shape = (1, length, *layer.mixer.key(layer))
-        noise = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(cfg.dtype))
+        if shape not in noises:
+            noises[shape] = jax.random.normal(jax.random.key(seed), shape, jnp.dtype(cfg.dtype))
+        noise = noises[shape]
         keys = None if state is None else Keys(noise, noise, tokens, state.rotated)
         written = None if state is None or keys is None else state.write(keys)
         full.append(None if written is None else written.noised(jax.random.key(len(full))))

@@ -39,8 +39,8 @@ class TrainLog(Measure):
             raise UserError("measures.train_log: the parameters were not trained by this experiment; valid: set train")
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
-        if subject.run is None:
-            raise UserError("measures.train_log: the parameters were not trained by this experiment; valid: set train")
+        self.check(subject, subject.run is not None)
+        assert subject.run is not None
         about = folder.read_about(subject.run)
         last = about.get("train", {}).get("steps")
         lines = read(subject.run / folder.METRICS, None if last is None else last - 1)

@@ -11,7 +11,7 @@ import numpy as np
 from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
-from lm.measures.base import Measure, Measured, Progress, Subject, encode, score
+from lm.measures.base import Measure, Measured, Progress, Subject, beginning, score
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,7 @@ class NllByPosition(Measure):
 
     def _encoded(self, subject: Subject) -> list[tuple[Any, list[int]]]:
         """Every document with its first tokens; `UserError` for one that is too short."""
-        docs = [(d, encode(subject, d.text, "measures.nll")[: self.tokens]) for d in self._documents()]
-        for doc, ids in docs:
-            if len(ids) < self.tokens:
-                raise UserError(
-                    f"measures.nll.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
-                    "choose a longer document or fewer tokens"
-                )
-        return docs
+        return [(d, beginning(subject, d, self.tokens, "measures.nll")) for d in self._documents()]
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         trained = self.trained or subject.model.trained_length

@@ -15,7 +15,7 @@ from lm.config import ModelConfig
 from lm.data import texts
 from lm.errors import UserError
 from lm.heads.base import Head
-from lm.measures.base import Measure, Measured, Progress, Subject, encode
+from lm.measures.base import Measure, Measured, Progress, Subject, beginning
 from lm.model.inputs import Inputs
 from lm.model.language_model import LanguageModel
 from lm.watch import Watch
@@ -93,22 +93,12 @@ class Smoothness(Measure):
 
     def check(self, subject: Subject, trains: bool) -> None:
         for doc in self._documents():
-            self._ids(subject, doc)
-
-    def _ids(self, subject: Subject, doc: Any) -> list[int]:
-        """The first tokens of a document; `UserError` for one that is too short."""
-        ids = encode(subject, doc.text, "measures.smoothness")[: self.tokens]
-        if len(ids) < self.tokens:
-            raise UserError(
-                f"measures.smoothness.tokens: {self.tokens} asked for, document {doc.name!r} has {len(ids)}; "
-                "choose a longer document or fewer tokens"
-            )
-        return ids
+            beginning(subject, doc, self.tokens, "measures.smoothness")
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         docs, rows = self._documents(), []
         for i, doc in enumerate(docs):
-            ids = self._ids(subject, doc)
+            ids = beginning(subject, doc, self.tokens, "measures.smoothness")
             y = np.asarray(_distributions(subject.model)(subject.params, jnp.asarray(ids, jnp.int32)[None]))[0]
             rows.append(smoothness(in_order(y, subject.config.head))[self.skip :])
             progress((i + 1) / len(docs), doc.name)

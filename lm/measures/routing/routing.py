@@ -20,6 +20,9 @@ from lm.measures.base import Measure, Measured, Progress, Subject, encode
 from lm.model.inputs import Inputs
 from lm.watch import Watch
 
+_NO_CHOICE = "measures.routing: in no layer do tokens choose experts; valid: model.ffn = moe"
+_NOT_HERE = "measures.routing_history: the parameters were not trained here; valid: set train"
+
 
 def _rows(subject: Subject, specs: tuple[str, ...], length: int, rows: int, key: str) -> np.ndarray:
     """Token ids ``[texts, rows, length]``, from the start of each text."""
@@ -47,7 +50,7 @@ def _reader(subject: Subject) -> Callable[[Any, np.ndarray], tuple[np.ndarray, n
         size = next(n for n in range(min(16, len(ids)), 0, -1) if len(ids) % n == 0)
         parts = [jax.device_get(run(params, jnp.asarray(ids[i : i + size]))) for i in range(0, len(ids), size)]
         if not parts[0][0]:
-            raise UserError("measures.routing: in no layer do tokens choose experts; valid: model.ffn = moe")
+            raise UserError(_NO_CHOICE)
         joined = [np.concatenate([np.stack(p[n]) for p in parts], axis=1) for n in (0, 1)]
         return joined[0], joined[1]
 
@@ -103,7 +106,7 @@ class Routing(Measure):
 
     def check(self, subject: Subject, trains: bool) -> None:
         if not any(layer.ffn.choices for layer in subject.config.layers()):
-            raise UserError("measures.routing: in no layer do tokens choose experts; valid: model.ffn = moe")
+            raise UserError(_NO_CHOICE)
         _rows(subject, self.texts, self.length, self.rows, "measures.routing")
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
@@ -198,12 +201,12 @@ class RoutingHistory(Measure):
 
     def check(self, subject: Subject, trains: bool) -> None:
         if not trains:
-            raise UserError("measures.routing_history: the parameters were not trained here; valid: set train")
+            raise UserError(_NOT_HERE)
         _rows(subject, self.texts, self.length, self.rows, "measures.routing_history")
 
     def run(self, subject: Subject, progress: Progress) -> Measured:
         if subject.run is None:
-            raise UserError("measures.routing_history: the parameters were not trained here; valid: set train")
+            raise UserError(_NOT_HERE)
         run = Run(subject.run, reader)
         steps = run.steps()
         if len(steps) < 3:
