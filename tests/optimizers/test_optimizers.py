@@ -18,7 +18,7 @@ from lm.model import params
 from lm.model.params import Axes
 from lm.optimizers import TABLE, schedules
 from lm.optimizers.base import make, n_bytes
-from lm.optimizers.plain import SGD, AdamW
+from lm.optimizers.plain import SGD, AdamW, Lion
 from lm.optimizers.sgd_sai import SGDSaI, g_snr
 from lm.train.config import TrainConfig
 
@@ -174,6 +174,18 @@ def test_adamw_is_torchs() -> None:
     np.testing.assert_allclose(ours["w"], theirs.detach().numpy(), atol=1e-6)
 
 
+def test_lion_is_the_published_rule() -> None:
+    """Algorithm 2 of arXiv 2302.06675 by hand: the sign of one mixture of moment and gradient, another one is kept."""
+    rng = np.random.default_rng(0)
+    direction = Lion(b1=0.9, b2=0.6).direction(NO_AXES)
+    state, moment = direction.init({"w": jnp.zeros(64)}), np.zeros(64)
+    for _ in range(4):
+        g = rng.normal(size=64)
+        want, moment = np.sign(0.9 * moment + 0.1 * g), 0.6 * moment + 0.4 * g
+        updates, state = direction.update({"w": jnp.asarray(g, jnp.float32)}, state)
+        np.testing.assert_array_equal(updates["w"], want)
+
+
 def test_muon_orthogonalises_every_layers_matrix(weights: Any) -> None:
     tx = TABLE["muon"](nesterov=False).direction(AXES)
     direction, _ = tx.update(gradients(weights, 3), tx.init(weights), weights)
@@ -203,6 +215,13 @@ def test_clipping_is_by_the_global_norm() -> None:
     out = walk(tx, p, [g])
     norm = math.sqrt(3 * 9 + 4 * 16)
     np.testing.assert_allclose(out["b"], -4.0 * 0.5 / norm, rtol=1e-6)
+
+
+def test_a_fraction_of_a_run_is_rounded_up() -> None:
+    """A quarter of ten steps is three."""
+    part, steps = (schedules.Constant(warmup=amount).factor(10) for amount in (0.25, 3))
+    assert [float(part(i)) for i in range(10)] == [float(steps(i)) for i in range(10)]
+    assert float(part(1)) < 1 == float(part(3))
 
 
 def test_schedules() -> None:
