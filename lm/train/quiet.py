@@ -43,11 +43,11 @@ def quiet() -> None:
             uncaught(kind, value, trace)
 
     def logged(record: logging.LogRecord) -> bool:
-        """Tasks that failed and that nobody waits for."""
-        return not (record.exc_info and _theirs(record.exc_info[1], record.exc_info[2]))
+        """Tasks that failed and that nobody waits for; those of tensorstore, which is no Python, have no traceback."""
+        return not (record.exc_info and (record.exc_info[2] is None or _theirs(record.exc_info[1], record.exc_info[2])))
 
     logging.getLogger("asyncio").addFilter(logged)
-    warnings.filterwarnings("ignore", r"coroutine '(_read_|_?async_)\w+' was never awaited", RuntimeWarning)
+    warnings.filterwarnings("ignore", r"coroutine '(\w+\.)*(_|async_)\w+' was never awaited", RuntimeWarning)
     threading.excepthook, sys.unraisablehook, sys.excepthook = in_thread, not_raised, not_caught
 
 
